@@ -1,0 +1,1 @@
+"""MemGPT: a memory-augmented GPT for language tasks, and the pipeline that keeps it fresh."""

@@ -1,0 +1,74 @@
+"""Writing so that a kill at any moment leaves the old file or the new one, never half of one."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(target: Path | str) -> Iterator[Path]:
+    """Yield a path beside `target` to write a file or a directory to; on success it takes `target`'s place.
+
+    A file is replaced in one step. A directory is moved away first, so between the two renames a reader finds none.
+    Names start with a dot and end in `.partial`; what a killed writer left behind is swept away by the next one.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{target.name}.*.partial"):
+        _remove(leftover)
+    aside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        yield aside
+        _sync(aside)
+        if aside.is_dir():
+            if target.exists():
+                old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old.partial"
+                target.rename(old)
+                aside.rename(target)
+                _remove(old)
+            else:
+                aside.rename(target)
+        else:
+            aside.replace(target)
+        _fsync(target.parent)
+    finally:
+        if aside.exists():
+            _remove(aside)
+
+
+def write_text(target: Path | str, text: str) -> None:
+    with replacing(target) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(target: Path | str, value: Any) -> None:
+    """Byte-stable JSON: sorted keys, two spaces, a final newline; NaN and infinity are refused."""
+    write_text(target, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        for child in path.rglob("*"):
+            if child.is_file():
+                _fsync(child)
+    _fsync(path)

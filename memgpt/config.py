@@ -1,0 +1,268 @@
+"""`params.yaml` as strict, frozen models: a misspelt key or a wrong type fails before work starts."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from memgpt.errors import UserError
+
+PARAMS = Path("params.yaml")
+SOURCES = ("corpus", "ner", "sentiment", "recommendation")
+TASKS = ("ner", "sentiment", "recommendation")
+MODELS = ("base", *TASKS)
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(Section):
+    """Where one kind of data comes from.
+
+    uri: `sample://newsroom`, a file, glob or folder, `s3://bucket/prefix` or `hf://[org/]name?config=…&split=…`.
+    columns: our column → the source's, where the names differ.
+    labels: the label or entity-type set, pinned; null infers it from train.
+    licence: licence of the source; null takes what the source says.
+    """
+
+    uri: str
+    columns: dict[str, str] = {}
+    labels: list[str] | None = None
+    licence: str | None = None
+
+
+class Data(Section):
+    corpus: Source
+    ner: Source
+    sentiment: Source
+    recommendation: Source
+
+
+class Ingest(Section):
+    validation_fraction: Fraction
+    test_fraction: Fraction
+    corpus_validation_fraction: Fraction
+
+
+class Validate(Section):
+    min_rows: Positive
+    max_text_chars: Positive
+    max_garbage: Fraction
+    max_duplicates: Fraction
+    max_corpus_overlap: Fraction
+    min_label_share: Fraction
+
+
+class Tokenize(Section):
+    vocab_size: Annotated[int, Field(ge=300)]
+    min_frequency: Positive
+    max_documents: Positive
+
+
+class Training(Section):
+    """What every training stage needs. Fractions are of the number of steps."""
+
+    batch_size: Positive
+    learning_rate: Rate
+    memory_learning_rate: Rate
+    weight_decay: NonNegative
+    warmup_fraction: Fraction
+    checkpoint_steps: Positive
+    seed: int
+
+
+class Pretrain(Training):
+    init: str | None
+    preset: Literal["tiny", "small", "base"]
+    sequence_length: Annotated[int, Field(ge=8)]
+    tokens: Positive
+    decay_fraction: Fraction
+
+
+class Multitask(Training):
+    steps: Positive
+    temperature: Annotated[float, Field(ge=1)]
+
+
+class Finetune(Training):
+    start: Literal["base", "multitask"]
+    epochs: Positive
+    max_length: Annotated[int, Field(ge=8)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+
+
+class FinetuneRecommendation(Finetune):
+    max_history: Positive
+    temperature: Rate
+
+
+class FinetuneTasks(Section):
+    ner: Finetune
+    sentiment: Finetune
+    recommendation: FinetuneRecommendation
+
+
+class Evaluate(Section):
+    bootstrap: Positive
+    seed: int
+
+
+class Gate(Section):
+    """floor: the primary metric below which a challenger is rejected (a minimum; for `base`, of −bits per byte it is
+    ignored when 0). margin: how much worse the lower bound may be; 0 demands superiority. slices: name → the largest
+    drop against the champion that is accepted there."""
+
+    floor: float
+    margin: NonNegative
+    slices: dict[str, NonNegative]
+
+
+class Promote(Section):
+    bootstrap: Positive
+    seed: int
+    base: Gate
+    ner: Gate
+    sentiment: Gate
+    recommendation: Gate
+
+
+class Runtime(Section):
+    threads: Positive | None
+
+
+class Config(Section):
+    data: Data
+    ingest: Ingest
+    validate_: Annotated[Validate, Field(alias="validate")]
+    tokenize: Tokenize
+    pretrain: Pretrain
+    multitask: Multitask
+    finetune: FinetuneTasks
+    evaluate: Evaluate
+    promote: Promote
+    runtime: Runtime
+
+
+def load(path: Path | str = PARAMS) -> Config:
+    """Read and check `params.yaml`.
+
+    Raises:
+        UserError: naming the file and the key, if it is missing, not YAML, or breaks the schema.
+    """
+    return parse(read(path), source=str(path))
+
+
+def read(path: Path | str = PARAMS) -> Any:
+    """The YAML document with its comments, ready to be edited and written back."""
+    path = Path(path)
+    try:
+        document = _yaml().load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; run the command in the root of the checkout") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}:{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected sections such as `data:` and `pretrain:`, found none")
+    return document
+
+
+def parse(document: Any, source: str = str(PARAMS)) -> Config:
+    try:
+        return Config.model_validate(_plain(document))
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def override(document: Any, assignments: list[str], source: str = "--set") -> Any:
+    """Apply `key=value` assignments (dotted keys, YAML values: the grammar of `dvc exp run -S`) to the document in place.
+
+    Raises:
+        UserError: for an assignment without `=`, an unknown key or a value that the schema refuses.
+    """
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        key = key.strip()
+        if not separator or not key:
+            raise UserError(f"{source} {assignment}: expected key=value, such as finetune.ner.epochs=3")
+        try:
+            value = _yaml().load(text) if text.strip() else None
+        except YAMLError:
+            raise UserError(f"{source} {assignment}: {text!r} is not a YAML value") from None
+        *parents, last = key.split(".")
+        node = document
+        for depth, name in enumerate(parents):
+            if name not in node and _optional(key.split(".")[: depth + 1]):
+                node[name] = {}
+            node = node.get(name) if isinstance(node, dict) else None
+            if not isinstance(node, dict):
+                raise UserError(f"{source} {key}: no such section {'.'.join(parents[: depth + 1])!r} in params.yaml")
+        node[last] = value
+        parse(document, source=f"{source} {key}")
+    return document
+
+
+def write(document: Any, path: Path | str = PARAMS) -> None:
+    import io
+
+    from memgpt import atomic
+
+    buffer = io.StringIO()
+    _yaml().dump(document, buffer)
+    atomic.write_text(path, buffer.getvalue())
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 120
+    return yaml
+
+
+def _optional(path: list[str]) -> bool:
+    """A mapping that may be absent from the file: `data.<source>.columns`."""
+    return len(path) == 3 and path[0] == "data" and path[2] == "columns"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return value if isinstance(value, bool) else kind(value)
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    import difflib
+
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        section: Any = Config
+        for name in location[:-1]:
+            field = section.model_fields.get(name) or section.model_fields.get(f"{name}_")
+            section = field.annotation if field else None
+        known = [f.alias or n for n, f in section.model_fields.items()] if section else []
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{key}: missing; add it (the committed params.yaml shows every key)"
+    return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

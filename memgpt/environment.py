@@ -1,0 +1,48 @@
+"""Process-wide settings that must be in place before the libraries are imported: no telemetry, no hub noise, threads.
+
+Called first thing by the command line and by the flows; nothing happens at import.
+"""
+
+import logging
+import os
+import warnings
+
+_QUIET = {
+    # nobody is phoned: each library has its own switch
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # noise in a normal run
+    "GIT_PYTHON_REFRESH": "quiet",
+    "PYTHONWARNINGS": "ignore",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "DATASETS_VERBOSITY": "error",
+}
+
+
+def prepare() -> None:
+    """Set every switch that the user has not set; `MEMGPT_DEBUG=1` leaves warnings visible."""
+    debug = os.environ.get("MEMGPT_DEBUG") == "1"
+    for name, value in _QUIET.items():
+        if not (debug and name.endswith(("WARNINGS", "VERBOSITY", "LEVEL"))):
+            os.environ.setdefault(name, value)
+    if not debug:
+        warnings.filterwarnings("ignore")
+        for noisy in ("alembic", "mlflow", "great_expectations", "httpx", "botocore", "matplotlib"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def threads(configured: int | None) -> int:
+    """How many threads a stage computes with: the flow's share of the cores (MEMGPT_THREADS), else
+    `runtime.threads`, else every core this process may use."""
+    share = os.environ.get("MEMGPT_THREADS")
+    if share:
+        return max(1, int(share))
+    return configured or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
