@@ -1,0 +1,101 @@
+"""Where data comes from: a URI of `params.yaml` → a lock entry (snapshot) → exactly that content (ingest).
+
+A scheme is a module with two functions: `resolve(name, uri)` looks at the source and returns its lock entry,
+`fetch(name, entry)` returns the locked content as parts and refuses anything else. A lock entry holds
+
+    uri, scheme, family   family: the identity of the set without its version; models of two are not compared
+    licence, non_commercial
+    files                 what to fetch and how to know it again: path, role, size, sha256 | etag, version | revision
+"""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from memgpt import atomic, config
+from memgpt.errors import UserError
+from memgpt.sources.naming import Part
+
+LOCK = Path("data/sources.lock.json")
+SCHEMES = ("file", "hf", "s3", "sample")
+
+
+def scheme(name: str, uri: str) -> str:
+    """The scheme of a URI; a plain path is `file`.
+
+    Raises:
+        UserError: for an empty URI or a scheme that is none of ours.
+    """
+    if not uri.strip():
+        raise UserError(f"data.{name}.uri: empty; write a path, s3://…, hf://… or sample://newsroom")
+    found, separator, _ = uri.partition("://")
+    if not separator:
+        return "file"
+    if found not in SCHEMES or found == "file":
+        raise UserError(
+            f"data.{name}.uri: unknown scheme {found}://; known are sample://, s3:// and hf://; a local path has none"
+        )
+    return found
+
+
+def resolve(name: str, source: config.Source) -> dict[str, Any]:
+    """The lock entry of a source as it is now."""
+    kind = scheme(name, source.uri)
+    return {"uri": source.uri, "scheme": kind, **_module(kind).resolve(name, source.uri)}
+
+
+def fetch(name: str, source: config.Source, entry: dict[str, Any]) -> list[Part]:
+    """The content that the lock entry describes.
+
+    Raises:
+        UserError: if the content is gone or is not the locked one.
+    """
+    return _module(entry["scheme"]).fetch(name, entry)
+
+
+def read_lock(name: str, source: config.Source, path: Path = LOCK) -> dict[str, Any]:
+    """The lock entry of one source, which must be of the URI that `params.yaml` has now."""
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))[name]
+    except (FileNotFoundError, KeyError):
+        raise UserError(f"{path}: nothing locked for {name}; run `memgpt snapshot`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path}: not valid JSON; run `memgpt snapshot`") from None
+    if not isinstance(entry, dict) or not {"uri", "scheme", "family", "files"} <= entry.keys():
+        raise UserError(f"{path}: the entry of {name} is not complete; run `memgpt snapshot`")
+    if entry["uri"] != source.uri:
+        raise UserError(
+            f"data.{name}.uri is {source.uri} but {path} has {entry['uri']}; run `memgpt snapshot` to lock it"
+        )
+    return entry
+
+
+def write_lock(entries: dict[str, dict[str, Any]], path: Path = LOCK) -> bool:
+    """Write the lock, byte-stable; an equal one is left alone. Returns whether it changed."""
+    try:
+        if json.loads(path.read_text(encoding="utf-8")) == entries:
+            return False
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        pass
+    atomic.write_json(path, entries)
+    return True
+
+
+def _module(kind: str) -> ModuleType:
+    """boto3 and datasets are slow to import, so that only the scheme in use is loaded."""
+    if kind == "sample":
+        from memgpt.sources import sample
+
+        return sample
+    if kind == "s3":
+        from memgpt.sources import s3
+
+        return s3
+    if kind == "hf":
+        from memgpt.sources import hub
+
+        return hub
+    from memgpt.sources import files
+
+    return files

@@ -1,0 +1,72 @@
+"""Local sources: a file, a glob or a folder. Locked by size and sha256."""
+
+import glob
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from memgpt.errors import UserError
+from memgpt.sources import licences, naming
+from memgpt.sources.naming import Part
+
+
+def resolve(name: str, uri: str) -> dict[str, Any]:
+    folder, paths = _expand(name, uri)
+    roles = naming.roles(name, uri, [path.as_posix() for path in paths], folder=folder)
+    licence, restricted = _licence({Path(path).parent for path in roles})
+    return {
+        "family": f"file:{uri}",
+        "licence": licence,
+        "non_commercial": restricted,
+        "files": [{"path": path, "role": role, **_identity(Path(path))} for path, role in sorted(roles.items())],
+    }
+
+
+def fetch(name: str, entry: dict[str, Any]) -> list[Part]:
+    parts = []
+    for file in entry["files"]:
+        path = Path(file["path"])
+        try:
+            same = path.stat().st_size == file["size"] and sha256(path) == file["sha256"]
+        except FileNotFoundError:
+            raise UserError(
+                f"{path}: gone since the snapshot of {name}; bring it back or run `memgpt snapshot`"
+            ) from None
+        if not same:
+            raise UserError(f"{path}: changed since the snapshot of {name}; run `memgpt snapshot`")
+        parts.append(Part(role=file["role"], name=str(path), path=path))
+    return parts
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _expand(name: str, uri: str) -> tuple[bool, list[Path]]:
+    """(is it a folder, its files). A glob never descends: `**` is read as `*`, folders that match are passed over."""
+    path = Path(uri).expanduser()
+    if path.is_dir():
+        return True, [child for child in path.iterdir() if child.is_file()]
+    if path.is_file():
+        if not naming.data_format(path.name):
+            formats = ", .".join(naming.FORMATS)
+            raise UserError(f"data.{name}.uri: {uri}: not a format that is read; formats are .{formats}, each also .gz")
+        return False, [path]
+    if any(character in uri for character in "*?["):
+        matches = map(Path, glob.glob(str(path)))  # noqa: PTH207 (Path.glob would descend at **)
+        return False, [match for match in matches if match.is_file()]
+    raise UserError(f"data.{name}.uri: {uri}: no such file or folder")
+
+
+def _licence(folders: set[Path]) -> tuple[str | None, bool]:
+    """Read from LICENSE* beside the files."""
+    for folder in sorted(folders):
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.name.lower().startswith(("license", "licence")):
+                return licences.from_text(path.read_text(encoding="utf-8", errors="replace"), path.name)
+    return None, False

@@ -1,0 +1,177 @@
+"""Files → rows with the line each came from. Whatever is wrong with a file is said in one line, without its text."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from memgpt.errors import UserError
+from memgpt.sources.naming import Part, data_format
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A part as it was read: the source's own columns, and for each row where it stands (1-based lines or rows)."""
+
+    role: str
+    name: str
+    unit: str
+    numbers: Sequence[int]
+    frame: pd.DataFrame
+
+    def at(self, index: int) -> str:
+        """`train.csv line 7`: names a row for a message."""
+        return f"{self.name} {self.unit} {self.numbers[index]}"
+
+
+def read(part: Part) -> Rows:
+    """Read one part.
+
+    Raises:
+        UserError: naming the file (and line) if it is empty, truncated, not UTF-8 or not of its format.
+    """
+    if part.frame is not None:
+        if part.frame.empty:
+            raise UserError(f"{part.name}: empty")
+        return Rows(part.role, part.name, "row", range(1, len(part.frame) + 1), part.frame.reset_index(drop=True))
+    data = _bytes(part)
+    if not data.strip():
+        raise UserError(f"{part.name}: empty")
+    kind = data_format(part.name)
+    numbers: Sequence[int]
+    if kind == "parquet":
+        frame = _parquet(part.name, data)
+        unit, numbers = "row", range(1, len(frame) + 1)
+    elif kind == "csv":
+        frame = _csv(part.name, _text(part.name, data))
+        unit, numbers = "line", range(2, len(frame) + 2)
+    else:
+        reader = {"jsonl": _jsonl, "conll": _conll, "txt": _txt}[str(kind)]
+        pairs = list(reader(part.name, _text(part.name, data)))
+        unit, numbers = "line", [number for number, _ in pairs]
+        frame = _frame([row for _, row in pairs])
+    if frame.empty:
+        raise UserError(f"{part.name}: holds no rows")
+    return Rows(part.role, part.name, unit, numbers, frame)
+
+
+def _bytes(part: Part) -> bytes:
+    assert part.path is not None
+    raw = part.path.read_bytes()
+    if not part.name.lower().endswith(".gz"):
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except EOFError:
+        raise UserError(f"{part.name}: truncated: the gzip data ends too early; copy the file again") from None
+    except (gzip.BadGzipFile, zlib.error):
+        reason = "empty" if not raw else "not gzip data, or damaged; copy the file again"
+        raise UserError(f"{part.name}: {reason}") from None
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{name} line {line}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Split at \\n alone: str.splitlines would also cut at U+2028 and the like, inside a text."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        yield number, line.removesuffix("\r")
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Columns of Python objects, so that no value changes its type because another row lacks it."""
+    names: dict[str, None] = {}
+    for row in rows:
+        names.update(dict.fromkeys(row))
+    return pd.DataFrame({name: pd.Series([row.get(name) for row in rows], dtype=object) for name in names})
+
+
+def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(text):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            cut = "; the file seems cut off there" if not text.endswith("\n") and text.endswith(line) else ""
+            raise UserError(
+                f"{name} line {number}: not valid JSON ({error.msg} at column {error.colno}){cut}"
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(f"{name} line {number}: expected a JSON object with one key per column")
+        yield number, row
+
+
+def _conll(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """token … tag, split at tabs, else at white space; the first and last columns count. A blank line ends a sentence.
+
+    `lines` is the line of each token, for messages about tags.
+    """
+    tokens: list[str] = []
+    tags: list[str] = []
+    lines: list[int] = []
+    for number, line in _lines(text + "\n"):
+        if not line.strip():
+            if tokens:
+                yield lines[0], {"tokens": tokens, "tags": tags, "lines": lines}
+                tokens, tags, lines = [], [], []
+            continue
+        fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
+        if fields[0] == "-DOCSTART-":
+            continue
+        if len(fields) < 2 or not fields[-1] or not fields[0]:
+            raise UserError(f"{name} line {number}: expected a token and its tag, separated by a tab or a space")
+        tokens.append(fields[0])
+        tags.append(fields[-1])
+        lines.append(number)
+
+
+def _txt(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """A document is a block of lines between blank lines."""
+    block: list[str] = []
+    start = 1
+    for number, line in _lines(text + "\n"):
+        if line.strip():
+            start = start if block else number
+            block.append(line)
+        elif block:
+            yield start, {"text": "\n".join(block)}
+            block = []
+
+
+def _csv(name: str, text: str) -> pd.DataFrame:
+    """Every value as a string; an empty field is "", a field missing at the end of a line is null."""
+    try:
+        frame = pd.read_csv(
+            io.StringIO(text), dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False
+        )
+    except pd.errors.ParserError as error:
+        raise UserError(f"{name}: not a well-formed CSV file ({str(error).strip().splitlines()[-1]})") from None
+    return frame.astype(object).where(frame.notna(), None)
+
+
+def _parquet(name: str, data: bytes) -> pd.DataFrame:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise UserError(
+            f"{name}: not a readable Parquet file, or truncated ({str(error).splitlines()[0][:120]})"
+        ) from None
+    return pd.DataFrame(
+        {column: pd.Series(table.column(column).to_pylist(), dtype=object) for column in table.column_names}
+    )

@@ -1,0 +1,98 @@
+"""What a file's name says, in a folder, a glob or on S3: its format and its role (a split, items or interactions)."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pandas as pd
+
+from memgpt.errors import UserError
+
+FORMATS = ("conll", "jsonl", "csv", "parquet", "txt")
+WHOLE = "all"  # the role of rows that come without a split
+
+_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(ing|elopment)?(?![a-z])", re.IGNORECASE)
+_TABLE = re.compile(r"(items|interactions)(?![a-z])", re.IGNORECASE)
+_NOT_DATA = re.compile(r"(licen[cs]e|readme|notice|citation|copying|changelog)", re.IGNORECASE)
+_SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file or table of a source, fetched: `path` to a local copy, or the `frame` itself.
+
+    role: train, validation, test, all (not split), items or interactions. name: as the user knows it, for messages.
+    """
+
+    role: str
+    name: str
+    path: Path | None = None
+    frame: pd.DataFrame | None = None
+
+
+def data_format(name: str) -> str | None:
+    """`train.jsonl.gz` → jsonl; None if it is not a format that we read."""
+    suffix = PurePosixPath(name.lower().removesuffix(".gz")).suffix.removeprefix(".")
+    return suffix if suffix in FORMATS else None
+
+
+def is_data(name: str) -> bool:
+    base = PurePosixPath(name).name
+    return data_format(base) is not None and not base.startswith(".") and not _NOT_DATA.match(base)
+
+
+def split_of(word: str) -> str | None:
+    """train-00-of-04.jsonl.gz → train, dev.conll → validation, test → test, reviews.csv → None."""
+    match = _SPLIT.match(word)
+    return _SPLITS.get(match[1].lower(), "test") if match else None
+
+
+def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, str]:
+    """File name → role, for one source's files; in a folder, files without a role are left out beside those with one.
+
+    Raises:
+        UserError: if no file is data, a glob mixes split and unsplit files, or a split comes in two formats.
+    """
+    key = f"data.{source}.uri"
+    tables = source == "recommendation"
+    data = sorted(name for name in names if is_data(name))
+    if not data:
+        raise UserError(f"{key}: no data files at {uri}; formats are .{', .'.join(FORMATS)}, each also .gz")
+    found: dict[str, str | None] = {}
+    for name in data:
+        base = PurePosixPath(name).name
+        table = _TABLE.match(base)
+        found[name] = (table[1].lower() if table else None) if tables else split_of(base)
+    named = {name: role for name, role in found.items() if role}
+    if tables:
+        missing = {"items", "interactions"} - set(named.values())
+        if missing:
+            raise UserError(
+                f"{key}: no {' and no '.join(sorted(missing))} file at {uri}; needed are items.* and interactions.*"
+            )
+    elif not named:
+        named = dict.fromkeys(data, WHOLE)
+    elif "train" not in named.values():
+        if len(data) > 1:
+            raise UserError(f"{key}: no train file at {uri}; found {_some(data)}")
+        named = dict.fromkeys(data, WHOLE)
+    elif len(named) < len(data) and not folder:
+        rest = [name for name in data if name not in named]
+        raise UserError(f"{key}: {_some(rest)} names no split while others do; narrow {uri}")
+    for role in set(named.values()):
+        mine = [name for name, its in named.items() if its == role]
+        formats = {(data_format(name), name.endswith(".gz")) for name in mine}
+        if len(formats) > 1:
+            raise UserError(f"{key}: {role} comes in more than one format at {uri}: {_some(mine)}; keep one")
+    return named
+
+
+def _some(names: list[str]) -> str:
+    bases = [PurePosixPath(name).name for name in names]
+    return ", ".join(bases[:3]) + (f" and {len(bases) - 3} more" if len(bases) > 3 else "")

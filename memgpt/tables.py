@@ -1,0 +1,442 @@
+"""The tables of the pipeline: their columns, how a source's rows become them, and how rows without a split get one."""
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from memgpt import config
+from memgpt.errors import UserError
+from memgpt.overlap import normalise
+from memgpt.sources import formats
+from memgpt.sources.formats import Rows
+from memgpt.sources.naming import WHOLE, Part
+
+TABLES = Path("data/tables")
+_TIME = pa.timestamp("us")  # UTC, without a zone
+SCHEMAS = {
+    "corpus": pa.schema([("id", pa.string()), ("text", pa.string()), ("source", pa.string())]),
+    "ner": pa.schema([("id", pa.string()), ("tokens", pa.list_(pa.string())), ("tags", pa.list_(pa.string()))]),
+    "sentiment": pa.schema(
+        [("id", pa.string()), ("text", pa.string()), ("label", pa.string()), ("topic", pa.string()), ("time", _TIME)]
+    ),
+    "items": pa.schema(
+        [("item_id", pa.string()), ("title", pa.string()), ("description", pa.string()), ("tags", pa.string())]
+    ),
+    "interactions": pa.schema(
+        [
+            ("user_id", pa.string()),
+            ("item_id", pa.string()),
+            ("timestamp", pa.int64()),
+            ("event", pa.string()),
+            ("rating", pa.float64()),
+        ]
+    ),
+}
+# Usual names of our columns, tried in this order where `data.<source>.columns` has none; data/README.md lists them.
+USUAL = {
+    "corpus": {"id": ("id", "doc_id"), "text": ("text", "content", "body", "document"), "source": ("source", "domain")},
+    "ner": {"id": ("id", "sentence_id"), "tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "labels")},
+    "sentiment": {
+        "id": ("id", "review_id"),
+        "text": ("text", "sentence", "review", "content"),
+        "label": ("label", "sentiment"),
+        "topic": ("topic", "aspect", "target", "category"),
+        "time": ("time", "timestamp", "date", "published"),
+    },
+    "items": {
+        "item_id": ("item_id", "itemId", "movie_id", "movieId", "product_id", "id"),
+        "title": ("title", "name"),
+        "description": ("description", "text", "summary", "abstract", "genres", "category"),
+        "tags": ("tags", "keywords"),
+    },
+    "interactions": {
+        "user_id": ("user_id", "userId", "user"),
+        "item_id": ("item_id", "itemId", "movie_id", "movieId", "product_id", "item"),
+        "timestamp": ("timestamp", "time", "date"),
+        "event": ("event", "action", "type"),
+        "rating": ("rating", "score", "stars"),
+    },
+}
+REQUIRED = {
+    "corpus": ("text",),
+    "ner": ("tokens", "tags"),
+    "sentiment": ("text", "label"),
+    "items": ("item_id", "title"),
+    "interactions": ("user_id", "item_id", "timestamp"),
+}
+LICENCE_COLUMNS = ("license", "licence")
+MILLISECONDS = 10**11  # a numeric time above this is in milliseconds: as seconds it would be after the year 5000
+
+_BIO = re.compile(r"O|[BI]-\S+")
+
+
+@dataclass(frozen=True)
+class Built:
+    """What one source became: table name → rows, and what the manifest says about them."""
+
+    tables: dict[str, pa.Table]
+    labels: list[str] | None
+    columns: dict[str, str]
+    licences: list[str]  # of the rows, where they name one
+
+
+def build(name: str, parts: Iterable[Part], source: config.Source, settings: config.Ingest) -> Built:
+    """The tables of one source.
+
+    Raises:
+        UserError: naming the file and row of what cannot become a row of the table.
+    """
+    read = [formats.read(part) for part in parts]
+    if name == "recommendation":
+        return _recommendation(read, source)
+    columns: dict[str, str] = {}
+    splits: dict[str, list[dict[str, Any]]] = {}
+    licences: set[str] = set()
+    for rows in read:
+        found = _columns(name, name, rows, source.columns)
+        columns.update(found)
+        licences |= _licences(rows)
+        splits.setdefault(rows.role, []).extend(_RECORDS[name](rows, found))
+    splits = _complete(name, splits, settings)
+    _identify(name, splits)
+    labels = None if name == "corpus" else _labels(name, splits, source.labels)
+    order = [split for split in ("train", "validation", "test") if splits.get(split)]
+    tables = {split: _table(name, splits[split]) for split in order}
+    return Built(tables, labels, columns, sorted(licences))
+
+
+def entity_types(tags: Iterable[str]) -> set[str]:
+    """{"O", "B-person", "I-person"} → {"person"}."""
+    return {tag[2:] for tag in tags if tag != "O"}
+
+
+def bio_error(tags: Sequence[str]) -> tuple[int, str] | None:
+    """The first position where the tags are not well-formed BIO, and why; None if they are."""
+    previous = "O"
+    for position, tag in enumerate(tags):
+        if not isinstance(tag, str) or not _BIO.fullmatch(tag):
+            return position, f"tag {tag!r} is none of O, B-type, I-type"
+        if tag.startswith("I-") and previous[2:] != tag[2:]:
+            return position, f"{tag} follows {previous}, so that no B-{tag[2:]} begins the entity"
+        previous = tag
+    return None
+
+
+def write(table: pa.Table, path: Path) -> None:
+    """Parquet with fixed settings, so that equal rows are equal bytes."""
+    pq.write_table(table, path, compression="zstd", row_group_size=1 << 16, version="2.6", write_statistics=True)
+
+
+def content_hash(name: str, row: dict[str, Any]) -> str:
+    """Hex sha256 of what the row says (not of its labels), normalised: copies of a text share a split."""
+    text = " ".join(row["tokens"]) if name == "ner" else row["text"] or ""
+    return hashlib.sha256((normalise(text) or text).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _complete(
+    name: str, splits: dict[str, list[dict[str, Any]]], settings: config.Ingest
+) -> dict[str, list[dict[str, Any]]]:
+    """Keep the splits that the source has; what is missing is split off by content hash, so that rows never move as
+    data grows. The corpus needs no test split."""
+    rest = splits.pop(WHOLE, None) or splits.pop("train", [])
+    fractions = {"test": settings.test_fraction, "validation": settings.validation_fraction}
+    if name == "corpus":
+        fractions = {"validation": settings.corpus_validation_fraction}
+    wanted = {split: fraction for split, fraction in fractions.items() if split not in splits}
+    result = {"train": [], **{split: [] for split in wanted}, **splits}
+    for row in rest:
+        place = int(content_hash(name, row)[:13], 16) / 16**13  # in [0, 1)
+        target = "train"
+        for split, fraction in wanted.items():
+            if place < fraction:
+                target = split
+                break
+            place -= fraction
+        result[target].append(row)
+    if not result["train"]:
+        raise UserError(f"data.{name}: no training rows are left after the split; bring more rows")
+    return result
+
+
+def _identify(name: str, splits: dict[str, list[dict[str, Any]]]) -> None:
+    """Give every row a unique id: the source's, else 16 digits of the content hash; a repeated one gets -2, -3, …"""
+    counts: dict[str, int] = {}
+    taken: set[str] = set()
+    for split in ("train", "validation", "test"):
+        for row in splits.get(split, []):
+            base = row["id"] or content_hash(name, row)[:16]
+            identity = base
+            while identity in taken:
+                counts[base] = counts.get(base, 1) + 1
+                identity = f"{base}-{counts[base]}"
+            taken.add(identity)
+            row["id"] = identity
+
+
+def _labels(name: str, splits: dict[str, list[dict[str, Any]]], pinned: list[str] | None) -> list[str]:
+    """The label set: pinned, else that of train; a label outside it is an error."""
+
+    def of(row: dict[str, Any]) -> set[str]:
+        return entity_types(row["tags"]) if name == "ner" else {row["label"]} - {None}
+
+    known = set(pinned) if pinned is not None else {label for row in splits["train"] for label in of(row)}
+    word = "entity type" if name == "ner" else "label"
+    if not known:
+        raise UserError(f"data.{name}: train has no {word}")
+    for split, rows in splits.items():
+        for row in rows:
+            if extra := of(row) - known:
+                label = sorted(extra)[0]
+                if pinned is not None:
+                    raise UserError(
+                        f"{row['at']}: {word} {label!r} is not among data.{name}.labels; mend the row or add the label"
+                    )
+                raise UserError(
+                    f"{row['at']}: {word} {label!r} of {split} is not in train; mend the row or pin data.{name}.labels"
+                )
+    return sorted(known)
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
+    schema = SCHEMAS[name]
+    return pa.table([pa.array([row[field.name] for row in rows], type=field.type) for field in schema], schema=schema)
+
+
+# ---- columns
+
+
+def _columns(name: str, table: str, rows: Rows, mapping: dict[str, str]) -> dict[str, str]:
+    """Our column → the source's, for the columns that the rows have."""
+    has = [str(column) for column in rows.frame.columns]
+    found: dict[str, str] = {}
+    for column, usual in USUAL[table].items():
+        candidates = (mapping[column],) if column in mapping else usual
+        match = next((candidate for candidate in candidates if candidate in has), None)
+        if match is not None:
+            found[column] = match
+        elif column in mapping and table == name:
+            raise UserError(
+                f"{rows.name}: no column {mapping[column]!r} (data.{name}.columns.{column}); it has {', '.join(has)}"
+            )
+    if unknown := set(mapping) - {column for known in _own_tables(name) for column in USUAL[known]}:
+        raise UserError(f"data.{name}.columns.{sorted(unknown)[0]}: not a column of {' or '.join(_own_tables(name))}")
+    missing = [column for column in REQUIRED[table] if column not in found]
+    if missing:
+        raise UserError(
+            f"{rows.name}: no column {missing[0]!r}; it has {', '.join(has)}; "
+            f"name the right one with data.{name}.columns.{missing[0]}"
+        )
+    return found
+
+
+def _own_tables(name: str) -> tuple[str, ...]:
+    return ("items", "interactions") if name == "recommendation" else (name,)
+
+
+def _licences(rows: Rows) -> set[str]:
+    column = next((column for column in LICENCE_COLUMNS if column in rows.frame.columns), None)
+    return {str(value) for value in rows.frame[column] if _present(value)} if column else set()
+
+
+def _values(rows: Rows, found: dict[str, str], column: str) -> list[Any]:
+    return rows.frame[found[column]].tolist() if column in found else [None] * len(rows.frame)
+
+
+def _present(value: Any) -> bool:
+    """Neither null nor NaN nor the empty string."""
+    if value is None or value is pd.NaT or (isinstance(value, str) and not value):
+        return False
+    return not (isinstance(value, float) and math.isnan(value))
+
+
+def _string(value: Any) -> str | None:
+    """As text: 3 and 3.0 are both "3"; absent is None. Lone surrogates, which JSON lets in, become U+FFFD."""
+    if not _present(value):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return (
+        str(value).encode("utf-8", "surrogatepass").decode("utf-8", "replace") if isinstance(value, str) else str(value)
+    )
+
+
+# ---- rows of each source
+
+
+def _corpus_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
+    sources = _values(rows, found, "source")
+    fallback = Path(rows.name).name if rows.unit == "line" else None
+    for index, (identity, text) in enumerate(
+        zip(_values(rows, found, "id"), _values(rows, found, "text"), strict=True)
+    ):
+        source = _string(sources[index]) or fallback
+        yield {"id": _string(identity), "text": _string(text), "source": source, "at": rows.at(index)}
+
+
+def _sentiment_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
+    values = {column: _values(rows, found, column) for column in USUAL["sentiment"]}
+    for index in range(len(rows.frame)):
+        row: dict[str, Any] = {column: _string(values[column][index]) for column in ("id", "text", "label", "topic")}
+        time = values["time"][index]
+        row["time"] = _moment(time, rows, index, found["time"]).to_pydatetime() if _present(time) else None
+        yield {**row, "at": rows.at(index)}
+
+
+def _ner_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
+    lines = (
+        rows.frame["lines"].tolist()
+        if "lines" in rows.frame.columns and rows.name.removesuffix(".gz").endswith(".conll")
+        else None
+    )
+    identities, tokens_of, tags_of = (_values(rows, found, column) for column in ("id", "tokens", "tags"))
+    for index, (identity, raw_tokens, raw_tags) in enumerate(zip(identities, tokens_of, tags_of, strict=True)):
+        tokens, tags = (
+            _sequence(value, rows, index, found[column])
+            for column, value in (("tokens", raw_tokens), ("tags", raw_tags))
+        )
+        if len(tokens) != len(tags):
+            raise UserError(f"{rows.at(index)}: {len(tokens)} tokens but {len(tags)} tags; give each token one tag")
+        if broken := bio_error(tags):
+            position, reason = broken
+            where = f"{rows.name} line {lines[index][position]}" if lines else f"{rows.at(index)}, tag {position + 1}"
+            raise UserError(f"{where}: broken BIO: {reason}; begin every entity with B-")
+        yield {"id": _string(identity), "tokens": tokens, "tags": tags, "at": rows.at(index)}
+
+
+def _sequence(value: Any, rows: Rows, index: int, column: str) -> list[str]:
+    """A list of strings; a cell of text is a JSON list or words separated by white space."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    if isinstance(value, str):
+        return value.split()
+    if not isinstance(value, list | tuple) and hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"{rows.at(index)}: column {column!r} is not a list of strings")
+    return [_string(item) or "" for item in value]
+
+
+def _moment(value: Any, rows: Rows, index: int, column: str) -> pd.Timestamp:
+    """A time as UTC without a zone: a date in ISO form, or seconds or milliseconds since 1970."""
+    try:
+        if isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip()) and len(value.strip()) > 8:
+            value = float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            moment = pd.Timestamp(value, unit="ms" if abs(value) > MILLISECONDS else "s")
+        else:
+            moment = pd.Timestamp(value)
+        moment = moment.tz_convert("UTC").tz_localize(None) if moment.tzinfo else moment
+        if moment is pd.NaT:
+            raise ValueError
+        return moment.floor("us")
+    except (ValueError, TypeError, OverflowError):
+        raise UserError(
+            f"{rows.at(index)}: column {column!r} is not a time; write 2024-05-31T12:00:00 or seconds since 1970"
+        ) from None
+
+
+_RECORDS: dict[str, Callable[[Rows, dict[str, str]], Iterable[dict[str, Any]]]] = {
+    "corpus": _corpus_records,
+    "ner": _ner_records,
+    "sentiment": _sentiment_records,
+}
+
+
+# ---- recommendation
+
+
+def _recommendation(read: list[Rows], source: config.Source) -> Built:
+    records: dict[str, list[dict[str, Any]]] = {"items": [], "interactions": []}
+    columns: dict[str, str] = {}
+    licences: set[str] = set()
+    mapped: set[str] = set()
+    for rows in read:
+        found = _columns("recommendation", rows.role, rows, source.columns)
+        columns.update({f"{rows.role}.{ours}": theirs for ours, theirs in found.items()})
+        mapped |= {ours for ours, theirs in source.columns.items() if found.get(ours) == theirs}
+        licences |= _licences(rows)
+        records[rows.role].extend((_items if rows.role == "items" else _interactions)(rows, found))
+    if lost := sorted(set(source.columns) - mapped):
+        raise UserError(
+            f"data.recommendation.columns.{lost[0]}: no column {source.columns[lost[0]]!r} in items or interactions"
+        )
+    tables = {"items": _table("items", records["items"])}
+    tables |= {split: _table("interactions", rows) for split, rows in leave_last_out(records["interactions"]).items()}
+    return Built(tables, None, columns, sorted(licences))
+
+
+def _items(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
+    values = {column: _values(rows, found, column) for column in USUAL["items"]}
+    for index in range(len(rows.frame)):
+        yield {
+            "item_id": _string(values["item_id"][index]),
+            "title": _string(values["title"][index]),
+            "description": _joined(values["description"][index], ", "),
+            "tags": _joined(values["tags"][index], "|"),
+        }
+
+
+def _joined(value: Any, separator: str) -> str:
+    """A|B or a list as one string."""
+    if not isinstance(value, str) and hasattr(value, "__iter__"):
+        return separator.join(_string(item) or "" for item in value)
+    text = _string(value) or ""
+    # prose may hold a lone |; a list joined with it has no blanks around it
+    return separator.join(text.split("|")) if "|" in text and " | " not in text else text
+
+
+def _interactions(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
+    users, items, times, events, ratings = (_values(rows, found, column) for column in USUAL["interactions"])
+    for index in range(len(rows.frame)):
+        row: dict[str, Any] = {"user_id": _string(users[index]), "item_id": _string(items[index])}
+        for column in ("user_id", "item_id"):
+            if row[column] is None:
+                raise UserError(f"{rows.at(index)}: column {found[column]!r} is empty")
+        row["timestamp"] = _seconds(times[index], rows, index, found["timestamp"])
+        row["event"] = _string(events[index])
+        row["rating"] = None
+        if _present(ratings[index]):
+            try:
+                row["rating"] = float(ratings[index])
+            except (TypeError, ValueError):
+                raise UserError(f"{rows.at(index)}: column {found['rating']!r} is not a number") from None
+        yield row
+
+
+def _seconds(value: Any, rows: Rows, index: int, column: str) -> int:
+    """Whole seconds since 1970, UTC."""
+    try:
+        number = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
+    except ValueError:
+        number = None
+    if number is not None and not (isinstance(value, str) and len(value) == 8 and value[:2] in ("19", "20")):
+        return number // 1000 if abs(number) > MILLISECONDS else number
+    return int(_moment(value, rows, index, column).timestamp() // 1)
+
+
+def leave_last_out(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """A user's last interaction → test, the one before → validation, the rest → train; ties go by item id. A user with
+    fewer than three stays in train. Sorted by user, time and item."""
+    ordered = sorted(rows, key=lambda row: (row["user_id"], row["timestamp"], row["item_id"]))
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+    counts: dict[str, int] = {}
+    for row in ordered:
+        counts[row["user_id"]] = counts.get(row["user_id"], 0) + 1
+    left = dict(counts)
+    for row in ordered:
+        user = row["user_id"]
+        left[user] -= 1
+        held_out = counts[user] >= 3 and left[user] < 2
+        splits[("test", "validation")[left[user]] if held_out else "train"].append(row)
+    return splits
