@@ -90,8 +90,15 @@ class Pretrain(Training):
 
 
 class Multitask(Training):
+    """mixing_temperature: a task is drawn in proportion to its examples to the power of one over this."""
+
     steps: Positive
-    temperature: Annotated[float, Field(ge=1)]
+    mixing_temperature: Annotated[float, Field(ge=1)]
+    max_length: Annotated[int, Field(ge=8)]
+    item_length: Annotated[int, Field(ge=8)]
+    max_history: Positive
+    similarity_temperature: Rate
+    dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
 class Finetune(Training):
@@ -103,7 +110,7 @@ class Finetune(Training):
 
 class FinetuneRecommendation(Finetune):
     max_history: Positive
-    temperature: Rate
+    similarity_temperature: Rate
 
 
 class FinetuneTasks(Section):
@@ -118,9 +125,9 @@ class Evaluate(Section):
 
 
 class Gate(Section):
-    """floor: the primary metric below which a challenger is rejected (a minimum; for `base`, of −bits per byte it is
-    ignored when 0). margin: how much worse the lower bound may be; 0 demands superiority. slices: name → the largest
-    drop against the champion that is accepted there."""
+    """floor: the primary metric below which a challenger is rejected (larger is better for every model: `base` is
+    judged by minus its bits per byte, so its floor is negative). margin: how much worse the lower bound may be; 0
+    demands superiority. slices: name → the largest drop against the champion that is accepted there."""
 
     floor: float
     margin: NonNegative

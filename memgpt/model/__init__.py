@@ -1,1 +1,43 @@
+"""The core. Imports torch and transformers (with numpy and tokenizers) and nothing else of the project."""
 
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from memgpt.model.config import PRESETS, MemGPTConfig
+from memgpt.model.model import (
+    MemGPTForCausalLM,
+    MemGPTForMultiTask,
+    MemGPTForRecommendation,
+    MemGPTForSequenceClassification,
+    MemGPTForTokenClassification,
+    MemGPTModel,
+    MemGPTPreTrainedModel,
+)
+from memgpt.model.tokenizer import MemGPTTokenizer, canonical_ids
+
+AutoConfig.register("memgpt", MemGPTConfig, exist_ok=True)
+AutoTokenizer.register(MemGPTConfig, fast_tokenizer_class=MemGPTTokenizer, exist_ok=True)
+AutoModel.register(MemGPTConfig, MemGPTModel, exist_ok=True)
+AutoModelForCausalLM.register(MemGPTConfig, MemGPTForCausalLM, exist_ok=True)
+AutoModelForTokenClassification.register(MemGPTConfig, MemGPTForTokenClassification, exist_ok=True)
+AutoModelForSequenceClassification.register(MemGPTConfig, MemGPTForSequenceClassification, exist_ok=True)
+
+__all__ = [
+    "PRESETS",
+    "MemGPTConfig",
+    "MemGPTForCausalLM",
+    "MemGPTForMultiTask",
+    "MemGPTForRecommendation",
+    "MemGPTForSequenceClassification",
+    "MemGPTForTokenClassification",
+    "MemGPTModel",
+    "MemGPTPreTrainedModel",
+    "MemGPTTokenizer",
+    "canonical_ids",
+]

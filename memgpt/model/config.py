@@ -1,0 +1,118 @@
+"""The shape of a MemGPT core."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# One dial for the shape: what `pretrain.preset` names.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "memory_rows": 8192,
+        "memory_dim": 32,
+    },
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "memory_rows": 32768,
+        "memory_dim": 64,
+    },
+    "base": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "memory_rows": 131072,
+        "memory_dim": 96,
+    },
+}
+
+
+@strict
+class MemGPTConfig(PreTrainedConfig):
+    """Configuration of every MemGPT class.
+
+    memory_layers: indices of the blocks with an n-gram memory; empty makes a plain GPT.
+    memory_ngrams: lengths n of the n-grams that are looked up.
+    memory_heads: hash functions, so table rows read, per n.
+    memory_rows: rows per hash head; memory_dim: width of a row.
+    dropout: on the output of each residual branch and before each head.
+    pooled_size: width of the two-tower vectors of recommendation.
+    similarity_temperature: of the softmax over items in recommendation.
+    window: subword tokens that the understanding tasks read at once; max_history: a reader's items that count.
+    task_labels: task → labels, for the multi-task class only.
+    """
+
+    model_type = "memgpt"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads the class attribute)
+
+    vocab_size: int = 4096
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+    mask_token_id: int | None = 2
+    memory_layers: list[int] | None = None
+    memory_ngrams: list[int] | None = None
+    memory_heads: int = 2
+    memory_rows: int = 8192
+    memory_dim: int = 32
+    pooled_size: int = 64
+    similarity_temperature: float | int = 0.07
+    window: int = 128
+    max_history: int = 10
+    task_labels: dict[str, list[str]] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.memory_layers is None:
+            self.memory_layers = [layer for layer in (0, 2) if layer < self.num_hidden_layers]
+        if self.memory_ngrams is None:
+            self.memory_ngrams = [2, 3]
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def validate_architecture(self) -> None:
+        """Refuse a shape that cannot be built, naming the fields.
+
+        Raises:
+            ValueError: with the fields and the fix.
+        """
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        layers = self.memory_layers or []
+        if any(not 0 <= layer < self.num_hidden_layers for layer in layers):
+            raise ValueError(f"memory_layers={layers} must lie within the {self.num_hidden_layers} layers, from 0")
+        if any(n < 2 for n in self.memory_ngrams or []):
+            raise ValueError(f"memory_ngrams={self.memory_ngrams} must be 2 or more each")

@@ -1,0 +1,107 @@
+"""The knowledge memory: rows of a large table, addressed by a hash of the last n tokens.
+
+After *Conditional Memory via Scalable Lookup* (arXiv 2601.07372): an address depends on token ids alone, so that a
+look-up costs no matrix product over the table and rows can be fetched ahead. Shape letters: B batch, T positions,
+D hidden size, R rows read per position, M width of a row.
+"""
+
+import torch
+from torch import nn
+
+from memgpt.model.config import MemGPTConfig
+
+# Odd 64-bit constants (splitmix64's increment and mixers); products wrap modulo 2^64, which is what a hash wants.
+_INCREMENT, _MIX_1, _MIX_2, _MASK = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, (1 << 64) - 1
+
+
+def _multiplier(*key: int) -> int:
+    """A fixed odd signed 64-bit number for a key: the same in every process and on every device."""
+    state = 0
+    for part in key:
+        state = (state + (part + 1) * _INCREMENT) & _MASK
+        state = ((state ^ (state >> 30)) * _MIX_1) & _MASK
+        state = ((state ^ (state >> 27)) * _MIX_2) & _MASK
+        state ^= state >> 31
+    state |= 1
+    return state - (1 << 64) if state >= 1 << 63 else state
+
+
+class NGramHash(nn.Module):
+    """Token ids → addresses in the memory tables, the same for every memory layer.
+
+    `canonical_ids` maps a token to the one that stands for all its spellings (case and leading space folded), so that
+    "Apple" and " apple" share entries. Row 0 of a table is always zero; an n-gram that would reach over the start of
+    a document, or that contains padding or a mask, reads it.
+    """
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__()
+        self.ngrams = tuple(config.memory_ngrams or ())
+        self.heads = config.memory_heads
+        self.rows = config.memory_rows
+        self.blanks = tuple(t for t in (config.pad_token_id, config.mask_token_id) if t is not None)
+        self.canonical_ids = nn.Buffer(torch.arange(config.vocab_size))
+
+    @property
+    def context(self) -> int:
+        """How many tokens before the first one are needed to address its n-grams."""
+        return max(self.ngrams, default=1) - 1
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, context_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Addresses [B, T, R] of `input_ids` [B, T].
+
+        position_ids [B or 1, T] count from the start of each document. context_ids [B, ≤ context]: the tokens just
+        before `input_ids`, for incremental decoding.
+        """
+        length = input_ids.shape[1]
+        ids = input_ids if context_ids is None else torch.cat((context_ids, input_ids), dim=1)
+        blank = torch.zeros_like(ids, dtype=torch.bool)
+        for token in self.blanks:
+            blank |= ids == token
+        missing = self.context + length - ids.shape[1]
+        ids = nn.functional.pad(self.canonical_ids[ids], (missing, 0))
+        blank = nn.functional.pad(blank, (missing, 0), value=True)
+
+        def back(tensor: torch.Tensor, steps: int) -> torch.Tensor:
+            start = self.context - steps
+            return tensor[:, start : start + length]
+
+        addresses = []
+        for n in self.ngrams:
+            invalid = position_ids < n - 1
+            for step in range(n):
+                invalid = invalid | back(blank, step)
+            for head in range(self.heads):
+                mixed = torch.zeros_like(input_ids)
+                for step in range(n):
+                    mixed = (mixed ^ (back(ids, step) + 1)) * _multiplier(n, head, step)
+                    mixed = mixed ^ (mixed >> 29)
+                row = 1 + (mixed >> 16) % self.rows + len(addresses) * self.rows
+                addresses.append(row.masked_fill(invalid, 0))
+        return torch.stack(addresses, dim=-1)
+
+
+class KnowledgeMemory(nn.Module):
+    """h ↦ gate(h, k) · v, where k and v are read from the table at the n-gram's addresses.
+
+    The table starts at zero, so the layer starts as "adds nothing" and learns only entries that pay.
+    """
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__()
+        reads = len(config.memory_ngrams or ()) * config.memory_heads
+        self.table = nn.Embedding(1 + reads * config.memory_rows, config.memory_dim, padding_idx=0)
+        self.table._memory_table = True  # init to zero; see MemGPTPreTrainedModel._init_weights
+        self.key = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
+        self.value = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
+        self.query_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.key_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: torch.Tensor, addresses: torch.Tensor) -> torch.Tensor:
+        """hidden [B, T, D], addresses [B, T, R] → what to add to hidden, [B, T, D]."""
+        entry = self.table(addresses).flatten(-2)  # [B, T, R·M]
+        match = (self.query_norm(hidden) * self.key_norm(self.key(entry))).sum(-1, keepdim=True)
+        gate = torch.sigmoid(match * hidden.shape[-1] ** -0.5)
+        return gate * self.value(entry)

@@ -1,0 +1,566 @@
+"""MemGPT: one Transformer backbone with an n-gram memory, and its heads.
+
+    block:  h += memory(h, n-grams)       at `config.memory_layers` only
+            h += attention(norm(h))       rotary positions, grouped queries, query-key norm
+            h += swiglu(norm(h))
+
+The same weights read causally (to generate) or in both directions (to understand): the class decides, a call may
+override with `attention_mode`. Shape letters: B batch, T positions, D hidden size, V vocabulary, L labels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from memgpt.model.config import MemGPTConfig
+from memgpt.model.memory import KnowledgeMemory, NGramHash
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position embedding (arXiv 2104.09864): position_ids [B, T] → cos, sin [B, T, head_dim]."""
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = (config.rope_parameters or {})["rope_type"]
+        compute = (
+            self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
+        )
+        inv_freq, self.attention_scaling = compute(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MemGPTConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
+        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / ((config.rope_parameters or {})["rope_theta"] ** steps), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x [B, heads, T, head_dim] by cos, sin [B, 1, T, head_dim]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, for transformers' attention interface: returns (output [B, T, heads, head_dim], weights)."""
+    groups: int = module.num_key_value_groups  # type: ignore[assignment]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with RMS-normalised queries and keys."""
+
+    def __init__(self, config: MemGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True  # what back ends assume when the call does not say
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj._closes_residual = True
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*hidden.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden).view(shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden).view(shape).transpose(1, 2)
+        cos, sin = rotation[0].unsqueeze(1), rotation[1].unsqueeze(1)
+        query, key = rotate(query, cos, sin).to(value.dtype), rotate(key, cos, sin).to(value.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.reshape(*hidden.shape[:-1], -1)), weights
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (arXiv 2002.05202)."""
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj._closes_residual = True
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Block(GradientCheckpointingLayer):
+    def __init__(self, config: MemGPTConfig, layer_idx: int, memory: bool):
+        super().__init__()
+        self.memory = KnowledgeMemory(config) if memory else None
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = Attention(config, layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden: torch.Tensor, addresses: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        if self.memory is not None and addresses is not None:
+            hidden = hidden + self.dropout(self.memory(hidden, addresses))
+        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), **kwargs)[0])
+        return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
+
+
+class MemGPTPreTrainedModel(PreTrainedModel):
+    config: MemGPTConfig
+    config_class = MemGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only leaf modules are visited for classes outside transformers, hence the marks on the leaves.
+        super()._init_weights(module)
+        if getattr(module, "_closes_residual", False):
+            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+            init.normal_(module.weight, std=std)
+        elif getattr(module, "_memory_table", False):
+            init.zeros_(module.weight)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        hash_ = self.base_model.ngram_hash
+        known, total = hash_.canonical_ids, embeddings.weight.shape[0]
+        added = torch.arange(len(known), total, device=known.device)
+        hash_.canonical_ids = nn.Buffer(torch.cat((known[:total], added)))
+        return embeddings
+
+
+class MemGPTModel(MemGPTPreTrainedModel):
+    """The backbone: token ids → hidden states."""
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.ngram_hash = NGramHash(config)
+        self.layers = nn.ModuleList(
+            Block(config, layer, memory=layer in (config.memory_layers or ()))
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        attention_mode: str = "causal",
+        context_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """input_ids [B, T], or inputs_embeds [B, T, D] (then the memory is not read) → last_hidden_state [B, T, D].
+
+        position_ids [B, T] that start again at 0 mark the documents of a packed row (causal mode): attention and
+        n-grams stay within them. attention_mode: "causal" or "bidirectional". context_ids [B, n]: the tokens before
+        `input_ids` when decoding with a cache; `generate` passes them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        if attention_mode not in ("causal", "bidirectional"):
+            raise ValueError(f"attention_mode={attention_mode!r}: expected 'causal' or 'bidirectional'")
+        causal = attention_mode == "causal"
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        addresses = None
+        if input_ids is not None and self.config.memory_layers:
+            if past and context_ids is None:
+                raise ValueError("decoding with a cache: pass context_ids, the tokens before input_ids, for the memory")
+            addresses = self.ngram_hash(input_ids, position_ids, context_ids)
+        masks: dict[str, Any] = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        mask = create_causal_mask(position_ids=position_ids, **masks) if causal else create_bidirectional_mask(**masks)
+        if use_cache and causal and past_key_values is None:
+            # After the mask: with a cache in hand transformers would not look for packed documents.
+            past_key_values = DynamicCache(config=self.config)
+        rotation = self.rotary_emb(inputs_embeds, position_ids)
+        hidden = inputs_embeds
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                addresses=addresses,
+                rotation=rotation,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                is_causal=causal,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
+    """Predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config)
+        self.model = MemGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        if next_sequence_length is not None and inputs.get("input_ids") is not None:
+            past = input_ids.shape[1] - inputs["input_ids"].shape[1]
+            inputs["context_ids"] = input_ids[:, max(0, past - self.model.ngram_hash.context) : past]
+        return inputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """labels [B, T] are input_ids, −100 where not to be predicted; they are shifted here."""
+        loss_arguments = {key: kwargs.pop(key) for key in ("num_items_in_batch",) if key in kwargs}
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+
+
+def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of hidden [B, T, D] over the positions that attention_mask [B, T] keeps → [B, D]."""
+    if attention_mask is None:
+        return hidden.mean(dim=1)
+    weights = attention_mask[..., None].to(hidden.dtype)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+class TokenHead(nn.Module):
+    """A label per token: hidden [B, T, D] → logits [B, T, L]."""
+
+    def __init__(self, config: MemGPTConfig, num_labels: int):
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.score(self.dropout(hidden))
+
+
+class SequenceHead(nn.Module):
+    """A label per text: hidden [B, T, D] → logits [B, L], from the mean and the maximum over positions."""
+
+    def __init__(self, config: MemGPTConfig, num_labels: int):
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.dense = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.score = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        mean = mean_pool(hidden, attention_mask)
+        if attention_mask is not None:
+            hidden = hidden.masked_fill(attention_mask[..., None] == 0, torch.finfo(hidden.dtype).min)
+        pooled = torch.cat((mean, hidden.amax(dim=1)), dim=-1)
+        return self.score(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
+
+
+class InterestHead(nn.Module):
+    """Two towers over one trunk: an item's text → vector; a reader's last items, as vectors → vector.
+
+    The dot product of the two, over `similarity_temperature`, is the logit of the reader choosing the item next.
+    """
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__()
+        self.item = nn.Linear(config.hidden_size, config.pooled_size)
+        self.history_in = nn.Linear(config.pooled_size, config.hidden_size)
+        self.history = Block(config, layer_idx=0, memory=False)
+        self.history_out = nn.Linear(config.hidden_size, config.pooled_size)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.temperature = config.similarity_temperature
+
+    def encode_item(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """hidden [B, T, D] of items' texts → unit vectors [B, P]."""
+        return nn.functional.normalize(self.item(mean_pool(hidden, attention_mask)), dim=-1)
+
+    def encode_reader(self, items: torch.Tensor) -> torch.Tensor:
+        """Vectors of the items read, oldest first [B, H, P] → the reader's interest after each of them [B, H, P].
+
+        Causal, so trailing padding does not touch what comes before it.
+        """
+        hidden = self.history_in(items)
+        positions = torch.arange(items.shape[1], device=items.device)[None]
+        mask = create_causal_mask(
+            config=self.history.attention.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+        )
+        hidden = self.history(
+            hidden, rotation=self.rotary_emb(hidden, positions), attention_mask=mask, is_causal=True
+        )
+        return nn.functional.normalize(self.history_out(hidden) + items, dim=-1)
+
+    def loss(
+        self,
+        items: torch.Tensor,
+        history: torch.Tensor,
+        targets: torch.Tensor,
+        log_frequency: torch.Tensor,
+    ) -> torch.Tensor:
+        """Softmax over the batch's items with the popularity correction of sampled softmax (log Q; Yi et al. 2019).
+
+        items [N, P]; history [B, H] indices into items, oldest first; targets [B, H]: index of the next item or −100;
+        log_frequency [N]: log of how often each item is a target, subtracted so that popular items, which are in
+        most batches, are not punished for it.
+        """
+        interest = self.encode_reader(items[history])
+        logits = interest @ items.T / self.temperature - log_frequency
+        # What the reader has read already is not recommended again, so it does not compete either.
+        seen = torch.zeros_like(logits).scatter_add(
+            -1, history[:, None, :].expand(-1, history.shape[1], -1), _causal_ones(history).to(logits.dtype)
+        )
+        target_seen = seen.gather(-1, targets.clamp(min=0)[..., None]) > 0
+        logits = logits.masked_fill((seen > 0) & ~target_seen, torch.finfo(logits.dtype).min)
+        return _cross_entropy(logits, targets)
+
+
+def _causal_ones(history: torch.Tensor) -> torch.Tensor:
+    """[B, H, H]: 1 where the second position is not after the first."""
+    length = history.shape[1]
+    return torch.ones(length, length, device=history.device).tril().expand(history.shape[0], -1, -1)
+
+
+class MemGPTForTokenClassification(MemGPTPreTrainedModel):
+    """A label per token (named entities), read in both directions."""
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config)
+        self.model = MemGPTModel(config)
+        self.head = TokenHead(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        attention_mode: str = "bidirectional",
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """labels [B, T], −100 where a token has none."""
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, attention_mode=attention_mode, **_trunk(kwargs)
+        )
+        logits = self.head(outputs.last_hidden_state, attention_mask)
+        loss = None if labels is None else _cross_entropy(logits, labels)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
+    """A label per text (sentiment), read in both directions."""
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config)
+        self.model = MemGPTModel(config)
+        self.head = SequenceHead(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        attention_mode: str = "bidirectional",
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """labels [B]."""
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, attention_mode=attention_mode, **_trunk(kwargs)
+        )
+        logits = self.head(outputs.last_hidden_state, attention_mask)
+        loss = None if labels is None else _cross_entropy(logits, labels)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MemGPTForRecommendation(MemGPTPreTrainedModel):
+    """Scores items for a reader by what they say."""
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config)
+        self.model = MemGPTModel(config)
+        self.head = InterestHead(config)
+        self.post_init()
+
+    def encode_item(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Texts of items [N, T] → unit vectors [N, P]."""
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, attention_mode="bidirectional")
+        return self.head.encode_item(outputs.last_hidden_state, attention_mask)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        history: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        log_frequency: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """input_ids [N, T]: the items of the batch; history, labels [B, H] and log_frequency [N] as in
+        `InterestHead.loss`. logits: item vectors [N, P] without history, else the loss alone matters."""
+        items = self.encode_item(input_ids, attention_mask)
+        loss = None
+        if history is not None and labels is not None and log_frequency is not None:
+            loss = self.head.loss(items, history, labels, log_frequency)
+        return SequenceClassifierOutput(loss=loss, logits=items)
+
+
+class MemGPTForMultiTask(MemGPTPreTrainedModel):
+    """Several tasks on one trunk; `task` chooses the head. `config.task_labels` gives each task's labels."""
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config)
+        labels = config.task_labels or {}
+        self.model = MemGPTModel(config)
+        self.heads = nn.ModuleDict(
+            {
+                "ner": TokenHead(config, len(labels.get("ner", ("O",)))),
+                "sentiment": SequenceHead(config, len(labels.get("sentiment", ("neutral",)))),
+                "recommendation": InterestHead(config),
+            }
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        task: str,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        history: torch.LongTensor | None = None,
+        log_frequency: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """A batch of one task; arguments as in the task's own class."""
+        head = self.heads[task]
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, attention_mode="bidirectional", **_trunk(kwargs)
+        )
+        if isinstance(head, InterestHead):
+            logits = head.encode_item(outputs.last_hidden_state, attention_mask)
+            loss = None if labels is None else head.loss(logits, history, labels, log_frequency)
+        else:
+            logits = head(outputs.last_hidden_state, attention_mask)
+            loss = None if labels is None else _cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def _trunk(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the backbone takes, without what the Trainer adds for language models."""
+    return {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}

@@ -1,0 +1,46 @@
+"""Text → how well the base model predicts it."""
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from memgpt.model import MemGPTForCausalLM
+from memgpt.predict.batching import by_length, pad
+
+WINDOW = 512  # tokens read at once; the first of the next window is predicted from the last of this one alone
+
+
+class Predictor:
+    def __init__(self, directory: Path | str, device: str = "cpu"):
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.model = MemGPTForCausalLM.from_pretrained(directory).to(device).eval()
+        self.device = device
+
+    @torch.no_grad()
+    def predict(self, inputs: list[str]) -> list[dict[str, float]]:
+        """Per text: nats (total negative log-likelihood), tokens, bytes (UTF-8) and bits_per_byte."""
+        end = self.tokenizer.eos_token_id
+        rows, owners = [], []
+        for index, text in enumerate(inputs):
+            ids = [end, *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+            for first in range(0, max(1, len(ids) - 1), WINDOW):
+                rows.append(ids[first : first + WINDOW + 1])
+                owners.append(index)
+        nats, tokens = [0.0] * len(inputs), [0] * len(inputs)
+        for batch in by_length(rows):
+            arguments = pad([rows[i] for i in batch], self.model.config.pad_token_id or 0, self.device)
+            logits = self.model(**arguments, use_cache=False).logits[:, :-1].float()
+            target, kept = arguments["input_ids"][:, 1:], arguments["attention_mask"][:, 1:]
+            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none") * kept
+            for i, total, count in zip(batch, loss.sum(1).tolist(), kept.sum(1).tolist(), strict=True):
+                nats[owners[i]] += total
+                tokens[owners[i]] += count
+        answers = []
+        for text, total, count in zip(inputs, nats, tokens, strict=True):
+            size = len(text.encode())
+            answers.append(
+                {"nats": total, "tokens": count, "bytes": size, "bits_per_byte": total / math.log(2) / max(1, size)}
+            )
+        return answers

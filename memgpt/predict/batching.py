@@ -1,0 +1,31 @@
+"""Running a model over many texts of unequal length."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+TOKENS_PER_BATCH = 8192  # padding included
+
+
+def by_length(rows: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:
+    """Indices of rows in batches of similar length, longest first, each at most `tokens` with its padding."""
+    order = sorted(range(len(rows)), key=lambda row: (-len(rows[row]), row))
+    batch: list[int] = []
+    for row in order:
+        if batch and (len(batch) + 1) * len(rows[batch[0]]) > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """Rows of ids → input_ids and attention_mask [B, T]; an empty row becomes one padding token that is read."""
+    width = max(1, *(len(row) for row in rows)) if rows else 1
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, : max(1, len(row))] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

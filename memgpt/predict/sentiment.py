@@ -1,0 +1,38 @@
+"""Text → sentiment with a probability for each label."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from memgpt.model import MemGPTForSequenceClassification
+from memgpt.predict.batching import by_length, pad
+
+
+class Predictor:
+    def __init__(self, directory: Path | str, device: str = "cpu"):
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.model = MemGPTForSequenceClassification.from_pretrained(directory).to(device).eval()
+        self.device = device
+
+    @torch.no_grad()
+    def predict(self, inputs: list[str | dict[str, Any]]) -> list[dict[str, Any]]:
+        """Per text (or {text, topic}): {label, scores: {label: probability}, topic}. The topic is passed through."""
+        rows = [{"text": row, "topic": None} if isinstance(row, str) else row for row in inputs]
+        ids = [
+            self.tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"][: self.model.config.window]
+            for row in rows
+        ]
+        names = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+        answers: list[dict[str, Any]] = [{} for _ in rows]
+        for batch in by_length(ids):
+            arguments = pad([ids[i] for i in batch], self.tokenizer.pad_token_id, self.device)
+            for i, scores in zip(batch, self.model(**arguments).logits.float().softmax(-1).tolist(), strict=True):
+                best = max(range(len(names)), key=scores.__getitem__)
+                answers[i] = {
+                    "label": names[best],
+                    "scores": {name: round(score, 6) for name, score in zip(names, scores, strict=True)},
+                    "topic": rows[i].get("topic"),
+                }
+        return answers

@@ -1,0 +1,126 @@
+"""pretrain: teach the core to predict the next token of the corpus, memory included. Writes models/base."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
+
+from memgpt import atomic, checkpoint, lineage
+from memgpt.config import Config
+from memgpt.errors import UserError
+from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM, canonical_ids
+from memgpt.training import Log, train
+
+TOKENIZER, TOKENS, BASE = Path("models/tokenizer"), Path("data/tokens"), Path("models/base")
+
+
+class PackedTokens(Dataset):
+    """Rows of `length` tokens cut from a split of data/tokens.
+
+    position_ids start again at 0 with each document, which keeps attention and n-grams within it. A document's first
+    token is the end token, so its last token learns to predict the end.
+    """
+
+    def __init__(self, directory: Path, split: str, length: int):
+        self.ids = np.load(directory / f"{split}.npy", mmap_mode="r")
+        self.starts = np.load(directory / f"{split}_starts.npy")
+        self.length = length
+        if len(self) == 0:
+            raise UserError(
+                f"{directory}/{split}.npy: holds {len(self.ids)} tokens, fewer than one row of "
+                f"pretrain.sequence_length={length}; give a larger corpus or a smaller sequence_length"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids) // self.length
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        first = row * self.length
+        where = np.arange(first, first + self.length)
+        document = self.starts[np.searchsorted(self.starts, where, side="right") - 1]
+        ids = torch.from_numpy(self.ids[first : first + self.length].astype(np.int64))
+        return {
+            "input_ids": ids,
+            "position_ids": torch.from_numpy(where - np.maximum(document, first)),
+            "labels": ids,
+        }
+
+
+def run(config: Config, log: Log | None = None) -> dict[str, float]:
+    params = config.pretrain
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    data = PackedTokens(TOKENS, "train", params.sequence_length)
+    steps = max(1, params.tokens // (params.batch_size * params.sequence_length))
+    set_seed(params.seed)
+    model = _initial_model(config, tokenizer)
+    checkpoints = checkpoint.directory("pretrain", params.model_dump(), [TOKENIZER, TOKENS])
+    train(
+        model,
+        data,
+        _stack,
+        params,
+        steps=steps,
+        checkpoints=checkpoints,
+        title="pretrain",
+        decay_fraction=params.decay_fraction,
+        log=log,
+    )
+    loss = held_out_loss(model, PackedTokens(TOKENS, "validation", params.sequence_length), params.batch_size)
+    metrics = {
+        "validation_loss": round(loss, 6),
+        "validation_perplexity": round(math.exp(loss), 4),
+        "tokens_seen": steps * params.batch_size * params.sequence_length,
+        "parameters": model.num_parameters(),
+        "memory_parameters": sum(p.numel() for n, p in model.named_parameters() if n.endswith("table.weight")),
+    }
+    with atomic.replacing(BASE) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        parent = Path(params.init) if params.init and Path(params.init).is_dir() else None
+        lineage.write(directory, "pretrain", [TOKENIZER, TOKENS], params.model_dump(), parent, params.seed, metrics)
+    checkpoint.discard(checkpoints)
+    return metrics
+
+
+@torch.no_grad()
+def held_out_loss(model: MemGPTForCausalLM, data: Dataset, batch_size: int) -> float:
+    """Mean negative log-likelihood per predicted token, in nats."""
+    total = count = 0.0
+    for batch in torch.utils.data.DataLoader(data, batch_size=batch_size, collate_fn=_stack):
+        predicted = batch["labels"].numel() - len(batch["labels"])
+        total += model(**batch).loss.item() * predicted
+        count += predicted
+    return total / count
+
+
+def _initial_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MemGPTForCausalLM:
+    params = config.pretrain
+    if params.init is None:
+        model = MemGPTForCausalLM(
+            MemGPTConfig(
+                vocab_size=len(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                mask_token_id=tokenizer.mask_token_id,
+                **PRESETS[params.preset],
+            )
+        )
+        model.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer))
+        return model
+    try:
+        model = MemGPTForCausalLM.from_pretrained(params.init)
+    except (OSError, ValueError) as error:
+        raise UserError(f"pretrain.init={params.init}: {str(error).strip().splitlines()[0]}") from None
+    if model.config.vocab_size != len(tokenizer):
+        raise UserError(
+            f"pretrain.init={params.init}: its vocabulary has {model.config.vocab_size} entries and its tokenizer "
+            f"{len(tokenizer)}; start from a directory whose tokenizer belongs to the model"
+        )
+    return model
+
+
+def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

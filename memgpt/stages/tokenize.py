@@ -1,0 +1,98 @@
+"""tokenize: train the tokenizer (or take the one of `pretrain.init`) and write the corpus as token ids.
+
+Reads data/tables/*; writes models/tokenizer and data/tokens: for each split `<split>.npy`, the ids of all documents in
+one row, each document led by the end token, and `<split>_starts.npy`, where each document begins.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from memgpt import atomic
+from memgpt.config import Config
+from memgpt.errors import UserError
+from memgpt.model import MemGPTTokenizer
+from memgpt.overlap import HeldOut, clean
+
+TABLES, TOKENIZER, TOKENS = Path("data/tables"), Path("models/tokenizer"), Path("data/tokens")
+_BATCH = 256  # documents
+
+
+def run(config: Config) -> dict[str, float]:
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # same ids, on all cores
+    held_out = HeldOut(_held_out_texts())
+    splits = {}
+    removed = 0
+    for split in ("train", "validation"):
+        texts = pq.read_table(TABLES / "corpus" / f"{split}.parquet", columns=["text"])["text"].to_pylist()
+        splits[split], count = clean(texts, held_out)
+        removed += count
+    tokenizer = _tokenizer(config, splits["train"])
+    with atomic.replacing(TOKENIZER) as directory:
+        tokenizer.save_pretrained(directory)
+    counts = {}
+    with atomic.replacing(TOKENS) as directory:
+        directory.mkdir()
+        for split, texts in splits.items():
+            ids, starts = _encode(tokenizer, texts, split)
+            counts[split] = len(ids)
+            np.save(directory / f"{split}.npy", ids)
+            np.save(directory / f"{split}_starts.npy", starts)
+        atomic.write_json(
+            directory / "manifest.json",
+            {
+                "tokens": counts,
+                "documents": {split: len(texts) for split, texts in splits.items()},
+                "bytes": {split: sum(len(text.encode()) for text in texts) for split, texts in splits.items()},
+                "removed_paragraphs": removed,
+            },
+        )
+    return {"train_tokens": counts["train"], "validation_tokens": counts["validation"], "removed_paragraphs": removed}
+
+
+def _held_out_texts() -> list[str]:
+    """Validation and test texts of the tasks that are judged by reading them; items are known to readers by design."""
+    texts = []
+    for split in ("validation", "test"):
+        sentences = pq.read_table(TABLES / "ner" / f"{split}.parquet", columns=["tokens"])["tokens"].to_pylist()
+        texts += [" ".join(words) for words in sentences]
+        texts += pq.read_table(TABLES / "sentiment" / f"{split}.parquet", columns=["text"])["text"].to_pylist()
+    return texts
+
+
+def _tokenizer(config: Config, texts: list[str]) -> PreTrainedTokenizerFast:
+    if config.pretrain.init is None:
+        sample = texts[: config.tokenize.max_documents]
+        return MemGPTTokenizer.train(sample, config.tokenize.vocab_size, config.tokenize.min_frequency)
+    try:
+        return AutoTokenizer.from_pretrained(config.pretrain.init)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"pretrain.init={config.pretrain.init}: no tokenizer to be had there ({reason}); "
+            "name a model directory, or a hub id on a machine with network"
+        ) from None
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of all documents [N] in the smallest fitting type, and where each document starts [documents]."""
+    end = tokenizer.eos_token_id
+    rows: list[np.ndarray] = []
+    starts, total = [], 0
+    for batch in tqdm(list(_batches(texts)), desc=f"tokenize {split}", unit="batch", leave=False, disable=None):
+        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
+            starts.append(total)
+            rows.append(np.asarray([end, *ids]))
+            total += len(ids) + 1
+    kind = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max else np.uint32
+    return np.concatenate(rows).astype(kind) if rows else np.zeros(0, kind), np.asarray(starts, dtype=np.int64)
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    for first in range(0, len(texts), _BATCH):
+        yield texts[first : first + _BATCH]
