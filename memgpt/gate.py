@@ -1,0 +1,213 @@
+"""The gate: may this challenger become champion? The rules, and the processes in which each version predicts.
+
+Everything is decided on prediction files: each version reads the same frozen test inputs in its own process, with its
+own packaged code (`isolated.py`), and `decide` compares what they answered.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from memgpt import bootstrap
+from memgpt.bootstrap import Score
+from memgpt.config import Gate
+from memgpt.errors import UserError
+
+Outcome = Literal["promote", "reject", "hold", "unchanged"]
+SEPARATOR = "\x1f"  # between pre-split words on their way through the served model: ASCII's unit separator
+_TIMED_ROWS, _TIMED_SECONDS, _ROUNDS = 32, 2.0, 5
+
+
+@dataclass(frozen=True)
+class Decision:
+    verdict: Outcome
+    reasons: list[str]
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+class VersionError(Exception):
+    """A registered version does not load, does not predict, or answers something else than it was asked."""
+
+
+def decide(
+    gate: Gate,
+    score: Score,
+    challenger: np.ndarray,
+    *,
+    champion: np.ndarray | None,
+    baseline: np.ndarray | None = None,
+    slices: Mapping[str, np.ndarray] | None = None,
+    resamples: int,
+    seed: int,
+    incomparable: str | None = None,
+    replace: bool = False,
+) -> Decision:
+    """The verdict on per-example statistics [n, k] of challenger, champion and baseline over the same n test rows.
+
+    champion: None if there is none, or none to compare with. baseline: needed where there is no champion.
+    slices: name → which rows [n] belong to it. incomparable: why the champion's numbers mean something else.
+    replace: an operator's word that releases a hold, never a rejection.
+    """
+    value = float(score(challenger.sum(axis=0)))
+    if not np.isfinite(challenger).all() or not np.isfinite(value):
+        return Decision("reject", ["predictions score NaN or infinity"])
+    low, high = bootstrap.interval(challenger, score, resamples, seed)
+    numbers = {"value": value, "ci_low": low, "ci_high": high}
+    if value < gate.floor:
+        return Decision("reject", [f"{value:.4f} is below the floor {gate.floor:g}"], numbers)
+    if champion is None:
+        if incomparable and not replace:
+            return Decision("hold", [f"not comparable: {incomparable}"], numbers)
+        assert baseline is not None, "without a champion the baseline decides"
+        difference, low, high = bootstrap.paired(challenger, baseline, score, resamples, seed)
+        numbers |= {"baseline": float(score(baseline.sum(axis=0))), "over_baseline": difference}
+        numbers |= {"over_baseline_low": low, "over_baseline_high": high}
+        shown = f"baseline {numbers['baseline']:.4f} by {difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+        if low > 0:
+            first = f"replaces on request ({incomparable})" if incomparable else "first champion"
+            return Decision("promote", [f"{first}, above the simple {shown}"], numbers)
+        return Decision("reject", [f"not better than the simple {shown}"], numbers)
+
+    failed = []
+    for name, allowed in sorted(gate.slices.items()):
+        mask = (slices or {})[name]
+        if not mask.any():
+            continue
+        drop = float(score(champion[mask].sum(axis=0)) - score(challenger[mask].sum(axis=0)))
+        numbers[f"drop_{name}"] = drop
+        if not drop <= allowed:
+            failed.append(f"slice {name} ({int(mask.sum())} rows) drops by {drop:.4f}, {allowed:g} is accepted")
+    difference, low, high = bootstrap.paired(challenger, champion, score, resamples, seed)
+    numbers |= {"champion": float(score(champion.sum(axis=0)))}
+    numbers |= {"difference": difference, "difference_low": low, "difference_high": high}
+    if failed:
+        return Decision("reject", failed, numbers)
+    shown = f"{difference:+.4f} [{low:+.4f}, {high:+.4f}] against the champion"
+    if low > -gate.margin and difference >= 0:
+        return Decision("promote", [shown], numbers)
+    why = "worse than the champion" if difference < 0 else "the gain is not certain"
+    if replace:
+        return Decision("promote", [f"replaces on request though {why}: {shown}"], numbers)
+    return Decision("hold", [f"{why}: {shown}, margin {gate.margin:g}"], numbers)
+
+
+def check_slices(model: str, gate: Gate, known: Mapping[str, np.ndarray]) -> None:
+    """
+    Raises:
+        UserError: if params.yaml names a slice that the test set does not have.
+    """
+    for name in gate.slices:
+        if name not in known:
+            names = ", ".join(sorted(known)) or "none"
+            raise UserError(f"promote.{model}.slices.{name}: no such slice of the test set; known: {names}")
+
+
+class Version:
+    """One registered version, loading and predicting in a child process of its own.
+
+    uri: `models:/name/version`. The child's noise goes to `<folder>/v<version>.log`, its predictions beside it.
+    """
+
+    def __init__(self, uri: str, folder: Path, threads: int) -> None:
+        self.uri = uri
+        self.folder = folder.resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.label = "v" + uri.rpartition("/")[2]
+        self.log = self.folder / f"{self.label}.log"
+        threaded = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", str(Path(__file__).with_name("isolated.py").resolve()), uri],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=tempfile.gettempdir(),  # not the checkout
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **threaded},
+                text=True,
+            )
+        self.weight_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def ask(self, inputs: list[Any], params: dict[str, Any] | None = None) -> None:
+        """Have the inputs predicted as soon as the model is loaded; `answer` waits for it."""
+        path, self.out = self.folder / f"{self.label}.inputs.json", self.folder / f"{self.label}.json"
+        path.write_text(json.dumps(inputs), encoding="utf-8")
+        self.asked = len(inputs)
+        self._send({"do": "predict", "inputs": str(path), "params": params, "out": str(self.out)})
+
+    def answer(self) -> list[Any]:
+        """The predictions that were asked for, one per input.
+
+        Raises:
+            VersionError: if the version does not load or predict.
+        """
+        self.weight_bytes = self._receive("load")["bytes"]
+        self._receive("predict")
+        predictions = json.loads(self.out.read_text(encoding="utf-8"))
+        if not isinstance(predictions, list) or len(predictions) != self.asked:
+            raise VersionError(f"{self.uri} does not predict: not one answer for each of {self.asked} inputs")
+        return predictions
+
+    def seconds(self, rows: int) -> float:
+        """How long it takes to predict the first rows once more."""
+        self._send({"do": "time", "rows": rows})
+        return self._receive("predict")["seconds"]
+
+    def _send(self, command: dict[str, Any]) -> None:
+        assert self.process.stdin
+        with suppress(BrokenPipeError):  # it ended: what it said last, or its exit status, is the answer
+            self.process.stdin.write(json.dumps(command) + "\n")
+            self.process.stdin.flush()
+
+    def _receive(self, verb: str) -> dict[str, Any]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"its process ended with {self.process.wait()}"}
+        if "error" in answer:
+            raise VersionError(f"{self.uri} does not {verb}: {answer['error']} (see {self.log})")
+        return answer
+
+
+def as_served(inputs: list[Any]) -> tuple[list[Any], dict[str, Any] | None]:
+    """Test inputs in the form that the served model takes, with its params: words that are already split travel as one
+    text each, since the signature is a list of texts; offsets stay the same, the separator being one character."""
+    if inputs and all(isinstance(value, list) for value in inputs):
+        return [SEPARATOR.join(words) for words in inputs], {"separator": SEPARATOR}
+    return inputs, None
+
+
+def cost(challenger: Version, champion: Version | None, rows: int) -> dict[str, float]:
+    """Size, time per row, and their ratios to the champion, timed in turns: a machine that gets slower slows both.
+
+    On at most 32 rows, for at most about 2 s.
+    """
+    versions = [challenger, champion] if champion else [challenger]
+    rounds: list[list[float]] = []
+    rows = min(rows, _TIMED_ROWS)
+    while len(rounds) < _ROUNDS and sum(map(sum, rounds)) < _TIMED_SECONDS:
+        rounds.append([version.seconds(rows) for version in versions])
+    numbers = {"latency_ms": 1000 * median(times[0] for times in rounds) / rows}
+    numbers["size_mb"] = challenger.weight_bytes / 1e6
+    if champion:
+        numbers["latency_ratio"] = median(times[0] / times[1] for times in rounds)
+        numbers["size_ratio"] = challenger.weight_bytes / champion.weight_bytes
+    return numbers

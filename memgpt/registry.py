@@ -1,0 +1,319 @@
+"""The model registry: versions with their lineage, aliases, and the record of every decision.
+
+Only `promote` and `rollback` change it, and every change follows one path: `carry_out` records the intent as a run of
+the experiment `promotions`, applies it, and marks the run done. What a kill leaves open is settled by `reconcile` at the
+next start: finished if the champion alias has moved, else abandoned. `apply` may be repeated at will.
+"""
+
+import getpass
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from memgpt import lineage, packaging, tracking
+from memgpt.config import SOURCES
+from memgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+# What a version must say about itself. `content` is the hash of the rest but the origin: equal content is one version.
+CONTENT = (
+    "weights",
+    "lineage",
+    "code",
+    "metrics",
+    "sources_lock",
+    "source_family",
+    "labels",
+    "licence",
+    "non_commercial",
+)
+ORIGIN = ("commit", "dirty", "flow_run", "mlflow_run")
+REQUIRED = (*CONTENT, "content", *ORIGIN)
+_LINEAGE = {"stage", "inputs", "params", "parent", "seed", "versions", "metrics"}  # keys of lineage.json
+_REPORT = {"primary", "value", "ci_low", "ci_high", "n", "baseline"}
+_PRODUCTS = (":!dvc.lock", ":!reports", ":!models", ":!data")  # what the pipeline writes makes no commit dirty
+
+
+def name(model: str) -> str:
+    return f"memgpt-{model}"
+
+
+def uri(model: str, version: str) -> str:
+    return f"models:/{name(model)}/{version}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A finished model directory with all that a version must say about itself, except the run that registers it."""
+
+    model: str
+    directory: Path
+    report: dict[str, Any]
+    sources: dict[str, dict[str, Any]]
+    tags: dict[str, str]
+
+    @property
+    def weights(self) -> str:
+        return self.tags["weights"]
+
+
+def candidate(model: str, root: Path = Path()) -> Candidate:
+    """models/<model> with its lineage, test report, manifests, lock and commit.
+
+    Raises:
+        UserError: naming what is missing: without whole lineage nothing is registered.
+    """
+    directory = root / "models" / model
+    if not directory.is_dir():
+        raise UserError(f"{directory}: not found; run `dvc repro` (or `memgpt retrain`) first")
+    story = lineage.read(directory)
+    _complete(directory / lineage.FILE, story, _LINEAGE)
+    report = _json(root / "reports" / "metrics" / f"{model}.json", f"memgpt evaluate {model}")
+    _complete(root / "reports" / "metrics" / f"{model}.json", report, _REPORT)
+    own = "corpus" if model == "base" else model
+    learned = SOURCES if any("multitask" in path for path in story["inputs"]) else tuple(dict.fromkeys(("corpus", own)))
+    sources = {
+        source: _json(root / "data" / "tables" / source / "manifest.json", f"memgpt ingest {source}")
+        for source in learned
+    }
+    lock = root / "data" / "sources.lock.json"
+    if not lock.is_file():
+        raise UserError(f"{lock}: missing; run `memgpt snapshot`")
+    commit, dirty = commit_at_start(root)
+    licences = {source: manifest["licence"] for source, manifest in sources.items()}
+    content = {
+        "weights": lineage.weights_digest(directory),
+        "lineage": lineage.digest(directory / lineage.FILE),
+        "code": packaging.code_digest(),
+        "metrics": _compact({key: value for key, value in report.items() if isinstance(value, str | int | float)}),
+        "sources_lock": lineage.digest(lock),
+        "source_family": _compact(sources[own]["family"]),
+        "labels": _compact(sources[own]["labels"]),
+        "licence": _compact(licences),
+        "non_commercial": _compact(any(manifest["non_commercial"] for manifest in sources.values())),
+    }
+    origin = {
+        "commit": commit,
+        "dirty": _compact(dirty),
+        "flow_run": os.environ.get("PREFECT__FLOW_RUN_ID") or "none",
+    }
+    digest = hashlib.sha256(_compact(content).encode()).hexdigest()
+    return Candidate(model, directory, report, sources, {**content, "content": digest, **origin})
+
+
+def commit_at_start(root: Path) -> tuple[str, bool]:
+    """HEAD, and whether tracked or new files differ from it, apart from what the pipeline writes.
+
+    MEMGPT_COMMIT (`<sha>` or `<sha>-dirty`) is what a flow noted when it started: HEAD may have moved since.
+    """
+    noted = os.environ.get("MEMGPT_COMMIT")
+    if noted:
+        sha, _, rest = noted.partition("-")
+        return sha, rest == "dirty"
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head, bool(_git(root, "status", "--porcelain", "--", ".", *_PRODUCTS))
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        raise UserError(f"{root.resolve()}: no commit to name in the lineage ({why}); work in a git checkout") from None
+
+
+def aliases(client: "MlflowClient", model: str) -> dict[str, str]:
+    """alias → version; empty if the model is not registered yet."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_registered_model(name(model)).aliases
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return {}
+        raise
+    return {alias: str(version) for alias, version in found.items()}  # an int on SQLite, a string over HTTP
+
+
+def version_tags(client: "MlflowClient", model: str, version: str) -> dict[str, str]:
+    return dict(client.get_model_version(name(model), version).tags)
+
+
+def intact(model: str, version: str) -> bool:
+    """Whether the version's files are still where the registry says; loading them is the gate's business."""
+    from mlflow.artifacts import list_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return any(file.path == "MLmodel" for file in list_artifacts(artifact_uri=uri(model, version)))
+    except (MlflowException, OSError):
+        return False
+
+
+def missing_lineage(tags: Mapping[str, str]) -> list[str]:
+    return [key for key in REQUIRED if not tags.get(key)]
+
+
+def versions(client: "MlflowClient", model: str) -> "list[ModelVersion]":
+    """Every version, newest first."""
+    found = client.search_model_versions(f"name = '{name(model)}'", max_results=1000)
+    return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+
+def register(client: "MlflowClient", candidate: Candidate, code: Path = packaging.CODE) -> str:
+    """Package and register the candidate, and return its version; one with the same content is used again.
+
+    The version appears together with all its tags: there is no moment at which it has no lineage.
+    """
+    tags = dict(candidate.tags)
+    if code != packaging.CODE:
+        tags["code"] = packaging.code_digest(code)
+        tags["content"] = hashlib.sha256(_compact({key: tags[key] for key in CONTENT}).encode()).hexdigest()
+    if not client.search_registered_models(f"name = '{name(candidate.model)}'"):
+        client.create_registered_model(name(candidate.model))
+    for version in versions(client, candidate.model):
+        same = version.tags.get("content") == tags["content"] and not missing_lineage(version.tags)
+        if same and intact(candidate.model, str(version.version)):
+            return str(version.version)
+    with tracking.stage_run("register", candidate.model, {"model": str(candidate.directory)}) as run:
+        run.metrics({key: value for key, value in candidate.report.items() if isinstance(value, int | float)})
+        tags["mlflow_run"] = run.id
+        card = packaging.card(candidate.model, candidate.report, tags, candidate.sources)
+        with tempfile.TemporaryDirectory() as folder:
+            packaged = Path(folder) / "model"
+            packaging.save(candidate.model, candidate.directory, card, packaged, code)
+            client.log_artifacts(run.id, str(packaged), "model")
+        made = client.create_model_version(
+            name(candidate.model), f"runs:/{run.id}/model", run.id, tags=tags, description=card
+        )
+    return str(made.version)
+
+
+def challenge(client: "MlflowClient", model: str, version: str) -> None:
+    client.set_registered_model_alias(name(model), CHALLENGER, version)
+
+
+Verdict = Literal["promote", "reject", "hold", "unchanged", "rollback"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A decision to be recorded and applied. before: the champion's version, if any; reason: a person's words."""
+
+    model: str
+    verdict: Verdict
+    version: str
+    before: str | None
+    reasons: list[str]
+    actor: str
+    reason: str = ""
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+def carry_out(client: "MlflowClient", change: Change) -> str:
+    """Record the intent, apply it, mark it done. Returns the id of its run."""
+    tags = {
+        "state": "intent",
+        "model": change.model,
+        "verdict": change.verdict,
+        "from": change.before or "none",
+        "to": change.version,
+        "reasons": "; ".join(change.reasons),
+        "actor": change.actor,
+        "reason": change.reason or "none",
+        "flow_run": os.environ.get("PREFECT__FLOW_RUN_ID") or "none",
+    }
+    title = f"{change.model}: {change.verdict} {change.version}"
+    info = client.create_run(tracking.experiment(tracking.PROMOTIONS), run_name=title, tags=tags).info
+    tracking.Run(client, info.run_id).metrics(change.numbers)
+    apply(client, tags, info.start_time)
+    close(client, info.run_id, "done")
+    return info.run_id
+
+
+def apply(client: "MlflowClient", tags: Mapping[str, str], at: int) -> None:
+    """Bring the registry to what a record says; `at`: its time in ms. The champion alias moves first; may be repeated,
+    since setting what is set and deleting what is gone change nothing."""
+    model, verdict, version, before = name(tags["model"]), tags["verdict"], tags["to"], tags["from"]
+    when = datetime.fromtimestamp(at / 1000, UTC).isoformat(timespec="seconds")
+    note = f"{when} by {tags['actor']}: {tags['reasons']}"
+    if verdict in ("promote", "rollback"):
+        client.set_registered_model_alias(model, CHAMPION, version)
+        if before not in ("none", version):
+            word = "superseded" if verdict == "promote" else "rolled_back"
+            client.set_model_version_tag(model, before, word, f"{when} by {tags['actor']}: version {version}")
+        client.set_model_version_tag(model, version, "promoted", note)
+        for word in ("rejected", "held", "superseded", "rolled_back"):
+            client.delete_model_version_tag(model, version, word)
+    elif verdict in ("reject", "hold"):
+        client.set_model_version_tag(model, version, "rejected" if verdict == "reject" else "held", note)
+        client.delete_model_version_tag(model, version, "held" if verdict == "reject" else "rejected")
+    if verdict in ("promote", "reject") and aliases(client, tags["model"]).get(CHALLENGER) == version:
+        client.delete_registered_model_alias(model, CHALLENGER)
+
+
+def close(client: "MlflowClient", run_id: str, state: str) -> None:
+    client.set_tag(run_id, "state", state)
+    client.set_terminated(run_id, "FINISHED" if state == "done" else "KILLED")
+
+
+def reconcile(client: "MlflowClient", model: str) -> list[str]:
+    """Settle the decisions of this model that a killed process left open; returns a line for each."""
+    query = f"tags.state = 'intent' and tags.model = '{model}'"
+    settled = []
+    for run in client.search_runs([tracking.experiment(tracking.PROMOTIONS)], query, order_by=["start_time ASC"]):
+        tags = run.data.tags
+        moves = tags["verdict"] in ("promote", "rollback")
+        if moves and aliases(client, model).get(CHAMPION) != tags["to"]:
+            close(client, run.info.run_id, "abandoned")
+            settled.append(f"{model}: abandoned an unfinished {tags['verdict']} of version {tags['to']}")
+        else:
+            apply(client, tags, run.info.start_time)
+            close(client, run.info.run_id, "done")
+            settled.append(f"{model}: finished an unfinished {tags['verdict']} of version {tags['to']}")
+    return settled
+
+
+def actor() -> str:
+    """Who decides when nobody is named: MEMGPT_ACTOR, the flow run, else the user."""
+    named = os.environ.get("MEMGPT_ACTOR")
+    flow = os.environ.get("PREFECT__FLOW_RUN_ID")
+    if named or flow:
+        return named or f"flow run {flow}"
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return f"uid {os.getuid()}"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def _json(path: Path, made_by: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; run `{made_by}`") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON at line {error.lineno}; run `{made_by}` again") from None
+
+
+def _complete(path: Path, value: dict[str, Any], required: set[str]) -> None:
+    missing = sorted(required - value.keys())
+    if missing:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; without whole lineage nothing is registered")
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

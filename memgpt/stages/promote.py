@@ -1,0 +1,172 @@
+"""Register a finished model as challenger and let the gate decide whether it becomes champion."""
+
+import dataclasses
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from memgpt import atomic, environment, gate, registry, tracking
+from memgpt.config import MODELS, Config, Gate
+from memgpt.errors import UserError
+from memgpt.registry import CHAMPION, Change
+
+if TYPE_CHECKING:
+    import numpy as np
+    from mlflow import MlflowClient
+
+TABLES = Path("data/tables")
+WORK = Path(".memgpt/gate")
+VERDICTS = Path(".memgpt/verdicts")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A row of the table at the end of a run. value, interval and baseline are the candidate's test report; version is
+    the one that was judged, for "unchanged" the champion; reasons begin with what a killed run had left to settle."""
+
+    model: str
+    metric: str
+    value: float
+    ci_low: float
+    ci_high: float
+    baseline: float
+    verdict: gate.Outcome
+    version: str
+    reasons: tuple[str, ...] = ()
+
+
+def run(config: Config, model: str, *, replace: bool = False, actor: str | None = None, reason: str = "") -> Verdict:
+    """Judge models/<model>, apply the verdict, and write it to .memgpt/verdicts/<model>.json too.
+
+    replace: release a hold (not comparable, or no certain gain), as an operator's approval does. actor, reason: who
+    decides and why, for the record.
+
+    Raises:
+        UserError: if the model, its report or its lineage is missing: nothing is registered then.
+    """
+    if model not in MODELS:
+        raise UserError(f"{model}: no such model; one of {', '.join(MODELS)}")
+    candidate = registry.candidate(model)
+    tracking.use()
+    client = tracking.client()
+    with tracking.locked(WORK / f"{model}.lock"):  # one decision per model at a time
+        settled = registry.reconcile(client, model)
+        champion = registry.aliases(client, model).get(CHAMPION)
+        if champion and _same(client, candidate, champion):
+            version, decision = champion, gate.Decision("unchanged", ["equal weights"])
+        else:
+            version = registry.register(client, candidate)
+            decision = _judge(config, client, candidate, version, champion, replace)
+        who = actor or registry.actor()
+        registry.carry_out(
+            client,
+            Change(model, decision.verdict, version, champion, decision.reasons, who, reason, decision.numbers),
+        )
+    report = candidate.report
+    verdict = Verdict(
+        model=model,
+        metric=report["primary"],
+        value=report["value"],
+        ci_low=report["ci_low"],
+        ci_high=report["ci_high"],
+        baseline=report["baseline"],
+        verdict=decision.verdict,
+        version=version,
+        reasons=(*settled, *decision.reasons),
+    )
+    atomic.write_json(VERDICTS / f"{model}.json", dataclasses.asdict(verdict))
+    return verdict
+
+
+def _same(client: "MlflowClient", candidate: registry.Candidate, champion: str) -> bool:
+    tags = registry.version_tags(client, candidate.model, champion)
+    return tags.get("weights") == candidate.weights and registry.intact(candidate.model, champion)
+
+
+def _judge(
+    config: Config,
+    client: "MlflowClient",
+    candidate: registry.Candidate,
+    version: str,
+    champion: str | None,
+    replace: bool,
+) -> gate.Decision:
+    """The gate's verdict on a registered version."""
+    model = candidate.model
+    registry.challenge(client, model, version)
+    tags = registry.version_tags(client, model, version)
+    if missing := registry.missing_lineage(tags):
+        return gate.Decision("reject", [f"version {version} lacks lineage: {', '.join(missing)}"])
+    if "rolled_back" in tags and not replace:
+        return gate.Decision("hold", [f"rolled back before ({tags['rolled_back']}); --replace promotes it again"])
+    incomparable = _incomparable(tags, registry.version_tags(client, model, champion)) if champion else None
+    with ExitStack() as stack:
+        uris = [registry.uri(model, version)]
+        if champion and not incomparable:
+            uris.append(registry.uri(model, champion))
+        share = max(1, environment.threads(config.runtime.threads) // len(uris))
+        # Started before the judge is imported: both take seconds.
+        new, *others = [stack.enter_context(gate.Version(uri, WORK / model, share)) for uri in uris]
+        old = others[0] if others else None
+
+        from memgpt.tasks import judge
+
+        judging = judge(model)
+        rules: Gate = getattr(config.promote, model)
+        rows = judging.test_rows(TABLES)
+        if not rows:
+            raise UserError(
+                f"{TABLES}: no test rows for {model}; its source needs a test split or ingest.test_fraction"
+            )
+        slices = judging.slices(rows, TABLES)
+        gate.check_slices(model, rules, slices)
+        inputs, params = gate.as_served([row["input"] for row in rows])
+        new.ask(inputs, params)
+        if old:
+            old.ask(inputs, params)
+        champion_statistics = baseline = None
+        try:
+            challenger_statistics = _statistics(judging, rows, new)
+        except gate.VersionError as error:
+            return gate.Decision("reject", [str(error)])
+        try:
+            champion_statistics = _statistics(judging, rows, old) if old else None
+        except gate.VersionError as error:
+            incomparable, old = str(error), None
+        costs = gate.cost(new, old, len(rows))
+    if champion_statistics is None:
+        baseline = judging.statistics(rows, judging.baseline(TABLES, rows))
+    decision = gate.decide(
+        rules,
+        judging.score,
+        challenger_statistics,
+        champion=champion_statistics,
+        baseline=baseline,
+        slices=slices,
+        resamples=config.promote.bootstrap,
+        seed=config.promote.seed,
+        incomparable=incomparable,
+        replace=replace,
+    )
+    return dataclasses.replace(decision, numbers={**decision.numbers, **costs, "rows": len(rows)})
+
+
+def _statistics(judging: ModuleType, rows: list[dict[str, Any]], version: gate.Version) -> "np.ndarray":
+    answers = version.answer()
+    try:
+        return judging.statistics(rows, answers)
+    except (KeyError, TypeError, ValueError, IndexError) as error:  # its code is not ours: anything may come out of it
+        found = f"{type(error).__name__}: {error}"
+        raise gate.VersionError(
+            f"{version.uri} does not predict in the format of {judging.__name__} ({found})"
+        ) from None
+
+
+def _incomparable(new: dict[str, str], old: dict[str, str]) -> str | None:
+    """Why the two versions' numbers on one test set do not say which is better."""
+    for key, what in (("labels", "label set"), ("source_family", "source family")):
+        if new[key] != old.get(key):
+            return f"other {what}, {new[key]} instead of the champion's {old.get(key, 'unknown')}"
+    return None

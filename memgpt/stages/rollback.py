@@ -1,0 +1,76 @@
+"""Give the champion alias back to an earlier version, once that has been seen to load and predict."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from memgpt import environment, gate, packaging, registry, tracking
+from memgpt.config import MODELS, Config
+from memgpt.errors import UserError
+from memgpt.registry import CHAMPION, Change
+from memgpt.stages.promote import WORK
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+@dataclass(frozen=True)
+class Rollback:
+    model: str
+    before: str
+    version: str
+
+
+def run(
+    config: Config, model: str, *, version: str | int | None = None, actor: str | None = None, reason: str = ""
+) -> Rollback:
+    """Make `version` champion, by default the one that the present champion superseded last.
+
+    The version that is rolled back from is tagged; the same weights are held by the gate from then on.
+
+    Raises:
+        UserError: if there is no such version, it lacks lineage, or does not load and predict; nothing changes then.
+    """
+    if model not in MODELS:
+        raise UserError(f"{model}: no such model; one of {', '.join(MODELS)}")
+    tracking.use()
+    client = tracking.client()
+    with tracking.locked(WORK / f"{model}.lock"):
+        registry.reconcile(client, model)
+        champion = registry.aliases(client, model).get(CHAMPION)
+        if champion is None:
+            raise UserError(f"{registry.name(model)}: has no champion to roll back from")
+        target = _target(client, model, champion, str(version) if version is not None else None)
+        if missing := registry.missing_lineage(registry.version_tags(client, model, target)):
+            raise UserError(
+                f"{registry.uri(model, target)}: lacks lineage ({', '.join(missing)}); choose another version"
+            )
+        with gate.Version(
+            registry.uri(model, target), WORK / model, environment.threads(config.runtime.threads)
+        ) as old:
+            try:
+                old.ask(packaging.EXAMPLES[model])
+                old.answer()
+            except gate.VersionError as error:
+                raise UserError(f"{error}; choose another version, the champion stays {champion}") from None
+        why = f"from version {champion}"
+        registry.carry_out(
+            client, Change(model, "rollback", target, champion, [why], actor or registry.actor(), reason)
+        )
+    return Rollback(model, champion, target)
+
+
+def _target(client: "MlflowClient", model: str, champion: str, wanted: str | None) -> str:
+    found = registry.versions(client, model)
+    if wanted is None:
+        # ISO times come first in the tag, so the latest sorts last
+        earlier = [version for version in found if "superseded" in version.tags and str(version.version) != champion]
+        if not earlier:
+            raise UserError(
+                f"{registry.name(model)}: no version was champion before {champion}; name one with --version"
+            )
+        return str(max(earlier, key=lambda version: version.tags["superseded"]).version)
+    if wanted == champion:
+        raise UserError(f"{registry.uri(model, wanted)}: is the champion already")
+    if wanted not in {str(version.version) for version in found}:
+        raise UserError(f"{registry.uri(model, wanted)}: no such version; `mlflow models` or the MLflow UI lists them")
+    return wanted

@@ -1,0 +1,273 @@
+"""MLflow runs. Unconfigured, all is in `mlflow.db` and `mlartifacts/` of the repository. MLFLOW_TRACKING_URI points
+elsewhere: a server, or a database, for which MLFLOW_DEFAULT_ARTIFACT_ROOT says where artifacts go.
+
+    tracking.use()
+    with tracking.stage_run("finetune", "ner", params) as run:
+        run.metrics(stage(...))
+
+MLflow is imported on first use (1.5 s); explicit run ids throughout, never its process-wide active run.
+"""
+
+import fcntl
+import os
+import re
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+STAGES = "memgpt"  # the experiment of stage and flow runs
+PROMOTIONS = "promotions"  # the experiment of promotion records, one run per decision
+PARENT = "MEMGPT_PARENT_RUN"  # environment: the flow's run, under which stage runs nest
+LOCAL = Path(".memgpt")
+
+_BATCH = 1000  # metrics in one request, MLflow's limit
+_NAME = re.compile(r"[^\w.\- /]")  # what MLflow refuses in a metric's name
+
+_current: "Run | None" = None
+
+
+def use(root: Path | str = ".") -> str:
+    """Make the tracking store ready and return its URI; cheap when it is.
+
+    A fresh SQLite file is built aside and renamed, under a lock: two first uses at once would otherwise both migrate
+    it and one would die; a kill half-way leaves none.
+
+    Raises:
+        UserError: if the configured server cannot be reached.
+    """
+    root = Path(root).resolve()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    if uri.startswith(("http://", "https://")):
+        _reach(uri)
+    elif uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///"))
+        if not database.exists():
+            with locked(database.parent / LOCAL / "mlflow.lock"):
+                if not database.exists():
+                    _create(database)
+    import mlflow
+
+    if mlflow.get_tracking_uri() != uri:
+        mlflow.set_tracking_uri(uri)
+    return uri
+
+
+def client() -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    return MlflowClient()
+
+
+def experiment(name: str) -> str:
+    """The experiment's id; created if need be, with artifacts at an explicit place (MLflow fixes it at creation)."""
+    return _experiment(client(), name, _artifacts(os.environ.get("MLFLOW_TRACKING_URI", "")))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the system releases it when the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Run:
+    """One MLflow run that is being written."""
+
+    def __init__(self, client: "MlflowClient", run_id: str) -> None:
+        self.client = client
+        self.id = run_id
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        entries = [Param(_NAME.sub("_", key), str(value)) for key, value in sorted(_flat(params).items())]
+        for start in range(0, len(entries), 100):
+            self.client.log_batch(self.id, params=entries[start : start + 100])
+
+    def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        self.curve([{**metrics, "step": step}])
+
+    def curve(self, points: list[dict[str, float]]) -> None:
+        """Many points at once: each a mapping of metrics with its `step`, such as a Trainer's log history."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries = [
+            Metric(_NAME.sub("_", name), float(value), now, int(point.get("step", 0)))
+            for point in points
+            for name, value in point.items()
+            if name != "step" and isinstance(value, int | float)
+        ]
+        for start in range(0, len(entries), _BATCH):
+            self.client.log_batch(self.id, metrics=entries[start : start + _BATCH])
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+@contextmanager
+def stage_run(
+    stage: str, item: str | None = None, params: Mapping[str, Any] | None = None, parent: str | None = None
+) -> Iterator[Run]:
+    """One run around a stage: FINISHED, or FAILED with the error's text as a tag; nested under `parent`, by default
+    the flow's run (MEMGPT_PARENT_RUN). Runs of the same stage that a killed process of this machine left open are
+    closed as KILLED.
+
+    Raises:
+        UserError: if the tracking server cannot be reached.
+    """
+    global _current
+    use()
+    mlflow_client = client()
+    experiment_id = experiment(STAGES)
+    name = f"{stage} {item}" if item else stage
+    _bury(mlflow_client, experiment_id, name)
+    tags = {"stage": stage, "item": item or "", "host": socket.gethostname(), "pid": str(os.getpid())}
+    parent = parent or os.environ.get(PARENT)
+    if parent:
+        tags["mlflow.parentRunId"] = parent
+    info = mlflow_client.create_run(experiment_id, run_name=name, tags={k: v for k, v in tags.items() if v}).info
+    run, outer = Run(mlflow_client, info.run_id), _current
+    _current = run
+    try:
+        if params:
+            run.params(params)
+        yield run
+    except BaseException as error:
+        run.tags({"error": f"{type(error).__name__}: {error}"[:1000]})
+        mlflow_client.set_terminated(info.run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    else:
+        mlflow_client.set_terminated(info.run_id, "FINISHED")
+    finally:
+        _current = outer
+
+
+@contextmanager
+def flow_run(name: str, params: Mapping[str, Any] | None = None) -> Iterator[Run]:
+    """The run that a flow's stage runs nest under: sets MEMGPT_PARENT_RUN for child processes while it lasts."""
+    before = os.environ.pop(PARENT, None)
+    with stage_run(name, params=params) as run:
+        os.environ[PARENT] = run.id
+        try:
+            yield run
+        finally:
+            os.environ.pop(PARENT)
+            if before is not None:
+                os.environ[PARENT] = before
+
+
+def log(metrics: Mapping[str, float], step: int = 0) -> None:
+    """Add to the stage run that is open in this process; without one, nothing happens and MLflow is not imported."""
+    if _current is not None:
+        _current.metrics(metrics, step)
+
+
+def curve(points: list[dict[str, float]]) -> None:
+    """As `log`, for many points with their `step`: one request instead of one each (20 ms on SQLite)."""
+    if _current is not None:
+        _current.curve(points)
+
+
+def _create(database: Path) -> None:
+    from mlflow import MlflowClient
+
+    for leftover in database.parent.glob(f".{database.name}.*partial*"):
+        leftover.unlink()
+    aside = database.parent / f".{database.name}.{os.getpid()}.partial"
+    fresh = MlflowClient(tracking_uri=f"sqlite:///{aside}")
+    for name in (STAGES, PROMOTIONS):
+        _experiment(fresh, name, _artifacts(f"sqlite:///{database}"))
+    fresh.search_registered_models(max_results=1)  # the registry's store checks its tables too
+    aside.rename(database)
+
+
+def _experiment(mlflow_client: "MlflowClient", name: str, artifacts: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = mlflow_client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            location = f"{artifacts}/{name}" if artifacts else None
+            return mlflow_client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was first
+                raise
+            found = mlflow_client.get_experiment_by_name(name)
+            assert found is not None
+    if found.lifecycle_stage == "deleted":
+        restore = f"mlflow experiments restore -x {found.experiment_id}"
+        raise UserError(f"MLflow experiment {name!r} is deleted; restore it: {restore}")
+    return found.experiment_id
+
+
+def _artifacts(uri: str) -> str | None:
+    """Where an experiment's artifacts go: a server decides by itself; a database says nothing, so we do."""
+    if uri.startswith(("http://", "https://")):
+        return None
+    configured = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT")
+    if configured:
+        return configured.rstrip("/")
+    folder = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else Path.cwd()
+    return (folder.resolve() / "mlartifacts").as_uri()
+
+
+def _reach(uri: str) -> None:
+    """Fail in seconds with one line; MLflow itself would retry for minutes and end in a stack trace."""
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code < 500:
+            return  # reachable, whatever it thinks of us: a proxy may guard /health
+        reason: object = f"HTTP {error.code}"
+    except (OSError, ValueError) as error:  # URLError is an OSError
+        reason = getattr(error, "reason", error)
+    shown = re.sub(r"//[^/@]*@", "//", uri)
+    raise UserError(
+        f"MLFLOW_TRACKING_URI={shown}: no MLflow server answers ({reason}); "
+        "start it, or unset the variable to track in mlflow.db"
+    )
+
+
+def _bury(mlflow_client: "MlflowClient", experiment_id: str, name: str) -> None:
+    host = socket.gethostname()
+    query = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}' and tags.host = '{host}'"
+    for run in mlflow_client.search_runs([experiment_id], query):
+        if not _alive(int(run.data.tags["pid"])):
+            mlflow_client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
