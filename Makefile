@@ -1,0 +1,29 @@
+# make run    make .venv, train on the embedded data, end with promoted models
+# make test   make .venv, run the tests
+# make check  lint, format and types
+# make clean  remove what these made
+# make lock   resolve requirements.lock anew from pyproject.toml
+.PHONY: run test check clean lock environment
+
+run: environment
+	@.venv/bin/memgpt retrain
+
+test: environment
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest
+
+check: environment
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+environment:
+	@bash infra/install.sh
+
+lock:
+	@bash infra/lock.sh
+
+# Only what git does not track goes: -x takes ignored files too, and git keeps every committed one.
+clean:
+	@git clean -fdxq -- .venv .prefect .memgpt mlflow.db mlflow.db-shm mlflow.db-wal mlartifacts mlruns dvc_plots \
+		data/tables data/tokens models reports .dvc/cache .dvc/tmp \
+		.pytest_cache .mypy_cache .ruff_cache '*.egg-info' '*__pycache__*'
