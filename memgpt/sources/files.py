@@ -13,10 +13,10 @@ from memgpt.sources.naming import Part
 def resolve(name: str, uri: str) -> dict[str, Any]:
     folder, paths = _expand(name, uri)
     roles = naming.roles(name, uri, [path.as_posix() for path in paths], folder=folder)
-    licence, restricted = _licence({Path(path).parent for path in roles})
+    found, restricted = licence({Path(path).parent for path in roles})
     return {
         "family": f"file:{uri}",
-        "licence": licence,
+        "licence": found,
         "non_commercial": restricted,
         "files": [{"path": path, "role": role, **_identity(Path(path))} for path, role in sorted(roles.items())],
     }
@@ -63,8 +63,8 @@ def _expand(name: str, uri: str) -> tuple[bool, list[Path]]:
     raise UserError(f"data.{name}.uri: {uri}: no such file or folder")
 
 
-def _licence(folders: set[Path]) -> tuple[str | None, bool]:
-    """Read from LICENSE* beside the files."""
+def licence(folders: set[Path]) -> tuple[str | None, bool]:
+    """(name, non-commercial) as read from LICENSE* beside the files."""
     for folder in sorted(folders):
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.name.lower().startswith(("license", "licence")):

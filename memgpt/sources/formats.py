@@ -42,7 +42,8 @@ def read(part: Part) -> Rows:
     data = _bytes(part)
     if not data.strip():
         raise UserError(f"{part.name}: empty")
-    kind = data_format(part.name)
+    assert part.path is not None
+    kind = data_format(part.path.name)
     numbers: Sequence[int]
     if kind == "parquet":
         frame = _parquet(part.name, data)
@@ -63,7 +64,7 @@ def read(part: Part) -> Rows:
 def _bytes(part: Part) -> bytes:
     assert part.path is not None
     raw = part.path.read_bytes()
-    if not part.name.lower().endswith(".gz"):
+    if not part.path.name.lower().endswith(".gz"):
         return raw
     try:
         return gzip.decompress(raw)

@@ -1,0 +1,182 @@
+"""`s3://bucket/prefix`: an object, the objects right below a prefix, or a pattern such as `s3://bucket/dir/*.jsonl.gz`.
+
+The lock holds each object's size, ETag and, where the bucket has versions, its version. The endpoint comes from
+AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, credentials from wherever boto3 looks for them, never from the URI.
+"""
+
+import fnmatch
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import boto3
+from botocore import exceptions
+from botocore.config import Config
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from memgpt import atomic
+from memgpt.errors import UserError
+from memgpt.sources import licences, naming
+from memgpt.sources.naming import Part
+
+CACHE = Path(".memgpt/sources/s3")
+PAGE = 1000  # keys per listing request, S3's own limit
+_BLOCK = 1 << 20
+_MD5 = re.compile(r"[0-9a-f]{32}")  # the ETag of an object uploaded in one piece and not encrypted with a KMS key
+
+
+class _Damaged(Exception):
+    """A download that ended early or has other bytes than its checksum says; worth another try."""
+
+
+def resolve(name: str, uri: str) -> dict[str, Any]:
+    bucket, key = _parse(name, uri)
+    with _explained(name, uri):
+        client = _client()
+        folder, keys = _list(client, bucket, key)
+        roles = naming.roles(name, uri, keys, folder=folder)
+        licence, restricted = _licence(client, bucket, keys)
+        files = [{"role": role, **_identity(client, bucket, key)} for key, role in sorted(roles.items())]
+    return {"family": f"s3:{bucket}/{key}", "licence": licence, "non_commercial": restricted, "files": files}
+
+
+def fetch(name: str, entry: dict[str, Any]) -> list[Part]:
+    """Download what is not in the cache yet; the cache is keyed by version, so that it never serves other content."""
+    parts = []
+    for file in entry["files"]:
+        identity = f"{file['path']} {file['etag']} {file['version']} {file['size']}"
+        base = PurePosixPath(file["path"]).name
+        path = CACHE / hashlib.sha256(identity.encode()).hexdigest()[:16] / base
+        if not path.exists():
+            with _explained(name, file["path"]):
+                _download(name, file, path)
+        parts.append(Part(role=file["role"], name=file["path"], path=path))
+    return parts
+
+
+def _client() -> Any:
+    """A client that gives up within seconds on an endpoint that does not answer."""
+    settings = Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 3})
+    return boto3.client("s3", config=settings, region_name=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"))
+
+
+def _parse(name: str, uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if "@" in bucket:
+        raise UserError(f"data.{name}.uri: credentials do not belong in a URI; set AWS_ACCESS_KEY_ID instead")
+    if not bucket:
+        raise UserError(f"data.{name}.uri: {uri} names no bucket; write s3://bucket/prefix")
+    return bucket, key
+
+
+def _list(client: Any, bucket: str, key: str) -> tuple[bool, list[str]]:
+    """(is it a folder, keys). Like a local path: the object itself, or what lies right below it."""
+    if any(character in key for character in "*?["):
+        parent, _, pattern = key.rpartition("/")
+        below = _keys(client, bucket, f"{parent}/" if parent else "")
+        return False, [found for found in below if fnmatch.fnmatchcase(PurePosixPath(found).name, pattern)]
+    if key and not key.endswith("/"):
+        below = _keys(client, bucket, f"{key}/")
+        return (True, below) if below else (False, [found for found in _keys(client, bucket, key) if found == key])
+    return True, _keys(client, bucket, key)
+
+
+def _keys(client: Any, bucket: str, prefix: str) -> list[str]:
+    pages = client.get_paginator("list_objects_v2").paginate(
+        Bucket=bucket, Prefix=prefix, Delimiter="/", PaginationConfig={"PageSize": PAGE}
+    )
+    return [item["Key"] for page in pages for item in page.get("Contents", []) if not item["Key"].endswith("/")]
+
+
+def _identity(client: Any, bucket: str, key: str) -> dict[str, Any]:
+    head = client.head_object(Bucket=bucket, Key=key)
+    version = head.get("VersionId")
+    return {
+        "path": f"s3://{bucket}/{key}",
+        "size": head["ContentLength"],
+        "etag": head["ETag"].strip('"'),
+        "version": None if version == "null" else version,
+    }
+
+
+def _licence(client: Any, bucket: str, keys: list[str]) -> tuple[str | None, bool]:
+    for key in sorted(keys):
+        base = PurePosixPath(key).name
+        if base.lower().startswith(("license", "licence")):
+            text = client.get_object(Bucket=bucket, Key=key)["Body"].read().decode("utf-8", errors="replace")
+            return licences.from_text(text, base)
+    return None, False
+
+
+def _download(name: str, file: dict[str, Any], path: Path) -> None:
+    """One object, as locked, to `path`.
+
+    Raises:
+        UserError: if the object is gone, is not the locked one any more, or arrives damaged every time.
+    """
+    bucket, _, key = file["path"].removeprefix("s3://").partition("/")
+    # a version is asked for by id; without versions the ETag must still be the locked one
+    locked = {"VersionId": file["version"]} if file["version"] else {"IfMatch": f'"{file["etag"]}"'}
+    client = _client()
+
+    @retry(
+        retry=retry_if_exception_type(_Damaged),
+        stop=stop_after_attempt(3),
+        wait=wait_exponential(multiplier=0.2, max=2),
+        reraise=True,
+    )
+    def attempt() -> None:
+        body = client.get_object(Bucket=bucket, Key=key, **locked)["Body"]
+        digest, size = hashlib.md5(usedforsecurity=False), 0
+        with atomic.replacing(path) as aside:
+            try:
+                with aside.open("wb") as stream:
+                    while block := body.read(_BLOCK):
+                        stream.write(block)
+                        digest.update(block)
+                        size += len(block)
+            except exceptions.BotoCoreError as error:
+                raise _Damaged from error
+            if size != file["size"] or (_MD5.fullmatch(file["etag"]) and digest.hexdigest() != file["etag"]):
+                raise _Damaged
+
+    try:
+        attempt()
+    except _Damaged:
+        raise UserError(
+            f"{file['path']}: arrives damaged or truncated ({file['size']} bytes expected); "
+            f"upload it again and run `memgpt snapshot`, or check the connection"
+        ) from None
+    except exceptions.ClientError as error:
+        gone = ("PreconditionFailed", "412", "NoSuchKey", "NoSuchVersion", "404")
+        if error.response.get("Error", {}).get("Code") in gone:
+            raise UserError(f"{file['path']}: changed since the snapshot of {name}; run `memgpt snapshot`") from None
+        raise
+
+
+@contextmanager
+def _explained(name: str, uri: str) -> Iterator[None]:
+    """Turns what boto3 raises for a user's mistake into one line."""
+    where = f"data.{name}.uri: {uri}"
+    try:
+        yield
+    except UserError:
+        raise
+    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
+        raise UserError(f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+    except exceptions.ParamValidationError:
+        raise UserError(f"{where}: not a valid bucket name or key") from None
+    except exceptions.ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "error")
+        known = {"NoSuchBucket": "no such bucket", "404": "no such object", "NoSuchKey": "no such object"}
+        raise UserError(f"{where}: {known.get(code, f'refused ({code}); check credentials and rights')}") from None
+    except (exceptions.BotoCoreError, ValueError) as error:  # ValueError: the endpoint is no URL
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+        raise UserError(
+            f"{where}: S3 at {endpoint} cannot be reached ({type(error).__name__}); "
+            f"check AWS_ENDPOINT_URL and the network"
+        ) from None
