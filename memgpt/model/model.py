@@ -312,9 +312,7 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -394,9 +392,7 @@ class InterestHead(nn.Module):
         mask = create_causal_mask(
             config=self.history.attention.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
         )
-        hidden = self.history(
-            hidden, rotation=self.rotary_emb(hidden, positions), attention_mask=mask, is_causal=True
-        )
+        hidden = self.history(hidden, rotation=self.rotary_emb(hidden, positions), attention_mask=mask, is_causal=True)
         return nn.functional.normalize(self.history_out(hidden) + items, dim=-1)
 
     def loss(

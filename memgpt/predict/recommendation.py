@@ -25,9 +25,11 @@ def item_text(title: str, description: str = "", tags: str = "") -> str:
 
 
 def encode_items(tokenizer: PreTrainedTokenizerFast, texts: list[str], window: int) -> list[list[int]]:
-    return [
-        ids[:window] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    ] if texts else []
+    return (
+        [ids[:window] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        if texts
+        else []
+    )
 
 
 @torch.no_grad()
@@ -49,9 +51,7 @@ def build_index(
     directory: Path,
 ) -> None:
     """Write the index of `items` ({item_id, title, description, tags}) into a model directory."""
-    vectors = item_vectors(
-        model, tokenizer, [item_text(i["title"], i["description"], i["tags"]) for i in items]
-    )
+    vectors = item_vectors(model, tokenizer, [item_text(i["title"], i["description"], i["tags"]) for i in items])
     save_file({"vectors": vectors}, directory / VECTORS)
     index = {
         "ids": [item["item_id"] for item in items],
@@ -128,9 +128,7 @@ class Predictor:
         """Vectors [C, P] and (id or None, title) of what competes."""
         if candidates is None:
             return self.vectors, list(zip(self.ids, self.titles, strict=True))
-        names = [
-            (item, self.titles[self.place[item]]) if item in self.place else (None, item) for item in candidates
-        ]
+        names = [(item, self.titles[self.place[item]]) if item in self.place else (None, item) for item in candidates]
         if not names:
             return self.vectors[:0], []
         return torch.stack([self._vector(item, new) for item in candidates]), names

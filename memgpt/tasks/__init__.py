@@ -1,1 +1,29 @@
+"""What differs between the tasks in training and judging. `judge("base")` and the three tasks share these names:
 
+PRIMARY, test_rows, statistics, score, metrics, baseline, slices, picture; a task that is trained adds labels, model
+and Training. `tables` is always the root of the tables, data/tables.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+TABLES = Path("data/tables")
+
+
+def judge(name: str) -> ModuleType:
+    """The module of `base`, `ner`, `sentiment` or `recommendation`."""
+    return import_module(f"memgpt.tasks.{name}")
+
+
+def manifest(tables: Path, source: str) -> dict[str, Any]:
+    return json.loads((tables / source / "manifest.json").read_text(encoding="utf-8"))
+
+
+def rows_of(tables: Path, source: str, table: str) -> list[dict[str, Any]]:
+    """A table as a list of dictionaries."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(tables / source / f"{table}.parquet").to_pylist()

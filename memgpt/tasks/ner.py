@@ -1,0 +1,177 @@
+"""Named-entity recognition: tagged sentences → features, span F1, and a gazetteer to beat."""
+
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from memgpt.model import MemGPTForTokenClassification
+from memgpt.predict.ner import encode_words, joined_words, spans_from_tags, windows
+from memgpt.tasks import heads, manifest, rows_of
+
+PRIMARY = "f1"
+
+
+def labels(tables: Path) -> list[str]:
+    """The BIO tags: O, then B- and I- of each type."""
+    return ["O", *(f"{mark}-{kind}" for kind in manifest(tables, "ner")["labels"] for mark in "BI")]
+
+
+def model(parent: Path, tables: Path, *, dropout: float, max_length: int, **_: Any) -> MemGPTForTokenClassification:
+    tags = labels(tables)
+    return heads.start(
+        MemGPTForTokenClassification,
+        "ner",
+        parent,
+        id2label=dict(enumerate(tags)),
+        label2id={tag: index for index, tag in enumerate(tags)},
+        dropout=dropout,
+        window=max_length,
+    )
+
+
+class Training(Dataset):
+    """Sentences as subword ids; the first subword of a word carries its tag, the others −100. A sentence longer than
+    `max_length` is cut into windows."""
+
+    def __init__(
+        self, tables: Path, tokenizer: PreTrainedTokenizerFast, *, max_length: int, split: str = "train", **_: Any
+    ):
+        index = {tag: place for place, tag in enumerate(labels(tables))}
+        self.pad = tokenizer.pad_token_id
+        self.rows: list[tuple[list[int], list[int]]] = []
+        for row in rows_of(tables, "ner", split):
+            if not row["tokens"]:
+                continue
+            pieces = encode_words(tokenizer, row["tokens"])
+            for first, last in windows([len(piece) for piece in pieces], max_length):
+                ids = sum(pieces[first:last], [])[:max_length]
+                tags: list[int] = []
+                for piece, tag in zip(pieces[first:last], row["tags"][first:last], strict=True):
+                    tags += [index[tag]] + [-100] * (len(piece) - 1)
+                self.rows.append((ids, tags[:max_length]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> tuple[list[int], list[int]]:
+        return self.rows[place]
+
+    def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        from memgpt.predict.batching import pad
+
+        batch = pad([ids for ids, _ in rows], self.pad)
+        target = torch.full_like(batch["input_ids"], -100)
+        for place, (_, tags) in enumerate(rows):
+            target[place, : len(tags)] = torch.tensor(tags)
+        return {**batch, "labels": target}
+
+
+def test_rows(tables: Path, split: str = "test") -> list[dict[str, Any]]:
+    return [{"input": row["tokens"], "tags": row["tags"]} for row in rows_of(tables, "ner", split) if row["tokens"]]
+
+
+def statistics(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> np.ndarray:
+    """Per sentence: spans found, spans predicted, spans there."""
+    counts = []
+    for row, prediction in zip(rows, predictions, strict=True):
+        gold, found = _gold(row), {(p["type"], p["start"], p["end"]) for p in prediction}
+        counts.append([len(gold & found), len(found), len(gold)])
+    return np.array(counts, dtype=np.float64)
+
+
+def score(sums: np.ndarray) -> np.ndarray:
+    """Micro F1 of whole spans."""
+    return 2 * sums[..., 0] / np.maximum(sums[..., 1] + sums[..., 2], 1)
+
+
+def metrics(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """seqeval's strict report: micro precision, recall and F1, macro F1, F1 per type."""
+    from seqeval.metrics import classification_report
+    from seqeval.scheme import IOB2
+
+    gold = [row["tags"] for row in rows]
+    report = classification_report(
+        gold, _predicted_tags(rows, predictions), mode="strict", scheme=IOB2, output_dict=True, zero_division=0
+    )
+    result = {
+        PRIMARY: float(score(statistics(rows, predictions).sum(0))),
+        "precision": float(report["micro avg"]["precision"]),
+        "recall": float(report["micro avg"]["recall"]),
+        "macro_f1": float(report["macro avg"]["f1-score"]),
+    }
+    for kind, values in report.items():
+        if not kind.endswith(" avg"):
+            result[f"f1_{kind.lower().replace('-', '_')}"] = float(values["f1-score"])
+    return result
+
+
+def baseline(tables: Path, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """A gazetteer: the longest word sequence that train tagged as an entity, with the type it had most often."""
+    types: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    for row in rows_of(tables, "ner", "train"):
+        for kind, first, last in spans_from_tags(row["tags"]):
+            types[tuple(row["tokens"][first:last])][kind] += 1
+    longest = max(map(len, types), default=0)
+    predictions = []
+    for row in rows:
+        words, spans, found, place = row["input"], joined_words(row["input"]), [], 0
+        while place < len(words):
+            for size in range(min(longest, len(words) - place), 0, -1):
+                if (mention := tuple(words[place : place + size])) in types:
+                    kind = min(types[mention], key=lambda k: (-types[mention][k], k))
+                    start, end = spans[place][0], spans[place + size - 1][1]
+                    found.append({"text": " ".join(mention), "type": kind, "score": 1.0, "start": start, "end": end})
+                    place += size
+                    break
+            else:
+                place += 1
+        predictions.append(found)
+    return predictions
+
+
+def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
+    """unseen: sentences with an entity whose words were never an entity in train."""
+    known = set()
+    for row in rows_of(tables, "ner", "train"):
+        known |= {tuple(row["tokens"][first:last]) for _, first, last in spans_from_tags(row["tags"])}
+    unseen = [
+        any(tuple(row["input"][first:last]) not in known for _, first, last in spans_from_tags(row["tags"]))
+        for row in rows
+    ]
+    return {"unseen": np.array(unseen, dtype=bool)}
+
+
+def picture(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], str]:
+    """Actual against predicted tag type, word by word, where either is an entity."""
+    table = []
+    for row, tags in zip(rows, _predicted_tags(rows, predictions), strict=True):
+        for actual, predicted in zip(row["tags"], tags, strict=True):
+            if actual != "O" or predicted != "O":
+                table.append({"actual": actual[2:] or "O", "predicted": predicted[2:] or "O"})
+    return table, "confusion"
+
+
+def _gold(row: dict[str, Any]) -> set[tuple[str, int, int]]:
+    places = joined_words(row["input"])
+    return {(kind, places[first][0], places[last - 1][1]) for kind, first, last in spans_from_tags(row["tags"])}
+
+
+def _predicted_tags(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> list[list[str]]:
+    """Predicted spans as BIO tags over the row's words."""
+    result = []
+    for row, prediction in zip(rows, predictions, strict=True):
+        places = joined_words(row["input"])
+        first = {start: index for index, (start, _) in enumerate(places)}
+        last = {end: index for index, (_, end) in enumerate(places)}
+        tags = ["O"] * len(places)
+        for entity in prediction:
+            begin, finish = first[entity["start"]], last[entity["end"]]
+            tags[begin] = f"B-{entity['type']}"
+            tags[begin + 1 : finish + 1] = [f"I-{entity['type']}"] * (finish - begin)
+        result.append(tags)
+    return result
