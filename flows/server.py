@@ -1,0 +1,57 @@
+"""A Prefect server for the time of one run, where none is configured; its state is in .prefect of this folder.
+
+Prefect can start one by itself, which a kill -9 of the flow leaves running; this one dies with its flow, and one can
+watch the run in its UI.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+from memgpt import processes
+from memgpt.errors import UserError
+
+PATIENCE = 180.0  # seconds; the first start makes the database
+
+
+@contextmanager
+def running() -> Iterator[str]:
+    """Yield the API's URL: the configured one, or of a server that is started here and ends with this process."""
+    configured = PREFECT_API_URL.value()
+    if configured:
+        yield configured
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    log = Path(get_current_settings().home) / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        # the UI asks this variable, not --port, where the API is
+        server = processes.start(command, {**os.environ, "PREFECT_SERVER_API_PORT": str(port)}, output)
+    with temporary_settings({PREFECT_API_URL: url}):
+        _wait(url, server, log)
+        yield url
+    # Not ended here: Prefect sends its last events when this process exits, which is also what ends the server.
+
+
+def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    processes.end(server)
+    raise UserError(f"the Prefect server did not start; see {log}, or name a running one in PREFECT_API_URL")

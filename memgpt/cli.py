@@ -1,0 +1,365 @@
+"""The command line: one command per stage, the flow, the registry, and a look at what came out.
+
+Everything heavy is imported by the command that needs it, so that `memgpt --help` answers at once.
+"""
+
+import errno
+import os
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from memgpt import environment
+from memgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from memgpt.config import Config
+    from memgpt.tracking import Run
+
+Source = Literal["corpus", "ner", "sentiment", "recommendation"]
+Task = Literal["ner", "sentiment", "recommendation"]
+Model = Literal["base", "ner", "sentiment", "recommendation"]
+
+SourceName = Annotated[Source, typer.Argument(help="Which of the four sources.")]
+TaskName = Annotated[Task, typer.Argument(help="Which of the three tasks.")]
+ModelName = Annotated[Model, typer.Argument(help="The core, or one of the three tasks.")]
+Reason = Annotated[str, typer.Option(help="Why, in your words: kept in the record of the decision.")]
+
+STAGES, FLOWS, REGISTRY, LOOK = "Stages", "Flows", "Registry", "Look"
+
+app = typer.Typer(
+    help="MemGPT, the memory-augmented GPT for language tasks, and the pipeline that keeps it fresh. "
+    "Run it in the root of the checkout; params.yaml holds every setting.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """Entry point. A user's mistake is one line on stderr and exit status 1; a stack trace is for our bugs."""
+    environment.prepare()
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or Path.cwd()
+        sys.exit(f"error: {where}: the disk is full ({error.strerror}); free some space and run the command again")
+
+
+# --- stages -------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=STAGES)
+def snapshot() -> None:
+    """Write down what every source holds now, with digests, in data/sources.lock.json.
+
+    Ingest fetches exactly that: new data means a changed lock. Example: [bold]memgpt snapshot[/]
+    """
+    _stage("snapshot")
+
+
+@app.command(rich_help_panel=STAGES)
+def ingest(source: SourceName) -> None:
+    """Fetch the locked content of a source and write its tables to data/tables.
+
+    Example: [bold]memgpt ingest ner[/]
+    """
+    _stage("ingest", source)
+
+
+@app.command(rich_help_panel=STAGES)
+def validate(source: SourceName) -> None:
+    """Check a source's tables; report in reports/validation, as JSON and as a page to read.
+
+    Example: [bold]memgpt validate sentiment[/]
+    """
+    _stage("validate", source)
+
+
+@app.command(rich_help_panel=STAGES)
+def tokenize() -> None:
+    """Train the tokenizer and write the corpus as token ids, less the tasks' held-out texts.
+
+    Example: [bold]memgpt tokenize[/]
+    """
+    _stage("tokenize", torch=True)
+
+
+@app.command(rich_help_panel=STAGES)
+def pretrain() -> None:
+    """Teach the core to predict the next token of the corpus: models/base.
+
+    Killed, it continues where it was. Example: [bold]memgpt pretrain[/]
+    """
+    _tracked("pretrain", log=True)
+
+
+@app.command(rich_help_panel=STAGES)
+def multitask() -> None:
+    """Train the three tasks jointly on one trunk: models/multitask.
+
+    Example: [bold]memgpt multitask[/]
+    """
+    _tracked("multitask", log=True)
+
+
+@app.command(rich_help_panel=STAGES)
+def finetune(task: TaskName) -> None:
+    """Train a task's head on the shared core: models/TASK.
+
+    Example: [bold]memgpt finetune ner[/]
+    """
+    _tracked("finetune", task, log=True)
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(model: ModelName) -> None:
+    """Measure a model on its test split, beside a simple baseline: reports/metrics and reports/plots.
+
+    Example: [bold]memgpt evaluate base[/]
+    """
+    _tracked("evaluate", model)
+
+
+def _stage(verb: str, item: str | None = None, *, torch: bool = False, **extra: Any) -> dict[str, float]:
+    """Run one stage of params.yaml on its share of the cores and say how it went."""
+    config = _config()
+    if torch:
+        _compute_with(config)
+    began = time.monotonic()
+    metrics = import_module(f"memgpt.stages.{verb}").run(config, *([item] if item else []), **extra)
+    numbers = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+    print(f"{verb}{f' {item}' if item else ''}: {numbers or 'done'} ({time.monotonic() - began:.1f} s)", flush=True)
+    return metrics
+
+
+def _tracked(verb: str, item: str | None = None, *, log: bool = False) -> None:
+    """A stage inside an MLflow run. Tracking reads what the stage says and never changes its bytes."""
+    from memgpt import tracking
+
+    config = _config()
+    section = getattr(config, verb)
+    params = getattr(section, item) if verb == "finetune" and item else section
+    with tracking.stage_run(verb, item, params.model_dump()) as run:
+        curve = _Curve(run)
+        metrics = _stage(verb, item, torch=True, **({"log": curve} if log else {}))
+        curve.flush()
+        run.metrics(metrics)
+
+
+class _Curve:
+    """Collects a training curve and sends it now and then: a request costs 20 ms, on SQLite too."""
+
+    SECONDS = 10.0
+
+    def __init__(self, run: "Run") -> None:
+        self.run = run
+        self.points: list[dict[str, float]] = []
+        self.sent = time.monotonic()
+
+    def __call__(self, metrics: dict[str, float], step: int) -> None:
+        self.points.append({**metrics, "step": step})
+        if time.monotonic() - self.sent > self.SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.points:
+            self.run.curve(self.points)
+        self.points, self.sent = [], time.monotonic()
+
+
+def _config() -> "Config":
+    from memgpt import config
+
+    return config.load()
+
+
+def _compute_with(config: "Config") -> None:
+    """Set the threads before torch is imported, which makes its pools then; OMP_NUM_THREADS from outside wins."""
+    threads = str(environment.threads(config.runtime.threads))
+    os.environ.setdefault("OMP_NUM_THREADS", threads)
+    os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+
+
+# --- flows --------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=FLOWS)
+def retrain(
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change params.yaml first, comments kept; may be repeated."),
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Run every stage, unchanged ones too.")] = False,
+    replace: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="Let this model replace a champion it cannot be compared with."),
+    ] = None,
+) -> None:
+    """Everything: snapshot, the stages that changed, and promotion. Watch it in the Prefect UI.
+
+    Example: [bold]memgpt retrain --set finetune.ner.epochs=2[/]
+    """
+    from memgpt import config
+
+    if assignments:
+        _edit(assignments)
+    config.load()  # a broken file is told in one line, before anything starts
+    for model in replace or []:
+        if model not in config.MODELS:
+            raise UserError(f"--replace {model}: no such model; one of {', '.join(config.MODELS)}")
+    if not Path("flows/retrain.py").is_file():
+        raise UserError("flows/retrain.py: not found; run the command in the root of the checkout")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the flow speaks for itself
+    flags = [*(["--force"] if force else []), *(f"--replace={model}" for model in replace or [])]
+    sys.stdout.flush()
+    # The flow takes this process over, so that signals, terminal and exit status are its own.
+    os.execv(sys.executable, [sys.executable, "-m", "flows.retrain", *flags])
+
+
+def _edit(assignments: list[str]) -> None:
+    """Write the assignments to params.yaml and print what changed."""
+    import difflib
+
+    from memgpt import config
+
+    before = config.PARAMS.read_text(encoding="utf-8") if config.PARAMS.exists() else ""
+    config.write(config.override(config.read(), assignments))
+    after = config.PARAMS.read_text(encoding="utf-8")
+    for line in list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))[2:]:
+        if not line.startswith("@@"):
+            print(f"params.yaml {line[0]} {line[1:].strip()}")
+
+
+# --- registry -----------------------------------------------------------------
+
+
+@app.command(rich_help_panel=REGISTRY)
+def promote(
+    model: ModelName,
+    replace: Annotated[bool, typer.Option(help="Release a hold, as an operator's approval does.")] = False,
+    reason: Reason = "",
+) -> None:
+    """Register models/MODEL and let the gate decide whether it becomes champion. Exit status 1 if it is rejected.
+
+    Example: [bold]memgpt promote ner[/]
+    """
+    from memgpt.stages import promote as stage
+    from memgpt.stages import verify as check
+
+    config = _config()
+    verdict = stage.run(config, model, replace=replace, reason=reason)
+    print(f"promote {model}: {verdict.verdict} version {verdict.version} ({'; '.join(verdict.reasons)})", flush=True)
+    if verdict.verdict == "reject":
+        raise UserError(f"{model}: version {verdict.version} is rejected: {'; '.join(verdict.reasons)}")
+    if verdict.verdict != "promote":  # the gate has just loaded what it promoted
+        check.run(config, model)
+
+
+@app.command(rich_help_panel=REGISTRY)
+def rollback(
+    model: ModelName,
+    version: Annotated[str | None, typer.Option(help="By default the champion before the present one.")] = None,
+    reason: Reason = "",
+) -> None:
+    """Make an earlier version champion again.
+
+    Example: [bold]memgpt rollback sentiment --reason "wrong on negations"[/]
+    """
+    from memgpt.stages import rollback as stage
+
+    done = stage.run(_config(), model, version=version, reason=reason)
+    print(f"rollback {model}: version {done.before} → {done.version}")
+
+
+@app.command(rich_help_panel=REGISTRY)
+def verify(model: ModelName) -> None:
+    """Load the champion in a process of its own and let it predict.
+
+    Example: [bold]memgpt verify recommendation[/]
+    """
+    from memgpt.stages import verify as stage
+
+    print(f"verify {model}: version {stage.run(_config(), model)} loads and predicts")
+
+
+# --- look ---------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=LOOK)
+def predict(
+    model: Annotated[str, typer.Argument(help="ner: models/ner. ner@champion, ner@3: from the registry.")],
+    texts: Annotated[list[str], typer.Argument(help="Texts; for recommendation what a reader read, oldest first.")],
+    topic: Annotated[str | None, typer.Option(help="For sentiment.")] = None,
+    k: Annotated[int, typer.Option(help="For recommendation: how many.", min=1)] = 5,
+) -> None:
+    """Ask a model; one line of JSON per answer.
+
+    Example: [bold]memgpt predict ner@champion "Ada Brandt of Norvale Systems"[/]
+    """
+    import json
+
+    from memgpt.config import MODELS
+
+    name, _, version = model.partition("@")
+    if name not in MODELS:
+        raise UserError(f"{name}: no such model; one of {', '.join(MODELS)}")
+    inputs: list[Any] = list(texts)
+    if name == "recommendation":
+        inputs = [{"history": texts, "k": k}]
+    elif name == "sentiment" and topic:
+        inputs = [{"text": text, "topic": topic} for text in texts]
+    for answer in _registered(name, version, inputs) if version else _local(name, inputs):
+        print(json.dumps(answer, ensure_ascii=False))
+
+
+def _local(name: str, inputs: list[Any]) -> list[Any]:
+    directory = Path("models") / name
+    if not directory.is_dir():
+        raise UserError(f"{directory}: not found; `memgpt retrain` or `dvc repro` makes it, `dvc checkout` restores it")
+    _compute_with(_config())
+    from memgpt import predict as predictors
+
+    return predictors.load(name, directory).predict(inputs)
+
+
+def _registered(name: str, version: str, inputs: list[Any]) -> list[Any]:
+    """In a process of its own, with the version's own packaged code."""
+    from memgpt import gate, registry, tracking
+
+    config = _config()
+    tracking.use()
+    known = registry.aliases(tracking.client(), name)
+    if not version.isdecimal() and version not in known:
+        raise UserError(f"{name}@{version}: no such alias; known: {', '.join(sorted(known)) or 'none yet'}")
+    uri = registry.uri(name, known.get(version, version))
+    with gate.Version(uri, Path(".memgpt/predict") / name, environment.threads(config.runtime.threads)) as served:
+        served.ask(inputs)
+        try:
+            return served.answer()
+        except gate.VersionError as error:
+            raise UserError(str(error)) from None
+
+
+@app.command(rich_help_panel=LOOK)
+def ui() -> None:
+    """Say how to open the Prefect UI (runs, logs, tables) and the MLflow UI (curves, models).
+
+    Example: [bold]memgpt ui[/]
+    """
+    from memgpt import console
+
+    print("\n".join(console.ways_to_look()))
+
+
+if __name__ == "__main__":
+    main()

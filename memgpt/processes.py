@@ -1,0 +1,149 @@
+"""Children that die together: a command, and all that it starts, ends when its parent does, however that ends.
+
+Between the parent and the command stands a guard, this file run as a script. It starts the command in a process group
+of its own and reads the pipe on its standard input, which nobody writes to: that it ends means that the parent wants
+the command stopped or is gone (kill -9 included), and the guard ends the whole group. `dvc repro` needs this: killed,
+it leaves the stage's command running, which then writes into the outputs of the next run.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+
+
+class Stopped(Exception):
+    """A child is asked for after `stop`."""
+
+
+def start(
+    command: Sequence[str], env: Mapping[str, str] | None = None, output: int | IO[bytes] = subprocess.PIPE
+) -> subprocess.Popen[bytes]:
+    """The guard of `command`, whose exit status it takes (128 + n for signal n). Closing its stdin ends the group."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, *command],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=env,
+        process_group=0,  # a Ctrl-C in the terminal reaches the parent, which then decides
+    )
+
+
+class Children:
+    """Commands that run now, from any thread; `stop` ends them all and refuses more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def run(self, command: Sequence[str], env: Mapping[str, str], on_line: Callable[[str], None]) -> int:
+        """Run to the end; every line of output, and what a bar draws over itself, goes to `on_line` as it comes.
+
+        Raises:
+            Stopped: if `stop` was called, before or meanwhile.
+        """
+        with self._lock:
+            if self._stopped:
+                raise Stopped
+            guard = start(command, env)
+            self._running.add(guard)
+        try:
+            assert guard.stdout is not None
+            for raw in guard.stdout:
+                for line in raw.decode("utf-8", errors="replace").replace("\r", "\n").split("\n"):
+                    if line.strip():
+                        on_line(line.rstrip())
+            status = guard.wait()
+        finally:
+            with self._lock:
+                self._running.discard(guard)
+            end(guard)
+        if self._stopped:
+            raise Stopped
+        return status
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            running = list(self._running)
+        for guard in running:
+            _hang_up(guard)
+        for guard in running:
+            end(guard)
+
+
+def end(guard: subprocess.Popen[bytes]) -> None:
+    """End a guard's group and wait until it is gone; nothing happens if it has ended."""
+    _hang_up(guard)
+    try:
+        guard.wait(GRACE + 5)
+    except subprocess.TimeoutExpired:
+        guard.kill()
+        guard.wait()
+
+
+def _hang_up(guard: subprocess.Popen[bytes]) -> None:
+    assert guard.stdin is not None
+    with suppress(OSError):
+        guard.stdin.close()
+
+
+def _guard(command: list[str]) -> int:
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, lambda *_: None)  # a handler, unlike SIG_IGN, is not inherited by the command
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    ending = threading.Thread(target=_end_with_stdin, args=(child.pid,), daemon=True)
+    ending.start()
+    status = child.wait()
+    if not _exists(child.pid):
+        return status if status >= 0 else 128 - status
+    with suppress(ProcessLookupError):  # the command is gone, something that it started is not
+        os.killpg(child.pid, signal.SIGTERM)
+    _kill_after_grace(child.pid)
+    return status if status >= 0 else 128 - status
+
+
+def _end_with_stdin(group: int) -> None:
+    while os.read(0, 4096):
+        pass
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGTERM)
+        _kill_after_grace(group)
+
+
+def _kill_after_grace(group: int) -> None:
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline:
+        if not _exists(group):
+            return
+        time.sleep(0.05)
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(_guard(sys.argv[1:]))
+    except OSError as error:
+        print(f"error: {Path(sys.argv[1]).name}: {error.strerror}", file=sys.stderr)
+        sys.exit(127)
