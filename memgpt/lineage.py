@@ -35,7 +35,9 @@ def weights_digest(directory: Path | str) -> str:
     directory = Path(directory)
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("items.json"), *directory.glob("config.json")])
     if not any(file.suffix == ".safetensors" for file in files):
-        raise UserError(f"{directory}: holds no *.safetensors; run the stage that makes it, or `dvc checkout {directory}`")
+        raise UserError(
+            f"{directory}: holds no *.safetensors; run the stage that makes it, or `dvc checkout {directory}`"
+        )
     return hashlib.sha256("".join(f"{f.name}\0{digest(f)}\n" for f in files).encode()).hexdigest()
 
 
@@ -75,4 +77,6 @@ def read(directory: Path | str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: missing; run the stage that makes {directory}") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON at line {error.lineno}; run the stage that makes {directory} again") from None
+        raise UserError(
+            f"{path}: not JSON at line {error.lineno}; run the stage that makes {directory} again"
+        ) from None

@@ -58,9 +58,7 @@ def train(
         use_cpu=not torch.cuda.is_available(),
     )
     optimizer = torch.optim.AdamW(parameter_groups(model, params), betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, _schedule(steps, params.warmup_fraction, decay_fraction)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps, params.warmup_fraction, decay_fraction))
     trainer = _Trainer(
         model=model,
         args=arguments,

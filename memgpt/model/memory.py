@@ -26,6 +26,13 @@ def _multiplier(*key: int) -> int:
     return state - (1 << 64) if state >= 1 << 63 else state
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMS normalisation in the weight's precision: under autocast, torch has no fast path for mixed ones."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class NGramHash(nn.Module):
     """Token ids → addresses in the memory tables, the same for every memory layer.
 
@@ -96,8 +103,8 @@ class KnowledgeMemory(nn.Module):
         self.table._memory_table = True  # init to zero; see MemGPTPreTrainedModel._init_weights
         self.key = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
         self.value = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
-        self.query_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.key_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.query_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.key_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden: torch.Tensor, addresses: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, D], addresses [B, T, R] → what to add to hidden, [B, T, D]."""

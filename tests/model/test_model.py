@@ -1,0 +1,199 @@
+"""The core as a Hugging Face model: what holds exactly, at sizes of a few thousand parameters."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+from memgpt.model import (
+    MemGPTConfig,
+    MemGPTForCausalLM,
+    MemGPTForMultiTask,
+    MemGPTForRecommendation,
+    MemGPTForSequenceClassification,
+    MemGPTForTokenClassification,
+)
+
+SHAPE = dict(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    memory_rows=97,
+    memory_dim=4,
+)
+
+
+def config(**changes) -> MemGPTConfig:
+    return MemGPTConfig(**{**SHAPE, **changes})
+
+
+@pytest.fixture
+def model() -> MemGPTForCausalLM:
+    """A causal model whose memory says something."""
+    torch.manual_seed(0)
+    model = MemGPTForCausalLM(config()).eval()
+    for layer in model.model.layers:
+        if layer.memory is not None:
+            torch.nn.init.normal_(layer.memory.table.weight[1:])
+    return model
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def test_memory_starts_as_nothing(ids: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    fresh = MemGPTForCausalLM(config()).eval()
+    plain = MemGPTForCausalLM(config(memory_layers=[])).eval()
+    missing, unexpected = plain.load_state_dict(fresh.state_dict(), strict=False)
+    assert not missing
+    assert all(".memory." in name for name in unexpected)
+    assert torch.equal(fresh(ids).logits, plain(ids).logits)
+
+
+def test_memory_is_used_and_reaches_only_its_positions(model: MemGPTForCausalLM, ids: torch.Tensor) -> None:
+    before = model(ids).logits
+    changed = ids.clone()
+    changed[:, 6] = (changed[:, 6] - 3 + 1) % 61 + 3
+    after = model(changed).logits
+    assert torch.allclose(before[:, :6], after[:, :6], atol=1e-6)
+    assert not torch.allclose(before[:, 6:], after[:, 6:], atol=1e-3)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_decoding_with_a_cache_equals_the_full_pass(model: MemGPTForCausalLM, ids: torch.Tensor, beams: int) -> None:
+    settings = dict(max_new_tokens=15, do_sample=False, num_beams=beams)
+    cached = model.generate(ids, use_cache=True, **settings)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+    assert cached.shape == (2, 27)
+
+
+def test_left_padding_does_not_change_what_is_generated(model: MemGPTForCausalLM, ids: torch.Tensor) -> None:
+    padded = torch.nn.functional.pad(ids[:1], (4, 0))
+    mask = (padded != 0).long()
+    plain = model.generate(ids[:1], max_new_tokens=8, do_sample=False)
+    assert torch.equal(plain, model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 4:])
+
+
+def test_documents_in_a_packed_row_do_not_see_each_other(model: MemGPTForCausalLM, ids: torch.Tensor) -> None:
+    alone = model(ids).logits
+    positions = torch.arange(12).repeat(2)[None]
+    packed = model(ids.reshape(1, -1), position_ids=positions).logits.reshape(2, 12, -1)
+    assert torch.allclose(alone, packed, atol=1e-5)
+
+
+def test_padding_changes_nothing_when_read_in_both_directions(ids: torch.Tensor) -> None:
+    model = MemGPTForTokenClassification(config(num_labels=5)).eval()
+    torch.nn.init.normal_(model.model.layers[0].memory.table.weight[1:])
+    padded = torch.nn.functional.pad(ids, (0, 5))
+    logits = model(padded, attention_mask=(padded != 0).long()).logits
+    assert torch.allclose(logits[:, :12], model(ids).logits, atol=1e-5)
+
+
+def test_understanding_reads_both_directions_and_generation_one(ids: torch.Tensor) -> None:
+    model = MemGPTForTokenClassification(config(num_labels=5)).eval()
+    changed = ids.clone()
+    changed[:, -1] = 3
+    assert not torch.allclose(model(ids).logits[:, 0], model(changed).logits[:, 0])
+    causal = [model(x, attention_mode="causal").logits[:, 0] for x in (ids, changed)]
+    assert torch.allclose(*causal)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        MemGPTForCausalLM,
+        MemGPTForTokenClassification,
+        MemGPTForSequenceClassification,
+        MemGPTForRecommendation,
+        MemGPTForMultiTask,
+    ],
+)
+def test_saved_and_loaded_gives_equal_weights(kind, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = kind(config())
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    again = kind.from_pretrained(tmp_path).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_auto_classes_and_heads_on_a_pretrained_trunk(model: MemGPTForCausalLM, ids: torch.Tensor, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    tagger = AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=7)
+    assert tagger(ids).logits.shape == (2, 12, 7)
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(value, tagger.model.state_dict()[name]), name
+
+
+def test_attention_back_ends_agree(model: MemGPTForCausalLM, ids: torch.Tensor) -> None:
+    sdpa = model(ids).logits
+    model.set_attn_implementation("eager")
+    eager = model(ids, output_attentions=True, output_hidden_states=True)
+    assert torch.allclose(sdpa, eager.logits, atol=1e-5)
+    assert len(eager.attentions) == 3
+    assert eager.attentions[0].shape == (2, 4, 12, 12)
+    assert len(eager.hidden_states) == 4
+
+
+def test_new_tokens_can_be_added(model: MemGPTForCausalLM) -> None:
+    model.resize_token_embeddings(70)
+    assert model(torch.tensor([[5, 69, 68]])).logits.shape == (1, 3, 70)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model: MemGPTForCausalLM, ids: torch.Tensor) -> None:
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name], atol=1e-6), name
+
+
+def test_recommendation_learns_who_reads_what_next(ids: torch.Tensor) -> None:
+    """Ten items in a ring: after each comes the next. The loss must fall to that of knowing it."""
+    torch.manual_seed(0)
+    model = MemGPTForRecommendation(config()).train()
+    items = torch.arange(10)[:, None] + torch.arange(3, 6)[None]
+    history = (torch.arange(10)[:, None] + torch.arange(4)[None]) % 10
+    batch = dict(input_ids=items, history=history, labels=(history + 1) % 10, log_frequency=torch.zeros(10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 2.0
+    assert losses[-1] < 0.3
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(hidden_size=15), "num_attention_heads"),
+        (dict(num_key_value_heads=3), "num_key_value_heads"),
+        (dict(memory_layers=[3]), "memory_layers"),
+        (dict(memory_ngrams=[1]), "memory_ngrams"),
+    ],
+)
+def test_impossible_shapes_are_refused_by_name(changes, words) -> None:
+    with pytest.raises(Exception, match=words):
+        config(**changes)
+
+
+def test_wrong_calls_are_refused(model: MemGPTForCausalLM, ids: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="attention_mode"):
+        model(ids, attention_mode="sideways")
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="context_ids"):
+        model(ids[:, :1], past_key_values=cache)

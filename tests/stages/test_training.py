@@ -1,0 +1,123 @@
+"""The training stages on a few rows: what they write is reproducible, and a killed run continues exactly."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memgpt import config, lineage
+from memgpt.model import MemGPTForCausalLM, MemGPTTokenizer
+from memgpt.stages import pretrain
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [
+    "pretrain.sequence_length=16",
+    "pretrain.batch_size=4",
+    "pretrain.tokens=3840",  # 60 steps, more than one epoch of the 50 rows below
+    "pretrain.checkpoint_steps=7",
+]
+RUN = "from memgpt import config; from memgpt.stages import pretrain; pretrain.run(config.load())"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a tokenizer, 800 tokens of a language with a rule, and small settings."""
+    random = np.random.default_rng(0)
+    words = "one two three four five six seven eight nine ten".split()
+    text = " ".join(words[i % 10] for i in np.cumsum(random.integers(1, 3, 800)))
+    tokenizer = MemGPTTokenizer.train([text], 300)
+    tokenizer.save_pretrained(tmp_path / "models/tokenizer")
+    tokens = tmp_path / "data/tokens"
+    tokens.mkdir(parents=True)
+    ids = np.asarray(tokenizer(text)["input_ids"][:800], dtype=np.uint16)
+    starts = np.arange(0, 800, 50)
+    ids[starts] = tokenizer.eos_token_id
+    for split in ("train", "validation"):
+        np.save(tokens / f"{split}.npy", ids)
+        np.save(tokens / f"{split}_starts.npy", starts)
+    document = config.read(ROOT / "params.yaml")
+    config.write(config.override(document, SETTINGS), tmp_path / "params.yaml")
+    return tmp_path
+
+
+def start(place: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.Popen([sys.executable, "-c", RUN], cwd=place, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_and_resumed_equals_undisturbed(place: Path) -> None:
+    assert start(place).wait() == 0
+    undisturbed = lineage.weights_digest(place / "models/base")
+    assert not list((place / ".memgpt/checkpoints").glob("*")), "a finished run leaves no checkpoints"
+    (place / "models/base").rename(place / "before")
+
+    victim = start(place)
+    while not list(place.glob(".memgpt/checkpoints/*/checkpoint-*/complete")):
+        assert victim.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (place / "models/base").exists()
+
+    again = start(place)
+    _, messages = again.communicate()
+    assert again.returncode == 0, messages
+    assert "resuming at step" in messages
+    assert lineage.weights_digest(place / "models/base") == undisturbed
+    assert (place / "models/base/lineage.json").read_bytes() == (place / "before/lineage.json").read_bytes()
+
+
+def test_other_parameters_do_not_resume_this_run(place: Path) -> None:
+    from memgpt import checkpoint
+
+    inputs = [place / "models/tokenizer"]
+    assert checkpoint.directory("pretrain", {"a": 1}, inputs) == checkpoint.directory("pretrain", {"a": 1}, inputs)
+    assert checkpoint.directory("pretrain", {"a": 1}, inputs) != checkpoint.directory("pretrain", {"a": 2}, inputs)
+
+
+def test_a_checkpoint_cut_short_is_not_resumed(tmp_path: Path) -> None:
+    from memgpt import checkpoint
+
+    for step, whole in ((9, True), (10, True), (100, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / checkpoint.COMPLETE).touch()
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-10"
+    assert checkpoint.latest(tmp_path / "none") is None
+
+
+def test_it_learns_and_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    curve: list[float] = []
+    metrics = pretrain.run(config.load(), lambda numbers, step: curve.append(numbers["loss"]))
+    assert curve[0] > 5.0  # near log 300
+    assert metrics["validation_loss"] < 0.7 * curve[0]
+    assert lineage.read("models/base")["metrics"] == metrics
+    assert MemGPTForCausalLM.from_pretrained("models/base").num_parameters() == metrics["parameters"]
+
+
+def test_starting_from_a_model_keeps_what_it_knows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    first = pretrain.run(config.load())
+    (place / "models/base").rename(place / "start")
+    document = config.override(config.read(), ["pretrain.init=start", "pretrain.tokens=64"])  # one step
+    config.write(document)
+    second = pretrain.run(config.load())
+    assert second["validation_loss"] < first["validation_loss"] + 0.3
+    assert lineage.read("models/base")["parent"] == lineage.weights_digest("start")
+
+
+def test_packed_rows_count_positions_from_each_document(place: Path) -> None:
+    rows = pretrain.PackedTokens(place / "data/tokens", "train", 16)
+    positions = rows[3]["position_ids"].tolist()  # tokens 48 … 63; a document starts at 50
+    assert positions == [0, 1, *range(14)]
+
+
+def test_a_corpus_too_small_is_refused_with_the_fix(place: Path) -> None:
+    with pytest.raises(ValueError, match="sequence_length"):
+        pretrain.PackedTokens(place / "data/tokens", "train", 801)
