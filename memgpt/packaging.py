@@ -10,7 +10,7 @@ from typing import Any
 import memgpt
 from memgpt import lineage
 
-CODE = Path(memgpt.__file__).parent
+CODE = Path(memgpt.__file__).parent  # the package to pack
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas")
 _PARTS = ("__init__.py", "model", "predict")  # of the package: what prediction imports
 # Made up, like the newsroom; never a user's data. An item that nobody has seen is given by its text.
@@ -45,24 +45,24 @@ def requirements() -> list[str]:
     return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
 
 
-def stage_code(target: Path, source: Path = CODE) -> Path:
+def stage_code(target: Path) -> Path:
     """Copy what prediction needs of the package to `target`/memgpt."""
     for part in _PARTS:
-        if (source / part).is_dir():
-            shutil.copytree(source / part, target / "memgpt" / part, ignore=shutil.ignore_patterns("__pycache__"))
+        if (CODE / part).is_dir():
+            shutil.copytree(CODE / part, target / "memgpt" / part, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             (target / "memgpt").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / part, target / "memgpt" / part)
+            shutil.copyfile(CODE / part, target / "memgpt" / part)
     return target / "memgpt"
 
 
-def code_digest(source: Path = CODE) -> str:
+def code_digest() -> str:
     with tempfile.TemporaryDirectory() as folder:
-        return lineage.digest(stage_code(Path(folder), source))
+        return lineage.digest(stage_code(Path(folder)))
 
 
-def save(model: str, directory: Path, card: str, target: Path, code: Path = CODE) -> None:
-    """Write the MLflow model to `target`, which must not exist. `code`: the package to pack, other than ours in tests.
+def save(model: str, directory: Path, card: str, target: Path, run_id: str) -> None:
+    """Write the MLflow model that run `run_id` will hold to `target`, which must not exist.
 
     MLflow would load the model here to write down the example's answer; so the example and the params are added
     afterwards, and the first to load it is a process of its own with the packaged code.
@@ -73,7 +73,7 @@ def save(model: str, directory: Path, card: str, target: Path, code: Path = CODE
     from mlflow.types.schema import ParamSchema, ParamSpec
 
     with tempfile.TemporaryDirectory() as folder:
-        packed = stage_code(Path(folder) / "code", code)
+        packed = stage_code(Path(folder) / "code")
         weights = Path(folder) / "model"
         shutil.copytree(directory, weights)
         (weights / "README.md").write_text(card, encoding="utf-8")
@@ -89,6 +89,7 @@ def save(model: str, directory: Path, card: str, target: Path, code: Path = CODE
     if model == "ner":
         assert saved.signature is not None
         saved.signature.params = ParamSchema([ParamSpec("separator", "string", "")])
+    saved.run_id, saved.artifact_path = run_id, "model"
     _save_example(saved, EXAMPLES[model], str(target))
     saved.save(str(target / "MLmodel"))
 

@@ -1,8 +1,8 @@
 """The model registry: versions with their lineage, aliases, and the record of every decision.
 
 Only `promote` and `rollback` change it, and every change follows one path: `carry_out` records the intent as a run of
-the experiment `promotions`, applies it, and marks the run done. What a kill leaves open is settled by `reconcile` at the
-next start: finished if the champion alias has moved, else abandoned. `apply` may be repeated at will.
+the experiment `promotions`, applies it, and marks the run done. What a kill leaves open is settled by `reconcile` at
+the next start: finished if the champion alias has moved, else abandoned. `apply` may be repeated at will.
 """
 
 import getpass
@@ -168,32 +168,28 @@ def versions(client: "MlflowClient", model: str) -> "list[ModelVersion]":
     return sorted(found, key=lambda version: int(version.version), reverse=True)
 
 
-def register(client: "MlflowClient", candidate: Candidate, code: Path = packaging.CODE) -> str:
+def register(client: "MlflowClient", candidate: Candidate) -> str:
     """Package and register the candidate, and return its version; one with the same content is used again.
 
     The version appears together with all its tags: there is no moment at which it has no lineage.
     """
-    tags = dict(candidate.tags)
-    if code != packaging.CODE:
-        tags["code"] = packaging.code_digest(code)
-        tags["content"] = hashlib.sha256(_compact({key: tags[key] for key in CONTENT}).encode()).hexdigest()
     if not client.search_registered_models(f"name = '{name(candidate.model)}'"):
         client.create_registered_model(name(candidate.model))
     for version in versions(client, candidate.model):
-        same = version.tags.get("content") == tags["content"] and not missing_lineage(version.tags)
+        same = version.tags.get("content") == candidate.tags["content"] and not missing_lineage(version.tags)
         if same and intact(candidate.model, str(version.version)):
             return str(version.version)
     with tracking.stage_run("register", candidate.model, {"model": str(candidate.directory)}) as run:
         run.metrics({key: value for key, value in candidate.report.items() if isinstance(value, int | float)})
-        tags["mlflow_run"] = run.id
+        tags = {**candidate.tags, "mlflow_run": run.id}
         card = packaging.card(candidate.model, candidate.report, tags, candidate.sources)
         with tempfile.TemporaryDirectory() as folder:
             packaged = Path(folder) / "model"
-            packaging.save(candidate.model, candidate.directory, card, packaged, code)
+            packaging.save(candidate.model, candidate.directory, card, packaged, run.id)
             client.log_artifacts(run.id, str(packaged), "model")
-        made = client.create_model_version(
-            name(candidate.model), f"runs:/{run.id}/model", run.id, tags=tags, description=card
-        )
+    made = client.create_model_version(
+        name(candidate.model), f"runs:/{run.id}/model", run.id, tags=tags, description=card
+    )
     return str(made.version)
 
 

@@ -1,0 +1,100 @@
+"""Runs are logged where they should be, first uses do not race, and a server that is not there says so in one line."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memgpt import environment, tracking
+from memgpt.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    environment.prepare()
+    root = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv(tracking.PARENT, raising=False)
+        patch.chdir(root)
+        tracking.use()
+        yield root
+
+
+def runs() -> list:
+    client = tracking.client()
+    return client.search_runs([tracking.experiment(tracking.STAGES)])
+
+
+def test_a_stage_run_holds_params_metrics_and_curves(store: Path) -> None:
+    with tracking.stage_run("finetune", "ner", {"epochs": 4, "source": {"uri": "sample://newsroom"}}) as run:
+        tracking.log({"loss": 1.5}, step=10)
+        tracking.curve([{"loss": 1.0, "step": 20}, {"loss": 0.5, "step": 30, "note": "not a number"}])
+        run.metrics({"f1@exact": 0.75})
+    found = tracking.client().get_run(run.id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"epochs": "4", "source.uri": "sample://newsroom"}
+    assert found.data.metrics == {"loss": 0.5, "f1_exact": 0.75}
+    history = tracking.client().get_metric_history(run.id, "loss")
+    assert [(point.step, point.value) for point in history] == [(10, 1.5), (20, 1.0), (30, 0.5)]
+    assert found.info.artifact_uri.startswith((store / "mlartifacts" / "memgpt").as_uri())
+    tracking.log({"loss": 1.0})  # no run is open: nothing happens
+
+
+def test_a_failing_stage_is_a_failed_run(store: Path) -> None:
+    with pytest.raises(UserError), tracking.stage_run("ingest", "corpus") as run:
+        raise UserError("data.corpus.uri: empty")
+    found = tracking.client().get_run(run.id)
+    assert (found.info.status, found.data.tags["error"]) == ("FAILED", "UserError: data.corpus.uri: empty")
+
+
+def test_stage_runs_nest_under_the_flows_run(store: Path) -> None:
+    with tracking.flow_run("retrain") as flow, tracking.stage_run("pretrain") as stage:
+        assert os.environ[tracking.PARENT] == flow.id
+    assert tracking.PARENT not in os.environ
+    assert tracking.client().get_run(stage.id).data.tags["mlflow.parentRunId"] == flow.id
+
+
+def test_a_killed_stage_does_not_stay_running(store: Path) -> None:
+    script = "import os; from memgpt import tracking as t; run = t.stage_run('tokenize'); run.__enter__(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=store, check=False).returncode == 9
+    assert [run.info.status for run in runs() if run.data.tags["stage"] == "tokenize"] == ["RUNNING"]
+    with tracking.stage_run("tokenize"):
+        pass
+    statuses = [run.info.status for run in runs() if run.data.tags["stage"] == "tokenize"]
+    assert statuses == ["FINISHED", "KILLED"]
+
+
+def test_first_uses_at_once_do_not_race(tmp_path: Path) -> None:
+    """Three processes on a fresh folder: MLflow alone would lose some of them while migrating."""
+    script = "from memgpt import tracking; tracking.use(); print(tracking.experiment('memgpt'))"
+    variables = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=variables, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    answers = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert len(set(answers)) == 1
+    assert [path.name for path in tmp_path.glob("*.db*")] == ["mlflow.db"]
+    assert not list(tmp_path.glob(".mlflow.db*"))
+
+
+def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        tracking.use(tmp_path)
+    message = str(caught.value)
+    assert "MLFLOW_TRACKING_URI" in message
+    assert "\n" not in message
+    assert "secret" not in message
+    assert time.monotonic() - start < 20
