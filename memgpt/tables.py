@@ -163,8 +163,10 @@ def _complete(
                 break
             place -= fraction
         result[target].append(row)
-    if not result["train"]:
-        raise UserError(f"data.{name}: no training rows are left after the split; bring more rows")
+    for split, rows in result.items():
+        if not rows:
+            knob = "corpus_validation" if name == "corpus" else "validation" if split == "train" else split
+            raise UserError(f"data.{name}: no rows for {split}; bring more rows, or change ingest.{knob}_fraction")
     return result
 
 

@@ -171,7 +171,7 @@ def test_a_lock_of_another_source_is_refused() -> None:
     with pytest.raises(UserError, match="nothing locked for ner; run `memgpt snapshot`"):
         sources.read_lock("ner", Source(uri="set"))
     sources.write_lock({"ner": sources.resolve("ner", Source(uri="set"))})
-    with pytest.raises(UserError, match="data.ner.uri is other but .* has set; run `memgpt snapshot`"):
+    with pytest.raises(UserError, match=r"data.ner.uri is other but .* has set; run `memgpt snapshot`"):
         sources.read_lock("ner", Source(uri="other"))
     put("data/sources.lock.json", "{")
     with pytest.raises(UserError, match="not valid JSON; run `memgpt snapshot`"):
