@@ -71,7 +71,7 @@ def train(
     resume = checkpoint.latest(checkpoints)
     set_seed(params.seed)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return model.to("cpu").eval()  # type: ignore[return-value]
+    return model.to("cpu").eval()
 
 
 def parameter_groups(model: PreTrainedModel, params: Training) -> list[dict[str, Any]]:

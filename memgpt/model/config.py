@@ -104,7 +104,8 @@ class MemGPTConfig(PreTrainedConfig):
         """
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise ValueError(
-                f"hidden_size={self.hidden_size} must be an even multiple of num_attention_heads={self.num_attention_heads}"
+                f"hidden_size={self.hidden_size} must be an even multiple of "
+                f"num_attention_heads={self.num_attention_heads}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

@@ -75,7 +75,7 @@ class NGramHash(nn.Module):
             start = self.context - steps
             return tensor[:, start : start + length]
 
-        addresses = []
+        addresses: list[torch.Tensor] = []
         for n in self.ngrams:
             invalid = position_ids < n - 1
             for step in range(n):
@@ -100,7 +100,7 @@ class KnowledgeMemory(nn.Module):
         super().__init__()
         reads = len(config.memory_ngrams or ()) * config.memory_heads
         self.table = nn.Embedding(1 + reads * config.memory_rows, config.memory_dim, padding_idx=0)
-        self.table._memory_table = True  # init to zero; see MemGPTPreTrainedModel._init_weights
+        self.table._memory_table = True  # type: ignore[assignment]  # init to zero; see MemGPTPreTrainedModel._init_weights
         self.key = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
         self.value = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
         self.query_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

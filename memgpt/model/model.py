@@ -46,7 +46,8 @@ class RotaryEmbedding(nn.Module):
         compute = (
             self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
         )
-        inv_freq, self.attention_scaling = compute(config)
+        inv_freq, scaling = compute(config)
+        self.attention_scaling: float = scaling
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
@@ -79,7 +80,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, for transformers' attention interface: returns (output [B, T, heads, head_dim], weights)."""
+    """Attention written out, for transformers' attention interface: (output [B, T, heads, head_dim], weights)."""
     groups: int = module.num_key_value_groups  # type: ignore[assignment]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     weights = query @ key.transpose(2, 3) * scaling
@@ -104,7 +105,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-        self.o_proj._closes_residual = True
+        self.o_proj._closes_residual = True  # type: ignore[assignment]
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
@@ -142,7 +143,7 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj._closes_residual = True
+        self.down_proj._closes_residual = True  # type: ignore[assignment]
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -218,14 +219,14 @@ class MemGPTModel(MemGPTPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         attention_mode: str = "causal",
-        context_ids: torch.LongTensor | None = None,
+        context_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T], or inputs_embeds [B, T, D] (then the memory is not read) → last_hidden_state [B, T, D].
@@ -288,7 +289,7 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, **kwargs: Any
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
         if next_sequence_length is not None and inputs.get("input_ids") is not None:
@@ -299,9 +300,9 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -437,9 +438,9 @@ class MemGPTForTokenClassification(MemGPTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
         **kwargs: Any,
     ) -> TokenClassifierOutput:
@@ -466,9 +467,9 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
@@ -500,10 +501,10 @@ class MemGPTForRecommendation(MemGPTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        history: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        history: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         log_frequency: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
@@ -536,10 +537,10 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
     def forward(
         self,
         task: str,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        history: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
         log_frequency: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
@@ -550,7 +551,9 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
         )
         if isinstance(head, InterestHead):
             logits = head.encode_item(outputs.last_hidden_state, attention_mask)
-            loss = None if labels is None else head.loss(logits, history, labels, log_frequency)
+            loss = None
+            if history is not None and labels is not None and log_frequency is not None:
+                loss = head.loss(logits, history, labels, log_frequency)
         else:
             logits = head(outputs.last_hidden_state, attention_mask)
             loss = None if labels is None else _cross_entropy(logits, labels)

@@ -1,6 +1,7 @@
 """MemGPT's tokenizer: cased byte-level BPE in which words given one by one and words in a text get the same ids."""
 
 from collections.abc import Iterable
+
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Input → answer, one file per model. Imports the core only: this and `memgpt/model` are packaged with every version."""
+"""Input → answer, one file per model. It imports the core only: the two are packaged with every version."""
 
 from pathlib import Path
 from typing import Any, Protocol

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class Predictor:
             for text, words in enumerate(encoded)
             for first, last in (windows([len(word) for word in words], size) if words else [])
         ]
-        rows = [sum(encoded[text][first:last], [])[:size] for text, first, last in jobs]
+        rows = [[*chain.from_iterable(encoded[text][first:last])][:size] for text, first, last in jobs]
         names = self.model.config.id2label
         best: list[list[tuple[int, str, float]]] = [[(-1, "O", 0.0)] * len(words) for words in encoded]
         for batch in by_length(rows):

@@ -75,7 +75,8 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, inputs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """Per reader {history: [item id | text], k, candidates?: [item id | text]}: the best k as {item_id, title, score}.
+        """Per reader {history: [item id | text], k, candidates?: [item id | text]}: the best k items, as
+        {item_id, title, score}.
 
         History runs from oldest to newest. A string that is no known id is read as the text of a new item. Without
         candidates the whole index competes, less what the reader has read. A reader without history gets what most
@@ -128,7 +129,9 @@ class Predictor:
         """Vectors [C, P] and (id or None, title) of what competes."""
         if candidates is None:
             return self.vectors, list(zip(self.ids, self.titles, strict=True))
-        names = [(item, self.titles[self.place[item]]) if item in self.place else (None, item) for item in candidates]
+        names: list[tuple[str | None, str]] = [
+            (item, self.titles[self.place[item]]) if item in self.place else (None, item) for item in candidates
+        ]
         if not names:
             return self.vectors[:0], []
         return torch.stack([self._vector(item, new) for item in candidates]), names

@@ -40,7 +40,8 @@ def run(config: Config, model: str) -> dict[str, float]:
         "gain_ci_high": gain_high,
     }
     numbers = {name: round(value, 6) for name, value in numbers.items()}
-    _draw(model, *module.picture(rows, predictions), numbers, module.PRIMARY)
+    table, kind = module.picture(rows, predictions)
+    _draw(model, table, kind, numbers, module.PRIMARY)
     atomic.write_json(METRICS / f"{model}.json", {"primary": module.PRIMARY, **numbers})
     return numbers
 

@@ -1,6 +1,7 @@
 """Named-entity recognition: tagged sentences → features, span F1, and a gazetteer to beat."""
 
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Training(Dataset):
                 continue
             pieces = encode_words(tokenizer, row["tokens"])
             for first, last in windows([len(piece) for piece in pieces], max_length):
-                ids = sum(pieces[first:last], [])[:max_length]
+                ids = [*chain.from_iterable(pieces[first:last])][:max_length]
                 tags: list[int] = []
                 for piece, tag in zip(pieces[first:last], row["tags"][first:last], strict=True):
                     tags += [index[tag]] + [-100] * (len(piece) - 1)

@@ -1,4 +1,4 @@
-"""Recommendation: readers' behaviour and items' texts → features, NDCG over the whole catalogue, and popularity to beat."""
+"""Recommendation: behaviour and items' texts → features, NDCG over the whole catalogue, and popularity to beat."""
 
 from collections import Counter
 from pathlib import Path

@@ -63,8 +63,8 @@ def test_rows(tables: Path, split: str = "test") -> list[dict[str, Any]]:
 
 
 def statistics(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> np.ndarray:
-    """Per text: its cell of the confusion matrix, [actual L, predicted L + 1] flattened; the last column is a label that
-    never occurs in the rows."""
+    """Per text: its cell of the confusion matrix, [actual L, predicted L + 1] flattened; the last column is for labels
+    that never occur in the rows."""
     names = sorted({row["label"] for row in rows})
     index = {name: place for place, name in enumerate(names)}
     cells = np.zeros((len(rows), len(names), len(names) + 1))

@@ -1,0 +1,196 @@
+"""The prediction formats, on models that know nothing: places, batching and windows must be right all the same."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from memgpt import predict
+from memgpt.model import (
+    MemGPTConfig,
+    MemGPTForCausalLM,
+    MemGPTForRecommendation,
+    MemGPTForSequenceClassification,
+    MemGPTForTokenClassification,
+    MemGPTTokenizer,
+)
+from memgpt.predict import ner
+from memgpt.predict.batching import by_length
+from memgpt.predict.recommendation import build_index
+
+TEXT = "Ada Brandt of Norvale Systems fell in Port Dunham, said the bank."
+TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory):
+    """A tokenizer and a configuration of a few thousand weights."""
+    tokenizer = MemGPTTokenizer.train([TEXT] * 4, 320, 1)
+    settings = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        memory_rows=31,
+        memory_dim=4,
+        initializer_range=0.5,
+    )
+    return tokenizer, settings
+
+
+def made(shape, kind, directory, **changes):
+    tokenizer, settings = shape
+    torch.manual_seed(3)
+    model = kind(MemGPTConfig(**settings, **changes)).eval()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return model
+
+
+def tagger(shape, directory, **changes):
+    return made(shape, MemGPTForTokenClassification, directory, id2label=dict(enumerate(TAGS)), **changes)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("Don't pay $3.50, U.S. co-op!", ["Don't", "pay", "$", "3.50", ",", "U.S", ".", "co-op", "!"]),
+        ("我爱北京 IBM公司", ["我", "爱", "北", "京", "IBM", "公", "司"]),
+        ("   ", []),
+    ],
+)
+def test_words_of_a_text(text: str, words: list[str]) -> None:
+    assert [text[a:b] for a, b in ner.split_words(text)] == words
+
+
+def test_spans_from_tags_mend_what_continues_nothing() -> None:
+    tags = ["I-PER", "I-PER", "O", "B-LOC", "B-LOC", "I-PER", "I-LOC"]
+    assert ner.spans_from_tags(tags) == [
+        ("PER", 0, 2),
+        ("LOC", 3, 4),
+        ("LOC", 4, 5),
+        ("PER", 5, 6),
+        ("LOC", 6, 7),
+    ]
+
+
+def test_ner_places_are_those_of_the_text(shape, tmp_path) -> None:
+    tagger(shape, tmp_path)
+    predictor = predict.load("ner", tmp_path)
+    running, split, nothing = predictor.predict([TEXT, TEXT.split(" "), ""])
+    assert nothing == []
+    assert running, "an untrained model tags something"
+    for entity in [*running, *split]:
+        assert set(entity) == {"text", "type", "score", "start", "end"}
+        assert TEXT[entity["start"] : entity["end"]] == entity["text"]
+        assert entity["type"] in {"PER", "LOC"}
+        assert 0 < entity["score"] <= 1
+
+
+def test_ner_answers_do_not_depend_on_company(shape, tmp_path) -> None:
+    tagger(shape, tmp_path)
+    predictor = predict.load("ner", tmp_path)
+    texts = [TEXT, "Ada", "the bank fell in Port", ""] * 3
+    alone = [predictor.predict([text])[0] for text in texts]
+    together = predictor.predict(texts)
+    for one, other in zip(alone, together, strict=True):
+        assert [(e["start"], e["end"], e["type"]) for e in one] == [(e["start"], e["end"], e["type"]) for e in other]
+
+
+def test_a_long_text_is_read_to_its_end(shape, tmp_path) -> None:
+    tagger(shape, tmp_path, window=16)
+    predictor = predict.load("ner", tmp_path)
+    found = predictor.predict([" ".join([TEXT] * 20)])[0]
+    assert max(entity["end"] for entity in found) > len(TEXT) * 19
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_windows_cover_every_word_and_overlap(size: int) -> None:
+    lengths = [2, 1, 3, 1, 1, 2, 5, 1, 1, 1]
+    ranges = ner.windows(lengths, size)
+    assert {word for first, last in ranges for word in range(first, last)} == set(range(10))
+    for first, last in ranges:
+        assert last - first == 1 or sum(lengths[first:last]) <= size
+
+
+def test_sentiment_keeps_the_topic(shape, tmp_path) -> None:
+    names = {0: "negative", 1: "neutral", 2: "positive"}
+    made(shape, MemGPTForSequenceClassification, tmp_path, id2label=names)
+    plain, with_topic = predict.load("sentiment", tmp_path).predict([TEXT, {"text": "", "topic": "banking"}])
+    assert plain["topic"] is None
+    assert with_topic["topic"] == "banking"
+    for answer in (plain, with_topic):
+        assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-5)
+        assert answer["label"] == max(answer["scores"], key=answer["scores"].get)
+
+
+def test_base_counts_bits_over_windows(shape, tmp_path, monkeypatch) -> None:
+    from memgpt.predict import base
+
+    model = made(shape, MemGPTForCausalLM, tmp_path)
+    tokenizer = shape[0]
+    (answer,) = predict.load("base", tmp_path).predict([TEXT])
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(TEXT)["input_ids"]]])
+    expected = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert answer["nats"] == pytest.approx(expected, rel=1e-5)
+    assert answer["bytes"] == len(TEXT)
+    monkeypatch.setattr(base, "WINDOW", 5)
+    (windowed,) = predict.load("base", tmp_path).predict([TEXT])
+    assert windowed["tokens"] == answer["tokens"] == ids.shape[1] - 1
+
+
+@pytest.fixture
+def shop(shape, tmp_path):
+    tokenizer = shape[0]
+    model = made(shape, MemGPTForRecommendation, tmp_path, max_history=3)
+    items = [
+        {"item_id": f"i{n}", "title": f"{word} of Port", "description": "", "tags": ""}
+        for n, word in enumerate(["Ada", "Brandt", "Norvale", "Systems", "bank"])
+    ]
+    build_index(model, tokenizer, items, {"i3": 7, "i1": 2}, tmp_path)
+    return tmp_path
+
+
+def test_recommendation_ranks_the_catalogue_less_what_was_read(shop) -> None:
+    answers = predict.load("recommendation", shop).predict([{"history": ["i0", "i2"], "k": 10}])[0]
+    assert {answer["item_id"] for answer in answers} == {"i1", "i3", "i4"}
+    scores = [answer["score"] for answer in answers]
+    assert scores == sorted(scores, reverse=True)
+    assert answers[0]["title"].endswith("of Port")
+
+
+def test_recommendation_takes_items_it_never_saw(shop) -> None:
+    query = {"history": ["Systems of the bank", "i1"], "k": 2, "candidates": ["i0", "a new thing in Port Dunham"]}
+    answers = predict.load("recommendation", shop).predict([query])[0]
+    assert {(a["item_id"], a["title"]) for a in answers} == {
+        ("i0", "Ada of Port"),
+        (None, "a new thing in Port Dunham"),
+    }
+
+
+def test_a_reader_without_history_gets_what_most_chose(shop) -> None:
+    answers = predict.load("recommendation", shop).predict([{"history": [], "k": 2}])[0]
+    assert [answer["item_id"] for answer in answers] == ["i3", "i1"]
+
+
+def test_the_item_index_is_no_pickle_and_can_be_renewed(shop, shape) -> None:
+    assert load_file(shop / "items.safetensors")["vectors"].shape == (5, 64)
+    assert json.loads((shop / "items.json").read_text())["counts"] == [0, 2, 0, 7, 0]
+    renewed = shop.parent / "renewed"
+    shutil.copytree(shop, renewed)
+    model = MemGPTForRecommendation.from_pretrained(shop)
+    build_index(model, shape[0], [{"item_id": "x", "title": "Ada", "description": "", "tags": "a|b"}], {}, renewed)
+    assert predict.load("recommendation", renewed).predict([{"history": ["Ada"], "k": 3}])[0][0]["item_id"] == "x"
+    shutil.rmtree(renewed)
+
+
+def test_batches_hold_every_row_once_and_respect_their_size() -> None:
+    rows = [[0] * n for n in (5, 1, 9, 3, 3, 40, 0)]
+    batches = list(by_length(rows, tokens=12))
+    assert sorted(row for batch in batches for row in batch) == list(range(7))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(rows[row]) for row in batch) <= 12
