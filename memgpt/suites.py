@@ -14,6 +14,7 @@ import great_expectations as gx
 import great_expectations.expectations as gxe
 import pandas as pd
 import pyarrow as pa
+from great_expectations.data_context.types.base import ProgressBarsConfig
 from great_expectations.execution_engine import PandasExecutionEngine
 from great_expectations.expectations.expectation import ColumnMapExpectation, MulticolumnMapExpectation
 from great_expectations.expectations.metrics.map_metric_provider import (
@@ -348,7 +349,7 @@ def _text(source: str, value: Any) -> str:
 def run(found: dict[str, pd.DataFrame], suite: list[Check]) -> list[Outcome]:
     """Validate every table against its checks, in the suite's order."""
     context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}  # type: ignore[assignment]
+    context.variables.progress_bars = ProgressBarsConfig(globally=False)
     source = context.data_sources.add_pandas("tables")
     outcomes: dict[int, Outcome] = {}
     for table in dict.fromkeys(check.table for check in suite):

@@ -218,6 +218,8 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
         read("a.csv").frame.values.tolist() == [["one, more", "good"], ["", "bad"]]
         and read("a.csv").at(0) == "a.csv line 2"
     )
+    put("b.csv", 'text,label\n"one\nmore",good\ntwo,bad\n\n')
+    assert read("b.csv").at(1) == "b.csv row 2" and len(read("b.csv").frame) == 2
     put("a.txt", "one\nmore\n\n\ntwo\u2028still two\n")
     assert (
         read("a.txt").frame["text"].tolist() == ["one\nmore", "two\u2028still two"]

@@ -58,7 +58,7 @@ def read_lock(name: str, source: config.Source, path: Path = LOCK) -> dict[str, 
     """The lock entry of one source, which must be of the URI that `params.yaml` has now."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))[name]
-    except (FileNotFoundError, KeyError):
+    except (FileNotFoundError, KeyError, TypeError):
         raise UserError(f"{path}: nothing locked for {name}; run `memgpt snapshot`") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path}: not valid JSON; run `memgpt snapshot`") from None

@@ -15,7 +15,7 @@ def resolve(name: str, uri: str) -> dict[str, Any]:
     roles = naming.roles(name, uri, [path.as_posix() for path in paths], folder=folder)
     found, restricted = licence({Path(path).parent for path in roles})
     return {
-        "family": f"file:{uri}",
+        "family": f"file:{uri.rstrip('/')}",
         "licence": found,
         "non_commercial": restricted,
         "files": [{"path": path, "role": role, **_identity(Path(path))} for path, role in sorted(roles.items())],

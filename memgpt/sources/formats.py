@@ -49,8 +49,11 @@ def read(part: Part) -> Rows:
         frame = _parquet(part.name, data)
         unit, numbers = "row", range(1, len(frame) + 1)
     elif kind == "csv":
-        frame = _csv(part.name, _text(part.name, data))
-        unit, numbers = "line", range(2, len(frame) + 2)
+        text = _text(part.name, data).rstrip("\r\n")
+        frame = _csv(part.name, text)
+        # a quoted field may span lines; rows are counted then
+        whole = text.count("\n") == len(frame)
+        unit, numbers = ("line", range(2, len(frame) + 2)) if whole else ("row", range(1, len(frame) + 1))
     else:
         reader = {"jsonl": _jsonl, "conll": _conll, "txt": _txt}[str(kind)]
         pairs = list(reader(part.name, _text(part.name, data)))

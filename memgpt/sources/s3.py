@@ -41,7 +41,12 @@ def resolve(name: str, uri: str) -> dict[str, Any]:
         roles = naming.roles(name, uri, keys, folder=folder)
         licence, restricted = _licence(client, bucket, keys)
         files = [{"role": role, **_identity(client, bucket, key)} for key, role in sorted(roles.items())]
-    return {"family": f"s3:{bucket}/{key}", "licence": licence, "non_commercial": restricted, "files": files}
+    return {
+        "family": f"s3:{bucket}/{key.rstrip('/')}",
+        "licence": licence,
+        "non_commercial": restricted,
+        "files": files,
+    }
 
 
 def fetch(name: str, entry: dict[str, Any]) -> list[Part]:
