@@ -34,14 +34,16 @@ from memgpt.registry import commit_at_start
 
 PLACES = 4  # stages at once, at most: the three tasks and one more
 BUSY = (1, 2, 4, 8, 15, 30, 60)  # seconds to wait when somebody else's `dvc repro` holds a stage
-_NOISE = (
+_DVC_SAYS = (
     "Running stage",
     "> ",
-    "Updating lock file",
-    "Generating lock file",
-    "To track the changes",
-    "\tgit add",
+    "Updating lock",
+    "Generating lock",
+    "To track",
+    "To enable",
+    "\t",
     "Use `dvc",
+    "Stage '",
 )
 
 
@@ -99,7 +101,7 @@ class Crew:
             def hear(line: str) -> None:
                 said.append(line)
                 logger.info(line)
-                if not line.startswith(_NOISE):
+                if not line.startswith(_DVC_SAYS) and ": done in " not in line:
                     self.board.note(step.name, line)
 
             status = self._repeat_while_busy(step, said, hear)
@@ -201,12 +203,12 @@ def retrain(force: bool = False, replace: list[str] | None = None) -> State[Any]
 
 
 def _conclude(failures: list[str]) -> State[Any]:
-    """Show the verdicts in the UI; the flow fails with the first stage that failed, in its words."""
+    """Show the verdicts in the UI; the flow fails with what the failed stages said."""
     found = console.verdicts()
     if found:
         _publish(found)
     if failures:
-        return Failed(message=failures[0])
+        return Failed(message="\n".join(failures))
     return Completed(message=", ".join(f"{verdict['model']} {verdict['verdict']}" for verdict in found))
 
 
@@ -267,9 +269,10 @@ def main() -> int:
         found = console.verdicts()
         if found:
             out.say("")
-            out.console.print(console.table(found))
+            out.table(console.rows(found))
     if not state.is_completed():
-        print(f"error: {state.message}", file=sys.stderr)
+        for line in (state.message or "the flow did not finish").splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return 1
     out.say("")
     out.say("\n".join(console.ways_to_look()))

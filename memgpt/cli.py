@@ -138,7 +138,7 @@ def _stage(verb: str, item: str | None = None, *, torch: bool = False, **extra: 
     began = time.monotonic()
     metrics = import_module(f"memgpt.stages.{verb}").run(config, *([item] if item else []), **extra)
     numbers = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
-    print(f"{verb}{f' {item}' if item else ''}: {numbers or 'done'} ({time.monotonic() - began:.1f} s)", flush=True)
+    print(f"{verb}{f' {item}' if item else ''}: done in {time.monotonic() - began:.1f} s; {numbers}", flush=True)
     return metrics
 
 
@@ -260,7 +260,7 @@ def promote(
     verdict = stage.run(config, model, replace=replace, reason=reason)
     print(f"promote {model}: {verdict.verdict} version {verdict.version} ({'; '.join(verdict.reasons)})", flush=True)
     if verdict.verdict == "reject":
-        raise UserError(f"{model}: version {verdict.version} is rejected: {'; '.join(verdict.reasons)}")
+        raise UserError(f"memgpt-{model} version {verdict.version} is rejected: {'; '.join(verdict.reasons)}")
     if verdict.verdict != "promote":  # the gate has just loaded what it promoted
         check.run(config, model)
 

@@ -235,7 +235,8 @@ def write(document: Any, path: Path | str = PARAMS) -> None:
 def _yaml() -> YAML:
     yaml = YAML()
     yaml.preserve_quotes = True
-    yaml.width = 120
+    yaml.width = 4096  # never wraps: what is not changed stays as it is
+    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     return yaml
 
 

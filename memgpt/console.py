@@ -76,6 +76,15 @@ class Board:
     def say(self, text: str, style: str = "") -> None:
         self.console.print(text, markup=False, style=style)
 
+    def table(self, rows: Sequence[dict[str, str]]) -> None:
+        """`rows` as a table; not cut to a narrow terminal, which wraps it."""
+        drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in rows[0]:
+            drawn.add_column(name, justify="right" if name in ("value", "baseline", "version") else "left")
+        for row in rows:
+            drawn.add_row(*row.values(), style=STYLES.get(row["verdict"], ""))
+        Console(file=self.console.file, width=max(100, self.console.width)).print(drawn, crop=False)
+
 
 def verdicts() -> list[dict[str, Any]]:
     """The verdicts of this run's promotions, in the order of the models; a model that was not judged has none."""
@@ -92,24 +101,14 @@ def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         {
             "task": verdict["model"],
             "metric": verdict["metric"],
-            "value": f"{verdict['value']:.4f}",
-            "95 % interval": f"{verdict['ci_low']:.4f} to {verdict['ci_high']:.4f}",
-            "baseline": f"{verdict['baseline']:.4f}",
+            "value": f"{verdict['value']:.3f}",
+            "95 % interval": f"{verdict['ci_low']:.3f} to {verdict['ci_high']:.3f}",
+            "baseline": f"{verdict['baseline']:.3f}",
             "verdict": verdict["verdict"],
             "version": str(verdict["version"]),
         }
         for verdict in found
     ]
-
-
-def table(found: Sequence[dict[str, Any]]) -> Table:
-    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    texts = rows(found)
-    for name in texts[0]:
-        drawn.add_column(name, justify="right" if name in ("value", "baseline", "version") else "left", no_wrap=True)
-    for row in texts:
-        drawn.add_row(*row.values(), style=STYLES.get(row["verdict"], ""))
-    return drawn
 
 
 def tracking_uri() -> str:
