@@ -30,7 +30,8 @@ def run(config: Config) -> dict[str, float]:
     removed = 0
     for split in ("train", "validation"):
         texts = pq.read_table(TABLES / "corpus" / f"{split}.parquet", columns=["text"])["text"].to_pylist()
-        splits[split], count = clean(texts, held_out)
+        cleaned, count = clean(texts, held_out)
+        splits[split] = [text for text in cleaned if text]
         removed += count
     tokenizer = _tokenizer(config, splits["train"])
     with atomic.replacing(TOKENIZER) as directory:
