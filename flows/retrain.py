@@ -63,11 +63,12 @@ class Step:
 def steps(settings: config.Config) -> list[Step]:
     """Every step after those it waits for. No stage starts before all sources are validated."""
     trained = {"base": "pretrain", **{task: f"finetune@{task}" for task in config.TASKS}}
+    ingested = tuple(f"ingest@{source}" for source in config.SOURCES)
     trunk = {"base": "pretrain", "multitask": "multitask"}
     return [
         Step("snapshot"),
         *(Step(f"ingest@{source}", ("snapshot",)) for source in config.SOURCES),
-        *(Step(f"validate@{source}", (f"ingest@{source}",)) for source in config.SOURCES),
+        *(Step(f"validate@{source}", ingested) for source in config.SOURCES),  # it compares texts with another source's
         Step("tokenize", tuple(f"validate@{source}" for source in config.SOURCES), alone=True),
         Step("pretrain", ("tokenize",), alone=True),
         Step("multitask", ("pretrain",)),
