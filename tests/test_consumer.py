@@ -3,12 +3,9 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 import slim_env
 
 from memgpt.config import MODELS

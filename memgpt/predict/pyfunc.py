@@ -8,6 +8,7 @@ each text is split at exactly that one character; offsets then refer to the text
 
 from typing import Any
 
+from mlflow.exceptions import MlflowException  # the server passes its message on, and hides others'
 from mlflow.models import ModelConfig, set_model
 from mlflow.pyfunc import PythonModel
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -82,7 +83,9 @@ class Ner(Served):
     def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[list[Entity]]:
         separator = (params or {}).get("separator") or ""
         if len(separator) > 1:
-            raise ValueError(f"params.separator: one character (or none for running text), got {separator!r}")
+            raise MlflowException.invalid_parameter_value(
+                f"params.separator: one character (or none for running text), got {separator!r}"
+            )
         return self.predictor.predict([text.split(separator) for text in model_input] if separator else model_input)
 
 
@@ -95,7 +98,9 @@ class Sentiment(Served):
                 if not isinstance(value, str):
                     TopicalText.model_validate(value, strict=True)
             except ValidationError:
-                raise ValueError(f"inputs[{row}]: expected a text or {{text, topic}}, got {value!r}") from None
+                raise MlflowException.invalid_parameter_value(
+                    f"inputs[{row}]: expected a text or {{text, topic}}, got {value!r}"
+                ) from None
         return self.predictor.predict(model_input)
 
 

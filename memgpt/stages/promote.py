@@ -99,8 +99,10 @@ def _judge(
     tags = registry.version_tags(client, model, version)
     if missing := registry.missing_lineage(tags):
         return gate.Decision("reject", [f"version {version} lacks lineage: {', '.join(missing)}"])
-    if "rolled_back" in tags and not replace:
-        return gate.Decision("hold", [f"rolled back before ({tags['rolled_back']}); --replace promotes it again"])
+    for known in registry.versions(client, model):
+        if "rolled_back" in known.tags and known.tags.get("weights") == candidate.weights and not replace:
+            what = f"version {known.version} has the same weights and was rolled back ({known.tags['rolled_back']})"
+            return gate.Decision("hold", [f"{what}; --replace promotes it again"])
     incomparable = _incomparable(tags, registry.version_tags(client, model, champion)) if champion else None
     with ExitStack() as stack:
         uris = [registry.uri(model, version)]

@@ -2,15 +2,12 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from judged_place import Place, empty_registry, pack, settle
 
 from memgpt import gate, packaging, registry, tracking
@@ -116,7 +113,7 @@ def test_promoted_unchanged_then_improved_and_rolled_back(place: Place) -> None:
     place.model(errors=0.02)  # the weights that were rolled back from come again
     held = run(place)
     assert (held.verdict, held.version) == ("hold", "2")
-    assert "rolled back before" in held.reasons[-1]
+    assert "has the same weights and was rolled back" in held.reasons[-1]
     released = run(place, replace=True)
     assert (released.verdict, released.version) == ("promote", "2")
     assert not {"rolled_back", "held"} & tags("2").keys()
