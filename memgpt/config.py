@@ -259,7 +259,8 @@ def _plain(value: Any) -> Any:
 def _explain(error: ValidationError) -> str:
     import difflib
 
-    first = error.errors()[0]
+    errors = error.errors()  # a misspelt key is also a missing one: say how it was spelt
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
