@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import slim_env
+from conftest import Pipeline
 
 from memgpt.config import MODELS
 
@@ -37,17 +38,17 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def python(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment of the requirements that the champions name, which are the same for all of them."""
-    named = {path.read_text() for path in pipeline.glob("mlartifacts/memgpt/*/artifacts/model/requirements.txt")}
+    named = {path.read_text() for path in pipeline.root.glob("mlartifacts/memgpt/*/artifacts/model/requirements.txt")}
     assert len(named) == 1
     return slim_env.make(tmp_path_factory.mktemp("consumer") / "venv", named.pop().split())
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_champion_loads_and_predicts(model: str, pipeline: Path, python: Path, tmp_path: Path) -> None:
+def test_the_champion_loads_and_predicts(model: str, pipeline: Pipeline, python: Path, tmp_path: Path) -> None:
     variables = {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{pipeline / 'mlflow.db'}",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{pipeline.root / 'mlflow.db'}",
         "HOME": str(tmp_path),
         "PATH": os.environ["PATH"],
         "OMP_NUM_THREADS": "1",
