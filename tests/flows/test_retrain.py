@@ -1,0 +1,200 @@
+"""The flow: order, retries, a stage's own message, and what is left when it is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Pipeline
+
+from flows import retrain
+from flows.retrain import Crew, Step, _outcome, _reason, steps
+from memgpt import config, console
+
+STAGES_PER_RUN = 17
+
+
+def crew(
+    monkeypatch: pytest.MonkeyPatch, outputs: list[tuple[int, list[str]]], cores: int = 2
+) -> tuple[Crew, list[Any]]:
+    """A crew whose children end at once, each with the next of `outputs`, and what they were asked to run."""
+    monkeypatch.setattr(retrain.time, "sleep", lambda _: None)
+    made, asked = Crew(console.Board(), cores, force=False, replace=["ner"]), []
+
+    def run(command: list[str], env: dict[str, str], on_line: Any) -> int:
+        asked.append((command, env))
+        status, lines = outputs.pop(0)
+        for line in lines:
+            on_line(line)
+        return status
+
+    monkeypatch.setattr(made.children, "run", run)
+    monkeypatch.setattr(retrain, "get_run_logger", lambda: __import__("logging").getLogger("test"))
+    return made, asked
+
+
+def test_a_finetune_waits_for_what_it_starts_from() -> None:
+    document = config.read(Path(__file__).parents[2] / "params.yaml")
+    config.override(document, ["finetune.ner.start=multitask", "finetune.sentiment.start=base"])
+    after = {step.name: step.after for step in steps(config.parse(document))}
+    assert after["finetune@ner"] == ("multitask",)
+    assert after["finetune@sentiment"] == ("pretrain",)
+    assert after["promote@ner"] == ("evaluate@ner",)
+
+
+def test_another_dvc_at_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = (255, ["ERROR: 'models/ner' is busy, it is being blocked by:"])
+    made, asked = crew(monkeypatch, [busy, busy, (0, ["Running stage 'finetune@ner':"])])
+    assert made.run(Step("finetune@ner")).is_completed()
+    assert len(asked) == 3
+
+
+def test_a_failure_speaks_in_the_stages_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "error: src/x.csv: missing; fetch it",
+        "ERROR: failed to reproduce 'ingest@ner': failed to run: memgpt ingest",
+    ]
+    made, _ = crew(monkeypatch, [(255, lines)])
+    state = made.run(Step("ingest@ner"))
+    assert state.is_failed()
+    assert state.message == "ingest@ner: src/x.csv: missing; fetch it"
+    assert made.failures == [state.message]
+
+
+def test_the_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    made, asked = crew(monkeypatch, [(0, [])] * 2, cores=8)
+    made.run(Step("pretrain", alone=True))
+    made.run(Step("finetune@ner"))
+    assert [env["MEMGPT_THREADS"] for _, env in asked] == ["8", "2"]
+
+
+def test_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = crew(monkeypatch, [(0, [])] * 4)
+    for name in ("snapshot", "evaluate@ner", "promote@ner", "promote@base"):
+        made.run(Step(name))
+    assert [command[2:] for command, _ in asked] == [
+        ["memgpt.cli", "snapshot"],
+        ["dvc", "repro", "--single-item", "evaluate@ner"],
+        ["memgpt.cli", "promote", "ner", "--replace"],
+        ["memgpt.cli", "promote", "base"],
+    ]
+
+
+def test_what_dvc_did_is_told() -> None:
+    assert _outcome(["Stage 'pretrain' didn't change, skipping"]) == "skipped (unchanged)"
+    assert _outcome(["Stage 'pretrain' is cached - skipping run, checking out outputs"]) == "restored from the cache"
+    assert _outcome(["Running stage 'pretrain':"]) == "done"
+
+
+def test_a_reason_is_the_last_error() -> None:
+    assert _reason(["error: first", "error: last", "more"]) == "last"
+    assert _reason(["ERROR: unexpected error - [Errno 28]"]) == "unexpected error - [Errno 28]"
+    assert _reason(["Traceback", "KeyError: 'x'", "ERROR: failed to reproduce 'p': failed to run: memgpt p"]) is None
+
+
+# --- with a pipeline that has run ------------------------------------------------
+
+
+def processes_in(root: Path) -> list[str]:
+    """Command lines of the processes that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").resolve().is_relative_to(root):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except (OSError, ValueError):
+            continue
+    return [line for line in found if line]
+
+
+def champions(pipeline: Pipeline) -> str:
+    script = (
+        "from memgpt import registry, tracking; tracking.use(); c = tracking.client(); "
+        "print([registry.aliases(c, m).get('champion') for m in ('base', 'ner', 'sentiment', 'recommendation')])"
+    )
+    done = pipeline.run(sys.executable, "-c", script)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_first_run_shows_every_stage_and_a_verdict_each(pipeline: Pipeline) -> None:
+    done = [line.split()[0] for line in pipeline.first.splitlines() if line.startswith("  ") and line.endswith(" s")]
+    assert {step.name for step in steps(config.load(pipeline.root / "params.yaml"))} <= set(done)
+    for model in config.MODELS:
+        assert any(line.startswith(f"{model} ") for line in pipeline.first.splitlines())
+    assert "Traceback" not in pipeline.first
+
+
+def test_an_unchanged_run_does_nothing(pipeline: Pipeline) -> None:
+    before = champions(pipeline)
+    done = pipeline.run("memgpt", "retrain")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("skipped (unchanged)") == STAGES_PER_RUN
+    assert done.stdout.count(" unchanged ") == len(config.MODELS)
+    assert "models:/memgpt-ner@champion" in done.stdout
+    assert champions(pipeline) == before
+
+
+def test_the_server_keeps_tasks_logs_and_artifacts(pipeline: Pipeline) -> None:
+    import sqlite3
+
+    with sqlite3.connect(pipeline.root / ".prefect" / "prefect.db") as database:
+        tasks = {name for (name,) in database.execute("select name from task_run")}
+        artifacts = {key for (key,) in database.execute("select key from artifact")}
+        logs = " ".join(message for (message,) in database.execute("select message from log"))
+    assert {step.name for step in steps(config.load(pipeline.root / "params.yaml"))} <= tasks
+    assert {"retrain-metrics", "retrain-summary", "memgpt-ner", "validation-ner"} <= artifacts
+    assert "finetune ner: done in" in logs
+
+
+def test_dvc_finds_nothing_to_do_after_the_flow(pipeline: Pipeline) -> None:
+    done = pipeline.run("dvc", "status")
+    assert done.returncode == 0, done.stderr
+    assert "up to date" in done.stdout
+
+
+def test_a_failing_stage_ends_the_flow_in_its_own_words(pipeline: Pipeline, tmp_path: Path) -> None:
+    broken = pipeline.copy(tmp_path / "checkout")
+    done = broken.run("memgpt", "retrain", "--set", "validate.min_rows=1000000")
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors
+    assert all(line.startswith("error: validate@") for line in errors)
+    assert "Traceback" not in done.stdout + done.stderr
+    for later in ("tokenize", "pretrain", "promote"):
+        assert f"  {later}" not in done.stdout
+    assert not (broken.root / ".memgpt" / "verdicts").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_flow_leaves_no_process_behind(pipeline: Pipeline, tmp_path: Path, end: signal.Signals) -> None:
+    place = pipeline.copy(tmp_path / "checkout")
+    command = ["memgpt", "retrain", "--set", "pretrain.tokens=50000000"]
+    flow = subprocess.Popen(
+        command, cwd=place.root, env=place.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not any("memgpt pretrain" in line for line in processes_in(place.root)):
+            assert flow.poll() is None, "the flow ended by itself"
+            assert time.monotonic() < deadline, "pretraining did not start"
+            time.sleep(0.2)
+        second = place.run("memgpt", "retrain")
+        assert second.returncode == 1
+        assert f"retrain already runs here (process {flow.pid})" in second.stderr
+        os.kill(flow.pid, end)
+        flow.wait(60)
+    finally:
+        flow.kill()
+    deadline = time.monotonic() + 15
+    while processes_in(place.root) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_in(place.root) == []
+    assert json.loads((pipeline.root / "models" / "ner" / "lineage.json").read_text())["stage"] == "finetune"
