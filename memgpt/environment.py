@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 
-_QUIET = {
+_SETTINGS = {
     # nobody is phoned: each library has its own switch
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
@@ -25,13 +25,16 @@ _QUIET = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "DATASETS_VERBOSITY": "error",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # a thread that waits sleeps: on cores that are shared, spinning makes training up to eight times slower
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
 def prepare() -> None:
     """Set every switch that the user has not set; `MEMGPT_DEBUG=1` leaves warnings visible."""
     debug = os.environ.get("MEMGPT_DEBUG") == "1"
-    for name, value in _QUIET.items():
+    for name, value in _SETTINGS.items():
         if not (debug and name.endswith(("WARNINGS", "VERBOSITY", "LEVEL"))):
             os.environ.setdefault(name, value)
     if not debug:
