@@ -49,4 +49,6 @@ def threads(configured: int | None) -> int:
     share = os.environ.get("MEMGPT_THREADS")
     if share:
         return max(1, int(share))
-    return configured or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    if configured:
+        return configured
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,72 +1,15 @@
 """Text → named entities with their place in it."""
 
-import re
-from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTForTokenClassification
 from memgpt.predict.batching import by_length, pad
-
-# A word: letters and digits with inner marks (U.S, don't, 3.5, co-op), else one mark. Ideographs and syllables that are
-# written without spaces stand alone.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+(?:[.,'’&/-](?:(?![{_UNSPACED}])\w)+)*|[^\w\s]")
-
-
-def split_words(text: str) -> list[tuple[int, int]]:
-    """Start and end of each word of a running text."""
-    return [match.span() for match in _WORD.finditer(text)]
-
-
-def joined_words(words: Sequence[str]) -> list[tuple[int, int]]:
-    """Start and end of each word in the words joined by single spaces."""
-    spans, start = [], 0
-    for word in words:
-        spans.append((start, start + len(word)))
-        start += len(word) + 1
-    return spans
-
-
-def encode_words(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> list[list[int]]:
-    """Subword ids of each word; a word that vanishes (white space only) still gets one padding id."""
-    encoding = tokenizer(list(words), is_split_into_words=True, add_special_tokens=False, verbose=False)
-    pieces: list[list[int]] = [[] for _ in words]
-    for word, token in zip(encoding.word_ids(), encoding["input_ids"], strict=True):
-        pieces[word].append(token)
-    return [piece or [tokenizer.pad_token_id] for piece in pieces]
-
-
-def windows(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """Ranges of words whose subwords fit into `size`, each next one starting half-way through the one before."""
-    ranges, first = [], 0
-    while True:
-        last, total = first, 0
-        while last < len(lengths) and (last == first or total + lengths[last] <= size):
-            total += lengths[last]
-            last += 1
-        ranges.append((first, last))
-        if last >= len(lengths):
-            return ranges
-        first = max(first + 1, (first + last) // 2)
-
-
-def spans_from_tags(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """BIO tags → (type, first word, word after the last). An I- that continues nothing begins an entity."""
-    spans: list[tuple[str, int, int]] = []
-    for index, tag in enumerate(tags):
-        if tag == "O":
-            continue
-        mark, kind = tag[0], tag[2:]
-        if mark == "I" and spans and spans[-1][0] == kind and spans[-1][2] == index:
-            spans[-1] = (kind, spans[-1][1], index + 1)
-        else:
-            spans.append((kind, index, index + 1))
-    return spans
+from memgpt.predict.words import encode_words, joined_words, spans_from_tags, split_words, windows
 
 
 class Predictor:

@@ -3,16 +3,18 @@
 from collections import Counter, defaultdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
-from memgpt.model import MemGPTForTokenClassification
-from memgpt.predict.ner import encode_words, joined_words, spans_from_tags, windows
-from memgpt.tasks import heads, manifest, rows_of
+from memgpt.predict.words import encode_words, joined_words, spans_from_tags, windows
+from memgpt.tasks import manifest, rows_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from memgpt.model import MemGPTForTokenClassification
 
 PRIMARY = "f1"
 
@@ -22,7 +24,10 @@ def labels(tables: Path) -> list[str]:
     return ["O", *(f"{mark}-{kind}" for kind in manifest(tables, "ner")["labels"] for mark in "BI")]
 
 
-def model(parent: Path, tables: Path, *, dropout: float, max_length: int, **_: Any) -> MemGPTForTokenClassification:
+def model(parent: Path, tables: Path, *, dropout: float, max_length: int, **_: Any) -> "MemGPTForTokenClassification":
+    from memgpt.model import MemGPTForTokenClassification
+    from memgpt.tasks import heads
+
     tags = labels(tables)
     return heads.start(
         MemGPTForTokenClassification,
@@ -35,12 +40,12 @@ def model(parent: Path, tables: Path, *, dropout: float, max_length: int, **_: A
     )
 
 
-class Training(Dataset):
+class Training:
     """Sentences as subword ids; the first subword of a word carries its tag, the others −100. A sentence longer than
     `max_length` is cut into windows."""
 
     def __init__(
-        self, tables: Path, tokenizer: PreTrainedTokenizerFast, *, max_length: int, split: str = "train", **_: Any
+        self, tables: Path, tokenizer: "PreTrainedTokenizerFast", *, max_length: int, split: str = "train", **_: Any
     ):
         index = {tag: place for place, tag in enumerate(labels(tables))}
         self.pad = tokenizer.pad_token_id
@@ -62,7 +67,9 @@ class Training(Dataset):
     def __getitem__(self, place: int) -> tuple[list[int], list[int]]:
         return self.rows[place]
 
-    def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    def collate(self, rows: list[tuple[list[int], list[int]]]) -> "dict[str, torch.Tensor]":
+        import torch
+
         from memgpt.predict.batching import pad
 
         batch = pad([ids for ids, _ in rows], self.pad)

@@ -2,17 +2,17 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
-from memgpt.model import MemGPTForRecommendation
-from memgpt.predict.batching import pad
-from memgpt.predict.recommendation import build_index, encode_items, item_text
-from memgpt.tasks import heads, rows_of
+from memgpt.tasks import rows_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from memgpt.model import MemGPTForRecommendation
 
 PRIMARY = "ndcg_at_10"
 DEPTH = 50  # how deep a ranking is asked for
@@ -28,7 +28,10 @@ def model(
     max_history: int,
     similarity_temperature: float,
     **_: Any,
-) -> MemGPTForRecommendation:
+) -> "MemGPTForRecommendation":
+    from memgpt.model import MemGPTForRecommendation
+    from memgpt.tasks import heads
+
     return heads.start(
         MemGPTForRecommendation,
         "recommendation",
@@ -55,7 +58,7 @@ def histories(tables: Path, *splits: str) -> dict[str, list[str]]:
     return read
 
 
-class Training(Dataset):
+class Training:
     """Runs of up to `max_history` + 1 items of a reader: after each item the next one is to be found.
 
     A batch holds the texts of its items once, and the runs as indices into them.
@@ -64,13 +67,17 @@ class Training(Dataset):
     def __init__(
         self,
         tables: Path,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: "PreTrainedTokenizerFast",
         *,
         max_length: int,
         max_history: int,
         split: str = "train",
         **_: Any,
     ):
+        import torch
+
+        from memgpt.predict.recommendation import encode_items, item_text
+
         items = rows_of(tables, "recommendation", "items")
         place = {item["item_id"]: index for index, item in enumerate(items)}
         self.pad = tokenizer.pad_token_id
@@ -98,7 +105,11 @@ class Training(Dataset):
     def __getitem__(self, index: int) -> list[int]:
         return self.runs[index]
 
-    def collate(self, runs: list[list[int]]) -> dict[str, torch.Tensor]:
+    def collate(self, runs: list[list[int]]) -> "dict[str, torch.Tensor]":
+        import torch
+
+        from memgpt.predict.batching import pad
+
         items = sorted({item for run in runs for item in run})
         place = {item: index for index, item in enumerate(items)}
         history = torch.zeros((len(runs), self.length), dtype=torch.long)
@@ -116,9 +127,11 @@ class Training(Dataset):
 
 
 def write_index(
-    model: MemGPTForRecommendation, tokenizer: PreTrainedTokenizerFast, tables: Path, directory: Path
+    model: "MemGPTForRecommendation", tokenizer: "PreTrainedTokenizerFast", tables: Path, directory: Path
 ) -> None:
     """Encode the catalogue into a model directory."""
+    from memgpt.predict.recommendation import build_index
+
     build_index(model, tokenizer, rows_of(tables, "recommendation", "items"), counts(tables), directory)
 
 

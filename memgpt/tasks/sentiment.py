@@ -1,16 +1,17 @@
 """Sentiment: labelled texts → features, macro F1, and a bag of words to beat."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
-from memgpt.model import MemGPTForSequenceClassification
-from memgpt.predict.batching import pad
-from memgpt.tasks import heads, manifest, rows_of
+from memgpt.tasks import manifest, rows_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from memgpt.model import MemGPTForSequenceClassification
 
 PRIMARY = "macro_f1"
 
@@ -19,7 +20,12 @@ def labels(tables: Path) -> list[str]:
     return list(manifest(tables, "sentiment")["labels"])
 
 
-def model(parent: Path, tables: Path, *, dropout: float, max_length: int, **_: Any) -> MemGPTForSequenceClassification:
+def model(
+    parent: Path, tables: Path, *, dropout: float, max_length: int, **_: Any
+) -> "MemGPTForSequenceClassification":
+    from memgpt.model import MemGPTForSequenceClassification
+    from memgpt.tasks import heads
+
     names = labels(tables)
     return heads.start(
         MemGPTForSequenceClassification,
@@ -32,11 +38,11 @@ def model(parent: Path, tables: Path, *, dropout: float, max_length: int, **_: A
     )
 
 
-class Training(Dataset):
+class Training:
     """Texts as subword ids, cut at `max_length`, with the index of their label."""
 
     def __init__(
-        self, tables: Path, tokenizer: PreTrainedTokenizerFast, *, max_length: int, split: str = "train", **_: Any
+        self, tables: Path, tokenizer: "PreTrainedTokenizerFast", *, max_length: int, split: str = "train", **_: Any
     ):
         index = {label: place for place, label in enumerate(labels(tables))}
         rows = rows_of(tables, "sentiment", split)
@@ -51,7 +57,11 @@ class Training(Dataset):
     def __getitem__(self, place: int) -> tuple[list[int], int]:
         return self.ids[place], self.labels[place]
 
-    def collate(self, rows: list[tuple[list[int], int]]) -> dict[str, torch.Tensor]:
+    def collate(self, rows: list[tuple[list[int], int]]) -> "dict[str, torch.Tensor]":
+        import torch
+
+        from memgpt.predict.batching import pad
+
         return {**pad([ids for ids, _ in rows], self.pad), "labels": torch.tensor([label for _, label in rows])}
 
 

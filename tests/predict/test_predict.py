@@ -16,7 +16,7 @@ from memgpt.model import (
     MemGPTForTokenClassification,
     MemGPTTokenizer,
 )
-from memgpt.predict import ner
+from memgpt.predict import words
 from memgpt.predict.batching import by_length
 from memgpt.predict.recommendation import build_index
 
@@ -56,20 +56,20 @@ def tagger(shape, directory, **changes):
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, expected",
     [
         ("Don't pay $3.50, U.S. co-op!", ["Don't", "pay", "$", "3.50", ",", "U.S", ".", "co-op", "!"]),
         ("我爱北京 IBM公司", ["我", "爱", "北", "京", "IBM", "公", "司"]),
         ("   ", []),
     ],
 )
-def test_words_of_a_text(text: str, words: list[str]) -> None:
-    assert [text[a:b] for a, b in ner.split_words(text)] == words
+def test_words_of_a_text(text: str, expected: list[str]) -> None:
+    assert [text[a:b] for a, b in words.split_words(text)] == expected
 
 
 def test_spans_from_tags_mend_what_continues_nothing() -> None:
     tags = ["I-PER", "I-PER", "O", "B-LOC", "B-LOC", "I-PER", "I-LOC"]
-    assert ner.spans_from_tags(tags) == [
+    assert words.spans_from_tags(tags) == [
         ("PER", 0, 2),
         ("LOC", 3, 4),
         ("LOC", 4, 5),
@@ -111,7 +111,7 @@ def test_a_long_text_is_read_to_its_end(shape, tmp_path) -> None:
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
 def test_windows_cover_every_word_and_overlap(size: int) -> None:
     lengths = [2, 1, 3, 1, 1, 2, 5, 1, 1, 1]
-    ranges = ner.windows(lengths, size)
+    ranges = words.windows(lengths, size)
     assert {word for first, last in ranges for word in range(first, last)} == set(range(10))
     for first, last in ranges:
         assert last - first == 1 or sum(lengths[first:last]) <= size

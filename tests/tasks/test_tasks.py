@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from memgpt.predict.ner import joined_words, spans_from_tags
+from memgpt.predict.words import joined_words, spans_from_tags
 from memgpt.tasks import base, ner, recommendation, sentiment
 
 
