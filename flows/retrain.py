@@ -178,7 +178,7 @@ def run_step(step: Step, crew: Crew) -> State[Any]:
         return Failed(message=f"{step.name}: stopped with the flow")
 
 
-@flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=64), validate_parameters=False)  # type: ignore[arg-type]
+@flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=64), validate_parameters=False)
 def retrain(force: bool = False, replace: list[str] | None = None) -> State[Any]:
     """Bring every model up to date with its sources.
 

@@ -1,11 +1,13 @@
 """`params.yaml` as strict, frozen models: a misspelt key or a wrong type fails before work starts."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from memgpt.errors import UserError
 
@@ -195,7 +197,7 @@ def parse(document: Any, source: str = str(PARAMS)) -> Config:
 
 
 def override(document: Any, assignments: list[str], source: str = "--set") -> Any:
-    """Apply `key=value` assignments (dotted keys, YAML values: the grammar of `dvc exp run -S`) to the document in place.
+    """Apply `key=value` assignments (dotted keys, YAML values: the grammar of `dvc exp run -S`) to the document.
 
     Raises:
         UserError: for an assignment without `=`, an unknown key or a value that the schema refuses.
@@ -209,6 +211,8 @@ def override(document: Any, assignments: list[str], source: str = "--set") -> An
             value = _yaml().load(text) if text.strip() else None
         except YAMLError:
             raise UserError(f"{source} {assignment}: {text!r} is not a YAML value") from None
+        if isinstance(value, str) and not re.fullmatch(r"[\w./-]+", value):
+            value = DoubleQuotedScalarString(value)  # DVC does not read `{uri: sample://x}`
         *parents, last = key.split(".")
         node = document
         for depth, name in enumerate(parents):

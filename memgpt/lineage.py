@@ -50,7 +50,7 @@ def write(
     seed: int,
     metrics: dict[str, float],
 ) -> None:
-    """Write `lineage.json` into a finished model directory. `inputs` are named as given: pass paths relative to the root."""
+    """Write `lineage.json` into a finished model directory; `inputs` are named as given, relative to the root."""
     atomic.write_json(
         directory / FILE,
         {

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 from conftest import ROOT, clean_environment
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from memgpt import cli, config
@@ -104,7 +106,7 @@ def test_outside_a_checkout_the_root_is_asked_for(tmp_path: Path) -> None:
 
 def test_assignments_edit_the_file_and_the_change_is_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (place / "params.yaml").read_text()
-    cli._edit(["finetune.ner.epochs=9", "data.ner.uri=my/ner"])
+    cli._edit(["finetune.ner.epochs=9", "data.ner.uri=sample://newsroom?scale=2"])
     told = capsys.readouterr().out.splitlines()
     after = (place / "params.yaml").read_text()
     changed = [(old, new) for old, new in zip(before.splitlines(), after.splitlines(), strict=True) if old != new]
@@ -112,6 +114,9 @@ def test_assignments_edit_the_file_and_the_change_is_printed(place: Path, capsys
     assert after.count("#") == before.count("#")
     assert [line.partition(" ")[0] for line in told] == ["params.yaml"] * 4
     assert "params.yaml + epochs: 9" in "\n".join(told)
+    assert YAML(typ="safe", pure=True).load(after)["data"]["ner"]["uri"] == "sample://newsroom?scale=2"
+    assert YAML(typ="safe").load(after)["data"]["ner"]["uri"] == "sample://newsroom?scale=2"
+    yaml.safe_load(after)  # YAML 1.1, as `dvc exp run -S` reads it
 
 
 def raised_by_main(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> object:
