@@ -65,14 +65,17 @@ def steps(settings: config.Config) -> list[Step]:
     trained = {"base": "pretrain", **{task: f"finetune@{task}" for task in config.TASKS}}
     ingested = tuple(f"ingest@{source}" for source in config.SOURCES)
     trunk = {"base": "pretrain", "multitask": "multitask"}
+    start = {task: getattr(settings.finetune, task).start for task in config.TASKS}
+    joint = [Step("multitask", ("pretrain",))]
+    # The longest first; the joint model last where nobody waits for it.
+    single = [Step(f"finetune@{task}", (trunk[start[task]],)) for task in ("recommendation", "sentiment", "ner")]
     return [
         Step("snapshot"),
         *(Step(f"ingest@{source}", ("snapshot",)) for source in config.SOURCES),
         *(Step(f"validate@{source}", ingested) for source in config.SOURCES),  # it compares texts with another source's
         Step("tokenize", tuple(f"validate@{source}" for source in config.SOURCES), alone=True),
         Step("pretrain", ("tokenize",), alone=True),
-        Step("multitask", ("pretrain",)),
-        *(Step(f"finetune@{task}", (trunk[getattr(settings.finetune, task).start],)) for task in config.TASKS),
+        *(joint + single if "multitask" in start.values() else single + joint),
         *(Step(f"evaluate@{model}", (trained[model],)) for model in config.MODELS),
         *(Step(f"promote@{model}", (f"evaluate@{model}",)) for model in config.MODELS),
     ]
