@@ -1,13 +1,11 @@
 """`params.yaml` as strict, frozen models: a misspelt key or a wrong type fails before work starts."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from memgpt.errors import UserError
 
@@ -211,8 +209,6 @@ def override(document: Any, assignments: list[str], source: str = "--set") -> An
             value = _yaml().load(text) if text.strip() else None
         except YAMLError:
             raise UserError(f"{source} {assignment}: {text!r} is not a YAML value") from None
-        if isinstance(value, str) and not re.fullmatch(r"[\w./-]+", value):
-            value = DoubleQuotedScalarString(value)  # DVC does not read `{uri: sample://x}`
         *parents, last = key.split(".")
         node = document
         for depth, name in enumerate(parents):

@@ -210,6 +210,19 @@ def test_the_committed_file_survives_being_written(tmp_path: Path) -> None:
     assert (tmp_path / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
 
 
+def test_dvc_can_read_what_it_writes_there(tmp_path: Path) -> None:
+    """`dvc exp run -S` drops quotes, so that `{uri: "a://b"}` in one line would not be read again."""
+    from dvc.utils.serialize import load_yaml, modify_yaml
+
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    config.write(
+        config.override(config.read(tmp_path / "params.yaml"), ["data.ner.uri='*.conll'"]), tmp_path / "p.yaml"
+    )
+    with modify_yaml(str(tmp_path / "p.yaml")) as document:
+        document["finetune"]["ner"]["epochs"] = 7
+    assert load_yaml(str(tmp_path / "p.yaml"))["data"]["ner"]["uri"] == "*.conll"
+
+
 def test_shipped_configuration_parses() -> None:
     config.load(ROOT / "params.yaml")
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
