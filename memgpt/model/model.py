@@ -348,20 +348,20 @@ class TokenHead(nn.Module):
 
 
 class SequenceHead(nn.Module):
-    """A label per text: hidden [B, T, D] → logits [B, L], from the mean and the maximum over positions."""
+    """A label per text: hidden [B, T, D] → logits [B, L], from the maximum over positions.
+
+    One telling position ("failed to", "narrowed") decides, however long the text is.
+    """
 
     def __init__(self, config: MemGPTConfig, num_labels: int):
         super().__init__()
         self.dropout = nn.Dropout(config.dropout)
-        self.dense = nn.Linear(2 * config.hidden_size, config.hidden_size)
         self.score = nn.Linear(config.hidden_size, num_labels)
 
     def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        mean = mean_pool(hidden, attention_mask)
         if attention_mask is not None:
             hidden = hidden.masked_fill(attention_mask[..., None] == 0, torch.finfo(hidden.dtype).min)
-        pooled = torch.cat((mean, hidden.amax(dim=1)), dim=-1)
-        return self.score(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
+        return self.score(self.dropout(hidden.amax(dim=1)))
 
 
 class InterestHead(nn.Module):
