@@ -22,8 +22,9 @@ environment:
 lock:
 	@bash infra/lock.sh
 
-# Only what git does not track goes: -x takes ignored files too, and git keeps every committed one.
+# Only what git does not track goes: -x takes ignored files too, and git keeps every committed one. Patterns apart: beside
+# one, git empties folders but leaves them.
 clean:
 	@git clean -fdxq -- .venv .prefect .memgpt mlflow.db mlflow.db-shm mlflow.db-wal mlartifacts mlruns dvc_plots \
-		data/tables data/tokens models reports .dvc/cache .dvc/tmp \
-		.pytest_cache .mypy_cache .ruff_cache '*.egg-info' '*__pycache__*'
+		data/tables data/tokens models reports .dvc/cache .dvc/tmp .pytest_cache .mypy_cache .ruff_cache
+	@git clean -fdxq -- '*.egg-info' '*__pycache__*'
