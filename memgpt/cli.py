@@ -48,11 +48,18 @@ def main() -> None:
         app()
     except UserError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _disk_is_full(error):
             raise
-        where = error.filename or Path.cwd()
-        sys.exit(f"error: {where}: the disk is full ({error.strerror}); free some space and run the command again")
+        where = getattr(error, "filename", None) or Path.cwd()
+        sys.exit(f"error: {where}: the disk is full; free some space and run the command again")
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Told by the system, or in words by a library that has no error of its own for it (safetensors, SQLite)."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in ("No space left on device", "database or disk is full"))
 
 
 # --- stages -------------------------------------------------------------------

@@ -132,7 +132,12 @@ def raised_by_main(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> obj
 def test_a_full_disk_is_one_line_that_names_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "models/base/model.safetensors")
     told = raised_by_main(monkeypatch, error)
-    assert str(told).startswith("error: models/base/model.safetensors: the disk is full (No space left on device)")
+    assert str(told).startswith("error: models/base/model.safetensors: the disk is full; free some space")
+
+
+@pytest.mark.parametrize("words", ["I/O error: No space left on device (os error 28)", "database or disk is full"])
+def test_a_library_may_say_it_in_words(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    assert "the disk is full" in str(raised_by_main(monkeypatch, RuntimeError(words)))
 
 
 def test_another_os_error_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:

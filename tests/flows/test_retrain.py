@@ -1,6 +1,7 @@
 """The flow: order, retries, a stage's own message, and what is left when it is killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,3 +197,15 @@ def test_a_killed_flow_leaves_no_process_behind(pipeline: Pipeline, tmp_path: Pa
     while processes_in(place.root) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert processes_in(place.root) == []
+    if end is signal.SIGKILL:
+        _ends_where_an_undisturbed_run_does(place, pipeline)
+
+
+def _ends_where_an_undisturbed_run_does(place: Pipeline, pipeline: Pipeline) -> None:
+    """`dvc repro` after the kill, with nothing to restore from, writes the lock that the undisturbed run wrote."""
+    shutil.copy(pipeline.root / "params.yaml", place.root)
+    shutil.rmtree(place.root / ".dvc" / "cache")
+    done = place.run("dvc", "repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Running stage 'pretrain'" in done.stdout
+    assert (place.root / "dvc.lock").read_text() == (pipeline.root / "dvc.lock").read_text()
