@@ -67,13 +67,12 @@ def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
     return {}
 
 
-def picture(rows: list[dict[str, Any]], predictions: list[dict[str, float]]) -> tuple[list[dict[str, Any]], str]:
+def picture(rows: list[dict[str, Any]], predictions: list[dict[str, float]]) -> list[dict[str, Any]]:
     """How the need of bits is spread over the documents: cumulative share of documents by bits per byte."""
     values = sorted(p["bits_per_byte"] for p in predictions)
-    table = [
+    return [
         {"bits_per_byte": round(value, 4), "share": round((i + 1) / len(values), 4)} for i, value in enumerate(values)
     ]
-    return table, "curve"
 
 
 def _codes(ids: np.ndarray, n: int) -> np.ndarray:

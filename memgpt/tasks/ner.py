@@ -154,14 +154,14 @@ def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
     return {"unseen": np.array(unseen, dtype=bool)}
 
 
-def picture(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], str]:
+def picture(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Actual against predicted tag type, word by word, where either is an entity."""
     table = []
     for row, tags in zip(rows, _predicted_tags(rows, predictions), strict=True):
         for actual, predicted in zip(row["tags"], tags, strict=True):
             if actual != "O" or predicted != "O":
                 table.append({"actual": actual[2:] or "O", "predicted": predicted[2:] or "O"})
-    return table, "confusion"
+    return table
 
 
 def _gold(row: dict[str, Any]) -> set[tuple[str, int, int]]:

@@ -187,10 +187,10 @@ def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
     return {"cold": np.array([chosen[row["item_id"]] <= _COLD for row in rows], dtype=bool)}
 
 
-def picture(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> tuple[list[dict[str, Any]], str]:
+def picture(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Share of readers whose next item is among the first k."""
     ranks = _ranks(rows, predictions)
-    return [{"k": k, "recall": round(float((ranks <= k).mean()), 4)} for k in range(1, DEPTH + 1)], "curve"
+    return [{"k": k, "recall": round(float((ranks <= k).mean()), 4)} for k in range(1, DEPTH + 1)]
 
 
 def _ranks(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> np.ndarray:

@@ -96,12 +96,12 @@ def metrics(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> di
     sums = statistics(rows, predictions).sum(0)
     size = int(np.sqrt(len(sums)))
     matrix = sums.reshape(size, size + 1)
-    confidence = np.array([max(p["scores"].values()) for p in predictions])
-    right = np.array([p["label"] == row["label"] for row, p in zip(rows, predictions, strict=True)], dtype=float)
+    calibration = reliability(rows, predictions)
+    accuracy = sum(p["label"] == row["label"] for row, p in zip(rows, predictions, strict=True)) / len(rows)
     result = {
         PRIMARY: float(score(sums)),
-        "accuracy": float(right.mean()),
-        "expected_calibration_error": _calibration_error(confidence, right),
+        "accuracy": accuracy,
+        "expected_calibration_error": float((calibration[:, 2] * np.abs(calibration[:, 0] - calibration[:, 1])).sum()),
     }
     for place, name in enumerate(sorted({row["label"] for row in rows})):
         total = matrix[place].sum() + matrix[:, place].sum()
@@ -140,17 +140,18 @@ def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
     return {f"topic_{name}": np.array([topic == name for topic in topics]) for name in sorted({t for t in topics if t})}
 
 
-def picture(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    table = [{"actual": row["label"], "predicted": p["label"]} for row, p in zip(rows, predictions, strict=True)]
-    return table, "confusion"
+def picture(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"actual": row["label"], "predicted": p["label"]} for row, p in zip(rows, predictions, strict=True)]
 
 
-def _calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
-    """Mean distance between confidence and accuracy over equally wide bins, weighted by their size."""
+def reliability(rows: list[dict[str, Any]], predictions: list[dict[str, Any]], bins: int = 10) -> np.ndarray:
+    """Ten equally wide bins of the winning label's probability → [bins that occur, (confidence, accuracy, share)]."""
+    confidence = np.array([max(p["scores"].values()) for p in predictions])
+    right = np.array([p["label"] == row["label"] for row, p in zip(rows, predictions, strict=True)], dtype=float)
     place = np.minimum((confidence * bins).astype(int), bins - 1)
-    error = 0.0
-    for index in range(bins):
-        inside = place == index
-        if inside.any():
-            error += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
-    return float(error)
+    return np.array(
+        [
+            (confidence[place == index].mean(), right[place == index].mean(), (place == index).mean())
+            for index in np.unique(place)
+        ]
+    )

@@ -48,9 +48,7 @@ def test_ner_f1_is_seqevals() -> None:
     metrics = ner.metrics(rows, predictions)
     assert metrics["f1"] == pytest.approx(f1_score([row["tags"] for row in rows], found))
     assert {"precision", "recall", "macro_f1", "f1_per", "f1_loc"} < set(metrics)
-    table, kind = ner.picture(rows, predictions)
-    assert kind == "confusion"
-    assert {"PER", "LOC", "O"} == {row["actual"] for row in table}
+    assert {"PER", "LOC", "O"} == {row["actual"] for row in ner.picture(rows, predictions)}
 
 
 def test_gazetteer_takes_the_longest_match_with_its_usual_type(tmp_path: Path) -> None:
@@ -89,8 +87,12 @@ def test_sentiment_macro_f1_is_sklearns() -> None:
 
 
 def test_calibration_error_by_hand() -> None:
-    confidence, right = np.array([0.95, 0.95, 0.55, 0.55]), np.array([1.0, 1.0, 1.0, 0.0])
-    assert sentiment._calibration_error(confidence, right) == pytest.approx(0.5 * 0.05 + 0.5 * 0.05)
+    rows = [{"input": {"text": "", "topic": None}, "label": "a"}] * 4
+    answers = [("a", 0.95), ("a", 0.95), ("a", 0.55), ("b", 0.55)]
+    predictions = [{"label": label, "scores": {label: score}, "topic": None} for label, score in answers]
+    metrics = sentiment.metrics(rows, predictions)
+    assert metrics["expected_calibration_error"] == pytest.approx(0.5 * 0.05 + 0.5 * 0.05)
+    assert sentiment.reliability(rows, predictions)[0] == pytest.approx([0.55, 0.5, 0.5])
 
 
 def test_bag_of_words_learns_words(tmp_path: Path) -> None:
