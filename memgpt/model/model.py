@@ -426,13 +426,16 @@ def _causal_ones(history: torch.Tensor) -> torch.Tensor:
     return torch.ones(length, length, device=history.device).tril().expand(history.shape[0], -1, -1)
 
 
-class MemGPTForTokenClassification(MemGPTPreTrainedModel):
-    """A label per token (named entities), read in both directions."""
+class _Classifier(MemGPTPreTrainedModel):
+    """The trunk, read in both directions, under a head that gives labels."""
+
+    head_class: type[TokenHead] | type[SequenceHead]
+    output_class: type[TokenClassifierOutput] | type[SequenceClassifierOutput]
 
     def __init__(self, config: MemGPTConfig):
         super().__init__(config)
         self.model = MemGPTModel(config)
-        self.head = TokenHead(config, config.num_labels)
+        self.head = self.head_class(config, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -443,45 +446,30 @@ class MemGPTForTokenClassification(MemGPTPreTrainedModel):
         labels: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
         **kwargs: Any,
-    ) -> TokenClassifierOutput:
-        """labels [B, T], −100 where a token has none."""
+    ) -> TokenClassifierOutput | SequenceClassifierOutput:
+        """labels: [B, T] for tokens, −100 where one has none; [B] for texts."""
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, attention_mode=attention_mode, **_trunk(kwargs)
         )
         logits = self.head(outputs.last_hidden_state, attention_mask)
         loss = None if labels is None else _cross_entropy(logits, labels)
-        return TokenClassifierOutput(
+        return self.output_class(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
-class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
-    """A label per text (sentiment), read in both directions."""
+class MemGPTForTokenClassification(_Classifier):
+    """A label per token (named entities)."""
 
-    def __init__(self, config: MemGPTConfig):
-        super().__init__(config)
-        self.model = MemGPTModel(config)
-        self.head = SequenceHead(config, config.num_labels)
-        self.post_init()
+    head_class = TokenHead
+    output_class = TokenClassifierOutput
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        attention_mode: str = "bidirectional",
-        **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """labels [B]."""
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, attention_mode=attention_mode, **_trunk(kwargs)
-        )
-        logits = self.head(outputs.last_hidden_state, attention_mask)
-        loss = None if labels is None else _cross_entropy(logits, labels)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+
+class MemGPTForSequenceClassification(_Classifier):
+    """A label per text (sentiment)."""
+
+    head_class = SequenceHead
+    output_class = SequenceClassifierOutput
 
 
 class MemGPTForRecommendation(MemGPTPreTrainedModel):
