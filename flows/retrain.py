@@ -6,6 +6,7 @@ wait for those they depend on and then for one of a few places, among which the 
 
 import argparse
 import fcntl
+import heapq
 import os
 import shutil
 import sys
@@ -54,6 +55,7 @@ class Step:
     name: str
     after: tuple[str, ...] = ()
     alone: bool = False  # nothing else is ready meanwhile: it gets every core
+    rank: int = 0  # of several that are ready, the lowest goes first
 
     @property
     def verb(self) -> str:
@@ -66,19 +68,49 @@ def steps(settings: config.Config) -> list[Step]:
     ingested = tuple(f"ingest@{source}" for source in config.SOURCES)
     trunk = {"base": "pretrain", "multitask": "multitask"}
     start = {task: getattr(settings.finetune, task).start for task in config.TASKS}
-    joint = [Step("multitask", ("pretrain",))]
-    # The longest first; the joint model last where nobody waits for it.
-    single = [Step(f"finetune@{task}", (trunk[start[task]],)) for task in ("recommendation", "sentiment", "ner")]
+    longest_first = ("recommendation", "sentiment", "ner")
     return [
         Step("snapshot"),
         *(Step(f"ingest@{source}", ("snapshot",)) for source in config.SOURCES),
         *(Step(f"validate@{source}", ingested) for source in config.SOURCES),  # it compares texts with another source's
         Step("tokenize", tuple(f"validate@{source}" for source in config.SOURCES), alone=True),
         Step("pretrain", ("tokenize",), alone=True),
-        *(joint + single if "multitask" in start.values() else single + joint),
+        Step("multitask", ("pretrain",), rank=-9 if "multitask" in start.values() else 9),  # 9: nobody waits for it
+        *(Step(f"finetune@{task}", (trunk[start[task]],), rank=i - 3) for i, task in enumerate(longest_first)),
         *(Step(f"evaluate@{model}", (trained[model],)) for model in config.MODELS),
         *(Step(f"promote@{model}", (f"evaluate@{model}",)) for model in config.MODELS),
     ]
+
+
+class Queue:
+    """A few places; of those that wait for one, the lowest rank gets it."""
+
+    TOGETHER = 0.3  # seconds in which steps that were freed by the same one all arrive
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._waiting: list[tuple[int, int]] = []
+        self._changed = threading.Condition()
+        self._arrived = 0
+
+    @contextmanager
+    def place(self, rank: int) -> Iterator[None]:
+        with self._changed:
+            self._arrived += 1
+            ticket = (rank, self._arrived)
+            heapq.heappush(self._waiting, ticket)
+        time.sleep(self.TOGETHER)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free and self._waiting[0] == ticket)
+            heapq.heappop(self._waiting)
+            self._free -= 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += 1
+                self._changed.notify_all()
 
 
 class Crew:
@@ -93,12 +125,12 @@ class Crew:
         self.failures: list[str] = []
         self.places = min(cores, PLACES)
         self.cores = cores
-        self._place = threading.Semaphore(self.places)
+        self._queue = Queue(self.places)
 
     def run(self, step: Step) -> State[Any]:
         """Run to the end; a failure's message is the stage's own."""
         logger = get_run_logger()
-        with self._place:
+        with self._queue.place(step.rank):
             self.board.begin(step.name)
             said: list[str] = []
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,21 @@ def test_a_finetune_waits_for_what_it_starts_from() -> None:
     assert after["finetune@ner"] == ("multitask",)
     assert after["finetune@sentiment"] == ("pretrain",)
     assert after["promote@ner"] == ("evaluate@ner",)
+
+
+def test_of_those_that_wait_the_lowest_rank_goes_first() -> None:
+    queue, went = retrain.Queue(places=1), []
+
+    def go(rank: int) -> None:
+        with queue.place(rank):
+            went.append(rank)
+
+    threads = [threading.Thread(target=go, args=(rank,)) for rank in (9, 2, 0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert went == [0, 1, 2, 9]
 
 
 def test_another_dvc_at_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
