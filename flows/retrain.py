@@ -297,6 +297,8 @@ def main() -> int:
     parser.add_argument("--replace", action="append", default=[], choices=config.MODELS)
     options = parser.parse_args()
     environment.prepare()
+    with _only_one():  # told before anything starts; the flow takes the lock again for itself
+        pass
     out = console.Board()
     out.say("starting the flow's server")
     with server.running() as url:

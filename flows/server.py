@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ def running() -> Iterator[str]:
     """Yield the API's URL: the configured one, or of a server that is started here and ends with this process."""
     configured = PREFECT_API_URL.value()
     if configured:
+        _reach(configured)
         yield configured
         return
     with socket.socket() as probe:
@@ -43,6 +45,23 @@ def running() -> Iterator[str]:
         _wait(url, server, log)
         yield url
     # Not ended here: Prefect sends its last events when this process exits, which is also what ends the server.
+
+
+def _reach(url: str) -> None:
+    """
+    Raises:
+        UserError: if no Prefect server answers there.
+    """
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code < 500:
+            return  # it answers; whether it lets us in, it says itself
+        reason: object = f"HTTP {error.code}"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+    raise UserError(f"PREFECT_API_URL={url}: no Prefect server answers ({reason}); start it, or unset the variable")
 
 
 def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -127,7 +127,7 @@ def ways_to_look() -> list[str]:
     if uri.startswith("http"):
         lines.append(f"MLflow   {uri}")
     else:
-        lines.append("MLflow   mlflow ui --backend-store-uri sqlite:///mlflow.db  then open http://127.0.0.1:5000")
+        lines.append(f"MLflow   mlflow ui --backend-store-uri {uri}  then open http://127.0.0.1:5000")
     return [
         *lines,
         'ask      memgpt predict ner@champion "Ada Brandt of Norvale Systems opened a plant in Westhaven."',

@@ -48,6 +48,8 @@ def use(root: Path | str = ".") -> str:
     root = Path(root).resolve()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    if uri.startswith("sqlite:///"):  # absolute, since versions are loaded in processes that work elsewhere
+        uri = os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
     if uri.startswith(("http://", "https://")):
         _reach(uri)
     elif uri.startswith("sqlite:///"):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from memgpt import checkpoint
 from memgpt.config import Training
+from memgpt.errors import UserError
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -136,7 +137,7 @@ class _StopOnNaN(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(float(loss)):
-            raise FloatingPointError(
+            raise UserError(
                 f"the loss is {loss} at step {state.global_step}; lower the stage's learning_rate "
                 f"(the last whole checkpoint is kept in {args.output_dir})"
             )

@@ -482,3 +482,21 @@ def test_the_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
     fails("ner", "hf://org/name?revision=1", "unknown option 'revision'; hf:// takes config and split")
     fails("ner", "hf://./nowhere", "no such folder")
     fails("ner", "hf://a/b/c", "names no data set")
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("train-00-of-04", "train"),
+        ("news_train", "train"),
+        ("news.dev", "validation"),
+        ("eval", "validation"),
+        ("reviews", None),
+        ("contest", None),
+        ("pretrained", None),
+    ],
+)
+def test_a_split_is_named_anywhere_in_a_file_name(name: str, split: str | None) -> None:
+    from memgpt.sources.naming import split_of
+
+    assert split_of(name) == split

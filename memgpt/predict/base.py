@@ -24,7 +24,10 @@ class Predictor:
         end = self.tokenizer.eos_token_id
         rows, owners = [], []
         for index, text in enumerate(inputs):
-            ids = [end, *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+            ids = [
+                end,
+                *self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"],
+            ]
             for first in range(0, max(1, len(ids) - 1), WINDOW):
                 rows.append(ids[first : first + WINDOW + 1])
                 owners.append(index)

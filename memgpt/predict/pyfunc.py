@@ -11,7 +11,7 @@ from typing import Any
 from mlflow.exceptions import MlflowException  # the server passes its message on, and hides others'
 from mlflow.models import ModelConfig, set_model
 from mlflow.pyfunc import PythonModel
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class Record(BaseModel):
@@ -52,7 +52,7 @@ class Reader(Record):
     """history, oldest first, and candidates (null: every known item) hold item ids or texts of items never seen."""
 
     history: list[str]
-    k: int = 10
+    k: int = Field(default=10, ge=1)
     candidates: list[str] | None = None
 
 

@@ -26,7 +26,10 @@ def item_text(title: str, description: str = "", tags: str = "") -> str:
 
 def encode_items(tokenizer: PreTrainedTokenizerFast, texts: list[str], window: int) -> list[list[int]]:
     return (
-        [ids[:window] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        [
+            ids[:window]
+            for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        ]
         if texts
         else []
     )
@@ -79,8 +82,8 @@ class Predictor:
         {item_id, title, score}.
 
         History runs from oldest to newest. A string that is no known id is read as the text of a new item. Without
-        candidates the whole index competes, less what the reader has read. A reader without history gets what most
-        readers chose.
+        candidates the whole index competes, less what the reader has read; candidates compete as given, each once.
+        A reader without history gets what most readers chose.
         """
         new = self._encode_new(inputs)
         answers = []
@@ -94,7 +97,7 @@ class Predictor:
             else:
                 chosen = torch.tensor([self._chosen(item) for item, _ in names])
                 ratings = torch.log1p(chosen) - math.log1p(float(self.popularity.sum()))
-            seen = set(history)
+            seen = set(history) if row.get("candidates") is None else set()
             order = torch.sort(ratings, descending=True, stable=True).indices.tolist()
             best: list[dict[str, Any]] = []
             for place in order:
@@ -129,6 +132,7 @@ class Predictor:
         """Vectors [C, P] and (id or None, title) of what competes."""
         if candidates is None:
             return self.vectors, list(zip(self.ids, self.titles, strict=True))
+        candidates = list(dict.fromkeys(candidates))
         names: list[tuple[str | None, str]] = [
             (item, self.titles[self.place[item]]) if item in self.place else (None, item) for item in candidates
         ]

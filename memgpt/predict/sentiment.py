@@ -21,9 +21,9 @@ class Predictor:
         """Per text (or {text, topic}): {label, scores: {label: probability}, topic}. The topic is passed through."""
         rows = [{"text": row, "topic": None} if isinstance(row, str) else row for row in inputs]
         ids = [
-            self.tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"][
-                : self.model.config.window
-            ]
+            self.tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)[
+                "input_ids"
+            ][: self.model.config.window]
             for row in rows
         ]
         names = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]

@@ -1,16 +1,21 @@
 """Words of a text, their places, and tags over them. Without torch, so that judging needs none."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# A word: letters and digits with inner marks (U.S, don't, 3.5, co-op), else one mark. Ideographs and syllables that are
-# written without spaces stand alone.
+# A word: letters and digits with their marks (accents written apart, vowel signs, joiners) and with inner punctuation
+# (U.S, don't, 3.5, co-op); else one mark. Signs of scripts that are written without spaces stand alone.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+(?:[.,'’&/-](?:(?![{_UNSPACED}])\w)+)*|[^\w\s]")
+_MARKS = "\u200c\u200d" + "".join(
+    chr(code) for code in range(0x300, 0x1F000) if unicodedata.category(chr(code)) in ("Mn", "Mc", "Me")
+)
+_LETTER = rf"(?:(?![{_UNSPACED}])\w[{_MARKS}]*)"
+_WORD = re.compile(rf"[{_UNSPACED}][{_MARKS}]*|{_LETTER}+(?:[.,'’&/-]{_LETTER}+)*|[^\w\s]")
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
@@ -29,7 +34,9 @@ def joined_words(words: Sequence[str]) -> list[tuple[int, int]]:
 
 def encode_words(tokenizer: "PreTrainedTokenizerFast", words: Sequence[str]) -> list[list[int]]:
     """Subword ids of each word; a word that vanishes (white space only) still gets one padding id."""
-    encoding = tokenizer(list(words), is_split_into_words=True, add_special_tokens=False, verbose=False)
+    encoding = tokenizer(
+        list(words), is_split_into_words=True, add_special_tokens=False, split_special_tokens=True, verbose=False
+    )
     pieces: list[list[int]] = [[] for _ in words]
     for word, token in zip(encoding.word_ids(), encoding["input_ids"], strict=True):
         pieces[word].append(token)

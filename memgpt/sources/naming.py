@@ -11,7 +11,7 @@ from memgpt.errors import UserError
 FORMATS = ("conll", "jsonl", "csv", "parquet", "txt")
 WHOLE = "all"  # the role of rows that come without a split
 
-_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(ing|elopment)?(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|eval|test)(ing|elopment)?(?![a-z])", re.IGNORECASE)
 _TABLE = re.compile(r"(items|interactions)(?![a-z])", re.IGNORECASE)
 _NOT_DATA = re.compile(r"(licen[cs]e|readme|notice|citation|copying|changelog)", re.IGNORECASE)
 _SPLITS = {
@@ -20,6 +20,7 @@ _SPLITS = {
     "valid": "validation",
     "val": "validation",
     "dev": "validation",
+    "eval": "validation",
 }
 
 
@@ -48,8 +49,8 @@ def is_data(name: str) -> bool:
 
 
 def split_of(word: str) -> str | None:
-    """train-00-of-04.jsonl.gz → train, dev.conll → validation, test → test, reviews.csv → None."""
-    match = _SPLIT.match(word)
+    """train-00-of-04.jsonl.gz → train, news_dev.conll → validation, test → test, reviews.csv → None."""
+    match = _SPLIT.search(word)
     return _SPLITS.get(match[1].lower(), "test") if match else None
 
 

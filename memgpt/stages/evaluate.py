@@ -40,7 +40,7 @@ def run(config: Config, model: str) -> dict[str, float]:
     numbers = {name: round(value, 6) for name, value in numbers.items()}
     interval = f"{numbers['value']:.3f} [{low:.3f}, {high:.3f}]"
     title = f"{model}: {module.PRIMARY} {interval}, baseline {numbers['baseline']:.3f}"
-    table = pd.DataFrame(module.picture(rows, predictions))
+    table = pd.DataFrame(module.picture(rows, predictions), columns=module.PICTURE)
     with atomic.replacing(PLOTS / f"{model}.csv") as aside:
         table.to_csv(aside, index=False, lineterminator="\n")
     calibration = module.reliability(rows, predictions) if hasattr(module, "reliability") else None

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer, set_seed
 
 from memgpt import atomic, checkpoint, lineage, predict
 from memgpt.config import Config
+from memgpt.errors import UserError
 from memgpt.tasks import TABLES, judge
 from memgpt.training import Log, train
 
@@ -21,6 +22,11 @@ def run(config: Config, task: str, log: Log | None = None) -> dict[str, float]:
     set_seed(params.seed)
     model = module.model(parent, TABLES, **settings)
     data = module.Training(TABLES, tokenizer, **settings)
+    if not len(data):
+        raise UserError(
+            f"data.{task}.uri: no training example in {tables}; give more rows "
+            "(of a reader's items the last two are held out, and learning from the others takes two)"
+        )
     checkpoints = checkpoint.directory(f"finetune-{task}", settings, [parent, tables])
     train(
         model,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
 from memgpt import atomic, checkpoint, lineage
 from memgpt.config import Config
@@ -55,10 +55,13 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     params = config.pretrain
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     data = PackedTokens(TOKENS, "train", params.sequence_length)
+    held_out = PackedTokens(TOKENS, "validation", params.sequence_length)
     steps = max(1, params.tokens // (params.batch_size * params.sequence_length))
     set_seed(params.seed)
     model = _initial_model(config, tokenizer)
-    checkpoints = checkpoint.directory("pretrain", params.model_dump(), [TOKENIZER, TOKENS])
+    parent = Path(params.init) if params.init and Path(params.init).is_dir() else None
+    inputs = [TOKENIZER, TOKENS, *([parent] if parent else [])]
+    checkpoints = checkpoint.directory("pretrain", params.model_dump(), inputs)
     train(
         model,
         data,
@@ -70,7 +73,6 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
         decay_fraction=params.decay_fraction,
         log=log,
     )
-    held_out = PackedTokens(TOKENS, "validation", params.sequence_length)
     loss = held_out_loss(model, Subset(held_out, range(min(len(held_out), VALIDATION_ROWS))), params.batch_size)
     metrics = {
         "validation_loss": round(loss, 6),
@@ -82,8 +84,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     with atomic.replacing(BASE) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        parent = Path(params.init) if params.init and Path(params.init).is_dir() else None
-        lineage.write(directory, "pretrain", [TOKENIZER, TOKENS], params.model_dump(), parent, params.seed, metrics)
+        lineage.write(directory, "pretrain", inputs, params.model_dump(), parent, params.seed, metrics)
     checkpoint.discard(checkpoints)
     return metrics
 
@@ -114,7 +115,15 @@ def _initial_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MemGPT
         model.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer))
         return model
     try:
-        model = MemGPTForCausalLM.from_pretrained(params.init)
+        config_there = AutoConfig.from_pretrained(params.init)
+        if config_there.model_type != MemGPTConfig.model_type:
+            raise UserError(
+                f"pretrain.init={params.init}: a {config_there.model_type} model, of which no weight fits; "
+                "start from a directory that memgpt pretrain, multitask or finetune made"
+            )
+        model = MemGPTForCausalLM.from_pretrained(params.init, task_labels=None)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"pretrain.init={params.init}: {str(error).strip().splitlines()[0]}") from None
     if model.config.vocab_size != len(tokenizer):

@@ -137,7 +137,10 @@ def _judge(
             champion_statistics = _statistics(judging, rows, old) if old else None
         except gate.VersionError as error:
             incomparable, old = str(error), None
-        costs = gate.cost(new, old, len(rows))
+        try:
+            costs = gate.cost(new, old, len(rows))
+        except gate.VersionError as error:  # one of the two died after it had answered
+            return gate.Decision("hold", [str(error)])
     if champion_statistics is None:
         baseline = judging.statistics(rows, judging.baseline(TABLES, rows))
     decision = gate.decide(

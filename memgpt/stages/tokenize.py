@@ -86,7 +86,9 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], split: str) ->
     rows: list[np.ndarray] = []
     starts, total = [], 0
     for batch in tqdm(list(_batches(texts)), desc=f"tokenize {split}", unit="batch", leave=False, disable=None):
-        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
+        for ids in tokenizer(
+            batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]:
             starts.append(total)
             rows.append(np.asarray([end, *ids]))
             total += len(ids) + 1

@@ -8,6 +8,7 @@ import numpy as np
 from memgpt.tasks import rows_of
 
 PRIMARY = "neg_bits_per_byte"
+PICTURE = ("bits_per_byte", "share")  # columns of what `picture` gives
 _DOCUMENTS, _CHARACTERS = 300, 2000  # enough for an interval of about one percent
 _TRIGRAM_BYTES = 4_000_000
 

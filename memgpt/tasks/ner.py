@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from memgpt.model import MemGPTForTokenClassification
 
 PRIMARY = "f1"
+PICTURE = ("actual", "predicted")  # columns of what `picture` gives
 
 
 def labels(tables: Path) -> list[str]:
@@ -110,7 +111,7 @@ def metrics(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]])
         PRIMARY: float(score(statistics(rows, predictions).sum(0))),
         "precision": float(report["micro avg"]["precision"]),
         "recall": float(report["micro avg"]["recall"]),
-        "macro_f1": float(report["macro avg"]["f1-score"]),
+        "macro_f1": float(np.nan_to_num(report["macro avg"]["f1-score"])),  # NaN where there is no entity at all
     }
     for kind, values in report.items():
         if not kind.endswith(" avg"):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from memgpt.model import MemGPTForRecommendation
 
 PRIMARY = "ndcg_at_10"
+PICTURE = ("k", "recall")  # columns of what `picture` gives
 DEPTH = 50  # how deep a ranking is asked for
 _COLD = 5  # an item chosen at most so often in train
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from memgpt.model import MemGPTForSequenceClassification
 
 PRIMARY = "macro_f1"
+PICTURE = ("actual", "predicted")  # columns of what `picture` gives
 
 
 def labels(tables: Path) -> list[str]:
@@ -48,7 +49,10 @@ class Training:
         rows = rows_of(tables, "sentiment", split)
         self.pad = tokenizer.pad_token_id
         texts = [row["text"] for row in rows]
-        self.ids = [ids[:max_length] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+        self.ids = [
+            ids[:max_length]
+            for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        ]
         self.labels = [index[row["label"]] for row in rows]
 
     def __len__(self) -> int:

@@ -61,6 +61,8 @@ def tagger(shape, directory, **changes):
         ("Don't pay $3.50, U.S. co-op!", ["Don't", "pay", "$", "3.50", ",", "U.S", ".", "co-op", "!"]),
         ("我爱北京 IBM公司", ["我", "爱", "北", "京", "IBM", "公", "司"]),
         ("   ", []),
+        ("Rene\u0301e fell", ["Rene\u0301e", "fell"]),
+        ("हिन्दी भाषा।", ["हिन्दी", "भाषा", "।"]),
     ],
 )
 def test_words_of_a_text(text: str, expected: list[str]) -> None:
@@ -134,6 +136,8 @@ def test_base_counts_bits_over_windows(shape, tmp_path, monkeypatch) -> None:
     model = made(shape, MemGPTForCausalLM, tmp_path)
     tokenizer = shape[0]
     (answer,) = predict.load("base", tmp_path).predict([TEXT])
+    (control,) = predict.load("base", tmp_path).predict(["<pad><end>"])
+    assert control["tokens"] > 2, "a text cannot smuggle in control tokens"
     ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(TEXT)["input_ids"]]])
     expected = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     assert answer["nats"] == pytest.approx(expected, rel=1e-5)
@@ -170,6 +174,12 @@ def test_recommendation_takes_items_it_never_saw(shop) -> None:
         ("i0", "Ada of Port"),
         (None, "a new thing in Port Dunham"),
     }
+
+
+def test_candidates_compete_as_given_each_once(shop) -> None:
+    query = {"history": ["i0"], "k": 9, "candidates": ["i0", "i1", "i0", "Ada in Port", "Ada in Port"]}
+    answers = predict.load("recommendation", shop).predict([query])[0]
+    assert sorted(answer["item_id"] or "" for answer in answers) == ["", "i0", "i1"]
 
 
 def test_a_reader_without_history_gets_what_most_chose(shop) -> None:

@@ -112,6 +112,16 @@ def test_starting_from_a_model_keeps_what_it_knows(place: Path, monkeypatch: pyt
     assert lineage.read("models/base")["parent"] == lineage.weights_digest("start")
 
 
+def test_another_architecture_is_no_start(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GPT2Config
+
+    monkeypatch.chdir(place)
+    GPT2Config().save_pretrained("other")
+    config.write(config.override(config.read(), ["pretrain.init=other"]))
+    with pytest.raises(ValueError, match="a gpt2 model"):
+        pretrain.run(config.load())
+
+
 def test_packed_rows_count_positions_from_each_document(place: Path) -> None:
     rows = pretrain.PackedTokens(place / "data/tokens", "train", 16)
     positions = rows[3]["position_ids"].tolist()  # tokens 48 … 63; a document starts at 50

@@ -51,6 +51,11 @@ def test_ner_f1_is_seqevals() -> None:
     assert {"PER", "LOC", "O"} == {row["actual"] for row in ner.picture(rows, predictions)}
 
 
+def test_a_test_set_without_entities_has_numbers() -> None:
+    metrics = ner.metrics([{"input": ["so"], "tags": ["O"]}], [[]])
+    assert (metrics["f1"], metrics["macro_f1"]) == (0, 0)
+
+
 def test_gazetteer_takes_the_longest_match_with_its_usual_type(tmp_path: Path) -> None:
     put(
         tmp_path,
