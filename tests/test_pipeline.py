@@ -290,3 +290,16 @@ if __name__ == "__main__":
     with Repo(str(ROOT)) as repository:
         for each, lines in as_written({stage.addressing: stage for stage in repository.index.stages}).items():
             print(f"{each}:", *lines, sep="\n        - ")
+
+
+def test_the_locks_are_of_this_configuration() -> None:
+    """`dvc repro` in a fresh clone starts from them: what the sources held, and what the stages were given."""
+    sources = json.loads((ROOT / "data" / "sources.lock.json").read_text(encoding="utf-8"))
+    settings = config.load(ROOT / "params.yaml")
+    assert {name: entry["uri"] for name, entry in sources.items()} == {
+        name: getattr(settings.data, name).uri for name in config.SOURCES
+    }
+    locked = YAML(typ="safe").load(ROOT / "dvc.lock")["stages"]
+    params = YAML(typ="safe").load(ROOT / "params.yaml")
+    assert locked["pretrain"]["params"]["params.yaml"]["pretrain"] == params["pretrain"]
+    assert locked["finetune@ner"]["params"]["params.yaml"]["finetune.ner"] == params["finetune"]["ner"]
