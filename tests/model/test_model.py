@@ -197,3 +197,18 @@ def test_wrong_calls_are_refused(model: MemGPTForCausalLM, ids: torch.Tensor) ->
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="context_ids"):
         model(ids[:, :1], past_key_values=cache)
+
+
+def test_four_training_steps_give_the_golden_losses(ids: torch.Tensor) -> None:
+    """A change of these numbers is a change of the model or its initialisation: say so where it is made."""
+    torch.manual_seed(0)
+    model = MemGPTForCausalLM(config()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx([4.1666], abs=2e-3)
