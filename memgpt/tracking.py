@@ -33,8 +33,6 @@ LOCAL = Path(".memgpt")
 _BATCH = 1000  # metrics in one request, MLflow's limit
 _NAME = re.compile(r"[^\w.\- /]")  # what MLflow refuses in a metric's name
 
-_current: "Run | None" = None
-
 
 def use(root: Path | str = ".") -> str:
     """Make the tracking store ready and return its URI; cheap when it is.
@@ -133,7 +131,6 @@ def stage_run(
     Raises:
         UserError: if the tracking server cannot be reached.
     """
-    global _current
     use()
     mlflow_client = client()
     experiment_id = experiment(STAGES)
@@ -144,8 +141,7 @@ def stage_run(
     if parent:
         tags["mlflow.parentRunId"] = parent
     info = mlflow_client.create_run(experiment_id, run_name=name, tags={k: v for k, v in tags.items() if v}).info
-    run, outer = Run(mlflow_client, info.run_id), _current
-    _current = run
+    run = Run(mlflow_client, info.run_id)
     try:
         if params:
             run.params(params)
@@ -156,8 +152,6 @@ def stage_run(
         raise
     else:
         mlflow_client.set_terminated(info.run_id, "FINISHED")
-    finally:
-        _current = outer
 
 
 @contextmanager
@@ -172,18 +166,6 @@ def flow_run(name: str, params: Mapping[str, Any] | None = None) -> Iterator[Run
             os.environ.pop(PARENT)
             if before is not None:
                 os.environ[PARENT] = before
-
-
-def log(metrics: Mapping[str, float], step: int = 0) -> None:
-    """Add to the stage run that is open in this process; without one, nothing happens and MLflow is not imported."""
-    if _current is not None:
-        _current.metrics(metrics, step)
-
-
-def curve(points: list[dict[str, float]]) -> None:
-    """As `log`, for many points with their `step`: one request instead of one each (20 ms on SQLite)."""
-    if _current is not None:
-        _current.curve(points)
 
 
 def _create(database: Path) -> None:

@@ -33,8 +33,8 @@ def runs() -> list:
 
 def test_a_stage_run_holds_params_metrics_and_curves(store: Path) -> None:
     with tracking.stage_run("finetune", "ner", {"epochs": 4, "source": {"uri": "sample://newsroom"}}) as run:
-        tracking.log({"loss": 1.5}, step=10)
-        tracking.curve([{"loss": 1.0, "step": 20}, {"loss": 0.5, "step": 30, "note": "not a number"}])
+        run.metrics({"loss": 1.5}, step=10)
+        run.curve([{"loss": 1.0, "step": 20}, {"loss": 0.5, "step": 30, "note": "not a number"}])
         run.metrics({"f1@exact": 0.75})
     found = tracking.client().get_run(run.id)
     assert found.info.status == "FINISHED"
@@ -43,7 +43,6 @@ def test_a_stage_run_holds_params_metrics_and_curves(store: Path) -> None:
     history = tracking.client().get_metric_history(run.id, "loss")
     assert [(point.step, point.value) for point in history] == [(10, 1.5), (20, 1.0), (30, 0.5)]
     assert found.info.artifact_uri.startswith((store / "mlartifacts" / "memgpt").as_uri())
-    tracking.log({"loss": 1.0})  # no run is open: nothing happens
 
 
 def test_a_failing_stage_is_a_failed_run(store: Path) -> None:

@@ -170,3 +170,14 @@ def test_ner_training_rows_label_first_subwords_only(tmp_path: Path) -> None:
     assert [label for label in labels if label != -100] == [1, 0]
     assert labels[0] == 1
     assert batch["input_ids"].shape == batch["labels"].shape
+
+
+def test_readers_of_one_item_each_give_nothing_to_learn_from(shop: Path) -> None:
+    from memgpt.model import MemGPTTokenizer
+
+    one_each = [
+        {"user_id": user, "item_id": "i0", "timestamp": 0, "event": None, "rating": None} for user in ("ann", "bob")
+    ]
+    put(shop, "recommendation", "train", one_each)
+    tokenizer = MemGPTTokenizer.train(["Title"], 300, 1)
+    assert len(recommendation.Training(shop, tokenizer, max_length=8, max_history=4)) == 0
