@@ -4,6 +4,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -12,6 +13,7 @@ from transformers import (
 from memgpt.model.config import PRESETS, MemGPTConfig
 from memgpt.model.model import (
     MemGPTForCausalLM,
+    MemGPTForMaskedLM,
     MemGPTForMultiTask,
     MemGPTForRecommendation,
     MemGPTForSequenceClassification,
@@ -25,6 +27,7 @@ AutoConfig.register("memgpt", MemGPTConfig, exist_ok=True)
 AutoTokenizer.register(MemGPTConfig, fast_tokenizer_class=MemGPTTokenizer, exist_ok=True)
 AutoModel.register(MemGPTConfig, MemGPTModel, exist_ok=True)
 AutoModelForCausalLM.register(MemGPTConfig, MemGPTForCausalLM, exist_ok=True)
+AutoModelForMaskedLM.register(MemGPTConfig, MemGPTForMaskedLM, exist_ok=True)
 AutoModelForTokenClassification.register(MemGPTConfig, MemGPTForTokenClassification, exist_ok=True)
 AutoModelForSequenceClassification.register(MemGPTConfig, MemGPTForSequenceClassification, exist_ok=True)
 
@@ -32,6 +35,7 @@ __all__ = [
     "PRESETS",
     "MemGPTConfig",
     "MemGPTForCausalLM",
+    "MemGPTForMaskedLM",
     "MemGPTForMultiTask",
     "MemGPTForRecommendation",
     "MemGPTForSequenceClassification",

@@ -5,14 +5,18 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# One dial for the shape: what `pretrain.preset` names.
+LOCAL, GLOBAL = "sliding_attention", "full_attention"  # transformers' names, which its caches and masks read
+
+# One dial for the shape: what `pretrain.preset` names. Every last layer of a few is global.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 384,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 1,
+        "layer_types": [LOCAL, LOCAL, LOCAL, GLOBAL],
+        "sliding_window": 128,
         "memory_rows": 8192,
         "memory_dim": 32,
     },
@@ -22,6 +26,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
+        "layer_types": [LOCAL, LOCAL, GLOBAL] * 2,
+        "sliding_window": 256,
         "memory_rows": 32768,
         "memory_dim": 64,
     },
@@ -31,6 +37,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 10,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
+        "layer_types": [LOCAL, LOCAL, LOCAL, LOCAL, GLOBAL] * 2,
+        "sliding_window": 256,
         "memory_rows": 131072,
         "memory_dim": 96,
     },
@@ -41,10 +49,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 class MemGPTConfig(PreTrainedConfig):
     """Configuration of every MemGPT class.
 
+    layer_types: "full_attention" or "sliding_attention" per layer; None makes all full. sliding_window: tokens that a
+    sliding layer sees, itself included: the last ones causally, as many to either side in both directions.
+    qk_norm … position_embedding: what other families do otherwise; they let `memgpt convert` take their weights over.
     memory_layers: indices of the blocks with an n-gram memory; empty makes a plain GPT.
     memory_ngrams: lengths n of the n-grams that are looked up.
     memory_heads: hash functions, so table rows read, per n.
     memory_rows: rows per hash head; memory_dim: width of a row.
+    memory_kernel: taps of the memory's causal depthwise convolution; 0 is none.
     dropout: on the output of each residual branch and before each head.
     pooled_size: width of the two-tower vectors of recommendation.
     similarity_temperature: of the softmax over items in recommendation.
@@ -61,6 +73,16 @@ class MemGPTConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
+    head_dim: int | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    qk_norm: bool = True
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    norm: str = "rms"
+    position_embedding: str = "rotary"
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
@@ -79,6 +101,7 @@ class MemGPTConfig(PreTrainedConfig):
     memory_heads: int = 2
     memory_rows: int = 8192
     memory_dim: int = 32
+    memory_kernel: int = 0
     pooled_size: int = 64
     similarity_temperature: float | int = 0.07
     window: int = 128
@@ -90,11 +113,11 @@ class MemGPTConfig(PreTrainedConfig):
             self.memory_layers = [layer for layer in (0, 2) if layer < self.num_hidden_layers]
         if self.memory_ngrams is None:
             self.memory_ngrams = [2, 3]
+        if self.layer_types is None:
+            self.layer_types = [GLOBAL] * self.num_hidden_layers
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     def validate_architecture(self) -> None:
         """Refuse a shape that cannot be built, naming the fields.
@@ -102,18 +125,34 @@ class MemGPTConfig(PreTrainedConfig):
         Raises:
             ValueError: with the fields and the fix.
         """
-        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+        if self.head_dim * self.num_attention_heads != self.hidden_size and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size={self.hidden_size} must be an even multiple of "
-                f"num_attention_heads={self.num_attention_heads}"
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} (hidden_size / num_attention_heads) must be even: positions turn pairs"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        self._validate_choices()
         layers = self.memory_layers or []
         if any(not 0 <= layer < self.num_hidden_layers for layer in layers):
             raise ValueError(f"memory_layers={layers} must lie within the {self.num_hidden_layers} layers, from 0")
-        if any(n < 2 for n in self.memory_ngrams or []):
-            raise ValueError(f"memory_ngrams={self.memory_ngrams} must be 2 or more each")
+        if any(n < 1 for n in self.memory_ngrams or []):
+            raise ValueError(f"memory_ngrams={self.memory_ngrams} must be 1 or more each")
+
+    def _validate_choices(self) -> None:
+        types = self.layer_types or []
+        if unknown := sorted(set(types) - {LOCAL, GLOBAL}):
+            raise ValueError(f"layer_types: unknown {unknown[0]!r}; expected {LOCAL!r} or {GLOBAL!r}")
+        if len(types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types names {len(types)} layers, num_hidden_layers={self.num_hidden_layers}")
+        if LOCAL in types and not (self.sliding_window and self.sliding_window > 0):
+            raise ValueError(f"layer_types has {LOCAL!r} layers: give sliding_window, the tokens that they see")
+        for name, allowed in (("norm", ("rms", "layer")), ("position_embedding", ("rotary", "learned"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")

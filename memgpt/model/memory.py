@@ -105,10 +105,30 @@ class KnowledgeMemory(nn.Module):
         self.value = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
         self.query_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.key_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.kernel = config.memory_kernel
+        if self.kernel:
+            self.conv = nn.Conv1d(
+                config.hidden_size, config.hidden_size, self.kernel, groups=config.hidden_size, bias=False
+            )
+            self.conv._starts_at_zero = True  # type: ignore[assignment]
 
     def forward(self, hidden: torch.Tensor, addresses: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, D], addresses [B, T, R] → what to add to hidden, [B, T, D]."""
-        entry = self.table(addresses).flatten(-2)  # [B, T, R·M]
+        return self.mix(hidden, self.look_up(addresses))
+
+    def gate(self, hidden: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
+        """How much of an entry [B, T, R·M] the context hidden [B, T, D] lets through: [B, T, 1] in (0, 1)."""
         match = (self.query_norm(hidden) * self.key_norm(self.key(entry))).sum(-1, keepdim=True)
-        gate = torch.sigmoid(match * hidden.shape[-1] ** -0.5)
-        return gate * self.value(entry)
+        return torch.sigmoid(match * hidden.shape[-1] ** -0.5)
+
+    @torch.compiler.disable  # sparse gradients are not compiled, and a table need not be in memory
+    def look_up(self, addresses: torch.Tensor) -> torch.Tensor:
+        """addresses [B, T, R] → rows side by side, [B, T, R·M]."""
+        return self.table(addresses).flatten(-2)
+
+    def mix(self, hidden: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
+        value = self.value(entry)
+        if self.kernel:
+            past = nn.functional.pad(value.transpose(1, 2), (self.kernel - 1, 0))
+            value = value + self.conv(past).transpose(1, 2)
+        return self.gate(hidden, entry) * value

@@ -17,11 +17,17 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    MaskedLMOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -31,7 +37,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from memgpt.model.config import MemGPTConfig
+from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
 from memgpt.model.memory import KnowledgeMemory, NGramHash, RMSNorm
 
 
@@ -91,28 +97,37 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def make_norm(config: MemGPTConfig, size: int) -> nn.Module:
+    kind = nn.LayerNorm if config.norm == "layer" else RMSNorm
+    return kind(size, eps=config.rms_norm_eps)
+
+
 class Attention(nn.Module):
-    """Grouped-query self-attention with RMS-normalised queries and keys."""
+    """Grouped-query self-attention with RMS-normalised queries and keys, over the whole text or a window of it."""
 
     def __init__(self, config: MemGPTConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.head_dim
+        self.head_dim: int = config.head_dim  # type: ignore[assignment]
+        self.sliding_window = config.sliding_window if (config.layer_types or ())[layer_idx] == LOCAL else None
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True  # what back ends assume when the call does not say
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        width, bias = self.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * width, bias=bias)
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * width, config.hidden_size, bias=config.attention_output_bias
+        )
         self.o_proj._closes_residual = True  # type: ignore[assignment]
-        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.q_norm = RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self,
         hidden: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -121,8 +136,10 @@ class Attention(nn.Module):
         query = self.q_norm(self.q_proj(hidden).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden).view(shape)).transpose(1, 2)
         value = self.v_proj(hidden).view(shape).transpose(1, 2)
-        cos, sin = rotation[0].unsqueeze(1), rotation[1].unsqueeze(1)
-        query, key = rotate(query, cos, sin).to(value.dtype), rotate(key, cos, sin).to(value.dtype)
+        if rotation is not None:
+            cos, sin = rotation[0].unsqueeze(1), rotation[1].unsqueeze(1)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = query.to(value.dtype), key.to(value.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -130,34 +147,46 @@ class Attention(nn.Module):
         )
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
         )
         return self.o_proj(output.reshape(*hidden.shape[:-1], -1)), weights
 
 
-class SwiGLU(nn.Module):
-    """Gated feed-forward layer (arXiv 2002.05202)."""
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202), or the plain two-layer kind of older families."""
 
     def __init__(self, config: MemGPTConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        sizes, bias = (config.hidden_size, config.intermediate_size), config.mlp_bias
+        self.gate_proj = nn.Linear(*sizes, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(*sizes, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
         self.down_proj._closes_residual = True  # type: ignore[assignment]
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(hidden)))
         return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class Block(GradientCheckpointingLayer):
     def __init__(self, config: MemGPTConfig, layer_idx: int, memory: bool):
         super().__init__()
+        self.kind = (config.layer_types or ())[layer_idx]
         self.memory = KnowledgeMemory(config) if memory else None
-        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_norm = make_norm(config, config.hidden_size)
         self.attention = Attention(config, layer_idx)
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp_norm = make_norm(config, config.hidden_size)
+        self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: torch.Tensor, addresses: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
@@ -187,7 +216,7 @@ class MemGPTPreTrainedModel(PreTrainedModel):
         if getattr(module, "_closes_residual", False):
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, std=std)
-        elif getattr(module, "_memory_table", False):
+        elif getattr(module, "_memory_table", False) or getattr(module, "_starts_at_zero", False):
             init.zeros_(module.weight)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -210,8 +239,10 @@ class MemGPTModel(MemGPTPreTrainedModel):
             Block(config, layer, memory=layer in (config.memory_layers or ()))
             for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config)
+        self.norm = make_norm(config, config.hidden_size)
+        learned = config.position_embedding == "learned"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.rotary_emb = None if learned else RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -226,23 +257,24 @@ class MemGPTModel(MemGPTPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         attention_mode: str = "causal",
+        prefix_mask: torch.Tensor | None = None,
         context_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T], or inputs_embeds [B, T, D] (then the memory is not read) → last_hidden_state [B, T, D].
 
-        position_ids [B, T] that start again at 0 mark the documents of a packed row (causal mode): attention and
-        n-grams stay within them. attention_mode: "causal" or "bidirectional". context_ids [B, n]: the tokens before
+        attention_mode: "causal", "bidirectional", or "prefix": the tokens that prefix_mask [B, T] marks read each
+        other in both directions, the rest causally. position_ids [B, T] that start again at 0 mark the documents of a
+        packed row: attention and n-grams stay within them, in every mode. context_ids [B, n]: the tokens before
         `input_ids` when decoding with a cache; `generate` passes them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
-        if attention_mode not in ("causal", "bidirectional"):
-            raise ValueError(f"attention_mode={attention_mode!r}: expected 'causal' or 'bidirectional'")
-        causal = attention_mode == "causal"
+        packed = position_ids is not None and attention_mask is None
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self._check(input_ids, past)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         addresses = None
@@ -250,31 +282,89 @@ class MemGPTModel(MemGPTPreTrainedModel):
             if past and context_ids is None:
                 raise ValueError("decoding with a cache: pass context_ids, the tokens before input_ids, for the memory")
             addresses = self.ngram_hash(input_ids, position_ids, context_ids)
-        masks: dict[str, Any] = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-        }
-        mask = create_causal_mask(position_ids=position_ids, **masks) if causal else create_bidirectional_mask(**masks)
-        if use_cache and causal and past_key_values is None:
+        masks = self._masks(
+            attention_mode, inputs_embeds, attention_mask, past_key_values, position_ids, packed, prefix_mask
+        )
+        bidirectional = attention_mode == "bidirectional"
+        if use_cache and not bidirectional and past_key_values is None:
             # After the mask: with a cache in hand transformers would not look for packed documents.
             past_key_values = DynamicCache(config=self.config)
-        rotation = self.rotary_emb(inputs_embeds, position_ids)
         hidden = inputs_embeds
+        if self.embed_positions is not None:
+            hidden = hidden + self.embed_positions(position_ids)
+        rotation = None if self.rotary_emb is None else self.rotary_emb(inputs_embeds, position_ids)
         for layer in self.layers:
             hidden = layer(
                 hidden,
                 addresses=addresses,
                 rotation=rotation,
-                attention_mask=mask,
+                attention_mask=masks[layer.kind],
                 past_key_values=past_key_values,
-                is_causal=causal,
+                is_causal=not bidirectional,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
         )
+
+    def _check(self, input_ids: torch.Tensor | None, past: int) -> None:
+        """Refuse ids and lengths that would fail far below, or give nonsense."""
+        if input_ids is None or torch.compiler.is_compiling():
+            return
+        # On an accelerator this would wait for the device at every call, and an index error is raised there anyway.
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = (int(bound) for bound in input_ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids: {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}"
+                )
+        length = past + input_ids.shape[1]
+        if length > self.config.max_position_embeddings and GLOBAL in (self.config.layer_types or ()):
+            raise ValueError(
+                f"input_ids: {length} tokens, more than the model's max_position_embeddings="
+                f"{self.config.max_position_embeddings}; cut the text, or read it in windows"
+            )
+
+    def _masks(
+        self,
+        mode: str,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+        packed: bool,
+        prefix_mask: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """The mask of each kind of layer (`config.layer_types`), in the form that the attention back end wants."""
+        shared: dict[str, Any] = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        kinds = sorted(set(self.config.layer_types or ()))
+        if mode == "bidirectional":
+            if packed:
+                document = (position_ids == 0).cumsum(1).expand(inputs_embeds.shape[0], -1)
+                shared["and_mask_function"] = lambda b, h, q, kv: document[b, q] == document[b, kv]
+            both = {GLOBAL: create_bidirectional_mask, LOCAL: create_bidirectional_sliding_window_mask}
+            return {kind: both[kind](**shared) for kind in kinds}
+        shared["position_ids"] = position_ids
+        causal = {GLOBAL: create_causal_mask, LOCAL: create_sliding_window_causal_mask}
+        if mode == "causal":
+            return {kind: causal[kind](**shared) for kind in kinds}
+        if mode != "prefix":
+            raise ValueError(f"attention_mode={mode!r}: expected 'causal', 'bidirectional' or 'prefix'")
+        if prefix_mask is None or past_key_values is not None and past_key_values.get_seq_length():
+            raise ValueError(
+                "attention_mode='prefix' reads the whole prefix at once: pass prefix_mask [B, T], no cache"
+            )
+        prefix, window = prefix_mask.bool(), self.config.sliding_window or 0
+        near = {
+            GLOBAL: lambda b, h, q, kv: prefix[b, q] & prefix[b, kv],
+            LOCAL: lambda b, h, q, kv: prefix[b, q] & prefix[b, kv] & ((q - kv).abs() < window),
+        }
+        return {kind: causal[kind](**shared, or_mask_function=near[kind]) for kind in kinds}
 
 
 class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
@@ -318,6 +408,45 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MemGPTForMaskedLM(MemGPTPreTrainedModel):
+    """Fills masks in, reading in both directions.
+
+    Masked next-token prediction as in GPT-BERT (arXiv 2410.24159): a token is read off the position before it, so that
+    the one head serves both objectives. The first token is read off itself; put the end token before a text, as in
+    pretraining, to have it predicted well.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config)
+        self.model = MemGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        attention_mode: str = "bidirectional",
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """labels [B, T]: the tokens behind the masks, −100 elsewhere. logits [B, T, V] are those of the token there."""
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, attention_mode=attention_mode, **_trunk(kwargs)
+        )
+        hidden = outputs.last_hidden_state
+        logits = self.lm_head(torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1))
+        return MaskedLMOutput(
+            loss=None if labels is None else _cross_entropy(logits, labels),
+            logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -183,7 +183,7 @@ def test_recommendation_learns_who_reads_what_next(ids: torch.Tensor) -> None:
         (dict(hidden_size=15), "num_attention_heads"),
         (dict(num_key_value_heads=3), "num_key_value_heads"),
         (dict(memory_layers=[3]), "memory_layers"),
-        (dict(memory_ngrams=[1]), "memory_ngrams"),
+        (dict(memory_ngrams=[0]), "memory_ngrams"),
     ],
 )
 def test_impossible_shapes_are_refused_by_name(changes, words) -> None:

@@ -1,0 +1,76 @@
+"""The optimizers of pretraining: Muon for matrices, AdamW for the rest, one number per row for the memory tables."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+class RowAdagrad(torch.optim.Optimizer):
+    """Adagrad with one accumulator per row, for tables of which a step touches few rows.
+
+    A row's accumulator sums the mean square of its gradients (Duchi et al. 2011, with the row as the unit), so the
+    state is 1 / width of the table and a step costs what it touches. Takes the sparse gradients that
+    `nn.Embedding(sparse=True)` gives, and dense ones.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10):
+        super().__init__(params, {"lr": lr, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for table in group["params"]:
+                if table.grad is None:
+                    continue
+                state = self.state[table]
+                if not state:
+                    state["square_sum"] = torch.zeros(len(table), dtype=torch.float32, device=table.device)
+                if table.grad.is_sparse:
+                    gradient = table.grad.coalesce()
+                    rows, values = gradient.indices()[0], gradient.values()
+                else:
+                    rows = table.grad.any(dim=1).nonzero()[:, 0]
+                    values = table.grad[rows]
+                square_sum = state["square_sum"][rows] + values.float().square().mean(1)
+                state["square_sum"][rows] = square_sum
+                change = values / (square_sum.sqrt() + group["eps"]).to(values.dtype)[:, None]
+                table.index_add_(0, rows, change, alpha=-group["lr"])
+
+
+class Chained(torch.optim.Optimizer):
+    """Several optimizers, each with its own parameters, that step as one."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]):
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        # Loading replaces the groups by new dictionaries; schedules change those they find here.
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale dense gradients to a joint norm of at most `max_norm`, and sparse ones to another: how many rows a batch
+    touches would otherwise decide how far the matrices move. Returns the dense norm."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    dense = [g for g in gradients if not g.is_sparse]
+    sparse = [g for g in gradients if g.is_sparse]
+    if sparse:
+        norm = torch.stack([g.coalesce().values().norm() for g in sparse]).norm()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in sparse:
+            gradient._values().mul_(scale)
+    norm = torch.nn.utils.get_total_norm(dense)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(dense, scale)
+    return norm
