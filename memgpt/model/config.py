@@ -116,6 +116,11 @@ class MemGPTConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = [GLOBAL] * self.num_hidden_layers
         if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} must be a multiple of "
+                    f"num_attention_heads={self.num_attention_heads}, or give head_dim"
+                )
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
 
@@ -125,11 +130,7 @@ class MemGPTConfig(PreTrainedConfig):
         Raises:
             ValueError: with the fields and the fix.
         """
-        if self.head_dim * self.num_attention_heads != self.hidden_size and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
+        if (self.head_dim or 0) % 2:
             raise ValueError(
                 f"head_dim={self.head_dim} (hidden_size / num_attention_heads) must be even: positions turn pairs"
             )

@@ -59,7 +59,8 @@ class RotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: MemGPTConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
-        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        width: int = config.head_dim  # type: ignore[assignment]
+        steps = torch.arange(0, width, 2, dtype=torch.float) / width
         return 1.0 / ((config.rope_parameters or {})["rope_theta"] ** steps), 1.0
 
     @torch.no_grad()
@@ -181,7 +182,7 @@ class FeedForward(nn.Module):
 class Block(GradientCheckpointingLayer):
     def __init__(self, config: MemGPTConfig, layer_idx: int, memory: bool):
         super().__init__()
-        self.kind = (config.layer_types or ())[layer_idx]
+        self.kind: str = (config.layer_types or ())[layer_idx]
         self.memory = KnowledgeMemory(config) if memory else None
         self.attention_norm = make_norm(config, config.hidden_size)
         self.attention = Attention(config, layer_idx)
@@ -298,7 +299,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 hidden,
                 addresses=addresses,
                 rotation=rotation,
-                attention_mask=masks[layer.kind],
+                attention_mask=masks[str(layer.kind)],
                 past_key_values=past_key_values,
                 is_causal=not bidirectional,
                 **kwargs,
@@ -355,10 +356,8 @@ class MemGPTModel(MemGPTPreTrainedModel):
             return {kind: causal[kind](**shared) for kind in kinds}
         if mode != "prefix":
             raise ValueError(f"attention_mode={mode!r}: expected 'causal', 'bidirectional' or 'prefix'")
-        if prefix_mask is None or past_key_values is not None and past_key_values.get_seq_length():
-            raise ValueError(
-                "attention_mode='prefix' reads the whole prefix at once: pass prefix_mask [B, T], no cache"
-            )
+        if prefix_mask is None:
+            raise ValueError("attention_mode='prefix': pass prefix_mask [B, T], 1 for the tokens to read both ways")
         prefix, window = prefix_mask.bool(), self.config.sliding_window or 0
         near = {
             GLOBAL: lambda b, h, q, kv: prefix[b, q] & prefix[b, kv],
@@ -385,6 +384,10 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         if next_sequence_length is not None and inputs.get("input_ids") is not None:
             past = input_ids.shape[1] - inputs["input_ids"].shape[1]
             inputs["context_ids"] = input_ids[:, max(0, past - self.model.ngram_hash.context) : past]
+            if (
+                past and inputs.get("attention_mode") == "prefix"
+            ):  # the prefix is in the cache; the target reads causally
+                inputs.update(attention_mode="causal", prefix_mask=None)
         return inputs
 
     @can_return_tuple
@@ -394,11 +397,19 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        attention_mode: str = "causal",
+        prefix_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """labels [B, T] are input_ids, −100 where not to be predicted; they are shifted here."""
         loss_arguments = {key: kwargs.pop(key) for key in ("num_items_in_batch",) if key in kwargs}
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            attention_mode=attention_mode,
+            prefix_mask=prefix_mask,
+            **kwargs,
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
