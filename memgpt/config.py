@@ -82,11 +82,20 @@ class Training(Section):
 
 
 class Pretrain(Training):
+    """learning_rate is that of AdamW, matrix_learning_rate Muon's. masked_share_*: share of the steps that predict
+    masked tokens, at the start and the end of the run. update: which weights a run that starts from `init` changes."""
+
     init: str | None
     preset: Literal["tiny", "small", "base"]
     sequence_length: Annotated[int, Field(ge=8)]
     tokens: Positive
+    matrix_learning_rate: Rate
     decay_fraction: Fraction
+    masked_share_start: Fraction
+    masked_share_end: Fraction
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)]
+    z_loss: NonNegative
+    compile: bool
 
 
 class Multitask(Training):

@@ -4,6 +4,40 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+
+from memgpt.config import Pretrain
+
+
+def for_pretraining(model: PreTrainedModel, params: Pretrain) -> "Chained":
+    """Muon (Jordan 2024) for the matrices of the blocks, row-wise Adagrad for memory tables, AdamW for the rest.
+
+    The tables' gradients become sparse: a step then costs what it touches. torch's Muon takes each matrix by itself.
+    """
+    kinds: dict[str, list[torch.nn.Parameter]] = {"matrices": [], "tables": [], "rest": []}
+    tables, matrices = set(), set()
+    for module in model.modules():
+        if getattr(module, "_memory_table", False):
+            module.sparse = True
+            tables.add(module.weight)
+        elif isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            matrices.add(module.weight)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = "tables" if parameter in tables else "matrices" if parameter in matrices else "rest"
+            kinds[kind].append(parameter)
+    optimizers: list[torch.optim.Optimizer] = []
+    if kinds["matrices"]:
+        optimizers.append(
+            torch.optim.Muon(kinds["matrices"], lr=params.matrix_learning_rate, weight_decay=params.weight_decay)
+        )
+    if kinds["rest"]:
+        optimizers.append(
+            torch.optim.AdamW(kinds["rest"], lr=params.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        )
+    if kinds["tables"]:
+        optimizers.append(RowAdagrad(kinds["tables"], lr=params.memory_learning_rate))
+    return Chained(optimizers)
 
 
 class RowAdagrad(torch.optim.Optimizer):

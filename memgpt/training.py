@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from memgpt import checkpoint
 from memgpt.config import Training
 from memgpt.errors import UserError
+from memgpt.optimizers import clip_gradients
 
 Log = Callable[[dict[str, float], int], None]
+Loss = Callable[[PreTrainedModel, dict[str, Any], int], torch.Tensor]
 
 
 def train(
@@ -29,6 +31,8 @@ def train(
     checkpoints: Path,
     title: str,
     decay_fraction: float | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Loss | None = None,
     log: Log | None = None,
 ) -> PreTrainedModel:
     """Train `model` in place for `steps` optimizer steps and return it.
@@ -38,6 +42,7 @@ def train(
 
     decay_fraction: share of the steps, at the end, over which the learning rate falls to zero; the rest after the
     warm-up is constant. None: it falls from the end of the warm-up on.
+    optimizer: AdamW over `parameter_groups` if None. loss: of (model, batch, step); the model's own if None.
     """
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -58,7 +63,7 @@ def train(
         max_grad_norm=1.0,
         use_cpu=not torch.cuda.is_available(),
     )
-    optimizer = torch.optim.AdamW(parameter_groups(model, params), betas=(0.9, 0.95), fused=True)
+    optimizer = optimizer or torch.optim.AdamW(parameter_groups(model, params), betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps, params.warmup_fraction, decay_fraction))
     trainer = _Trainer(
         model=model,
@@ -68,6 +73,7 @@ def train(
         optimizers=(optimizer, schedule),
         callbacks=[_MarkComplete(), _StopOnNaN(), _Progress(title, steps, log)],
     )
+    trainer.loss = loss
     trainer.remove_callback(_printer())
     resume = checkpoint.latest(checkpoints)
     set_seed(params.seed)
@@ -121,9 +127,16 @@ def _printer() -> type[TrainerCallback]:
 class _Trainer(Trainer):
     """Batches reach the model as the collator made them, string arguments (`task`) included."""
 
+    loss: Loss | None = None
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        if self.loss is not None:
+            return self.loss(model, inputs, self.state.global_step)
         outputs = model(**inputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        return clip_gradients(model.parameters(), self.args.max_grad_norm)
 
 
 class _MarkComplete(TrainerCallback):

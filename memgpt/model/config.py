@@ -66,6 +66,15 @@ class MemGPTConfig(PreTrainedConfig):
 
     model_type = "memgpt"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads the class attribute)
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.attention.q_proj": "colwise",
+        "layers.*.attention.k_proj": "colwise",
+        "layers.*.attention.v_proj": "colwise",
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
 
     vocab_size: int = 4096
     hidden_size: int = 128
@@ -101,7 +110,7 @@ class MemGPTConfig(PreTrainedConfig):
     memory_heads: int = 2
     memory_rows: int = 8192
     memory_dim: int = 32
-    memory_kernel: int = 0
+    memory_kernel: int = 4
     pooled_size: int = 64
     similarity_temperature: float | int = 0.07
     window: int = 128
@@ -112,7 +121,7 @@ class MemGPTConfig(PreTrainedConfig):
         if self.memory_layers is None:
             self.memory_layers = [layer for layer in (0, 2) if layer < self.num_hidden_layers]
         if self.memory_ngrams is None:
-            self.memory_ngrams = [2, 3]
+            self.memory_ngrams = [1, 2, 3]
         if self.layer_types is None:
             self.layer_types = [GLOBAL] * self.num_hidden_layers
         if self.head_dim is None:
@@ -123,6 +132,23 @@ class MemGPTConfig(PreTrainedConfig):
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, which only warns of another architecture and then builds a model of random weights.
+
+        Raises:
+            ValueError: the checkpoint is of another architecture.
+        """
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (kind := values.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: a checkpoint of {kind!r}, not of {cls.model_type!r}; "
+                "take it over with `memgpt convert`, or load it with transformers' Auto classes"
+            )
+        return values, kwargs
 
     def validate_architecture(self) -> None:
         """Refuse a shape that cannot be built, naming the fields.

@@ -46,33 +46,37 @@ class NGramHash(nn.Module):
         self.ngrams = tuple(config.memory_ngrams or ())
         self.heads = config.memory_heads
         self.rows = config.memory_rows
+        self.lead = max(0, config.memory_kernel - 1)
         self.blanks = tuple(t for t in (config.pad_token_id, config.mask_token_id) if t is not None)
         self.canonical_ids = nn.Buffer(torch.arange(config.vocab_size))
 
     @property
     def context(self) -> int:
-        """How many tokens before the first one are needed to address its n-grams."""
-        return max(self.ngrams, default=1) - 1
+        """How many tokens before the first one its memory depends on."""
+        return max(self.ngrams, default=1) - 1 + self.lead
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Addresses [B, T, R] of `input_ids` [B, T].
+        """Addresses [B, lead + T, R] of input_ids [B, T] and of the `lead` tokens before, which the convolution reads.
 
         position_ids [B or 1, T] count from the start of each document. context_ids [B, ≤ context]: the tokens just
         before `input_ids`, for incremental decoding.
         """
-        length = input_ids.shape[1]
+        before = torch.arange(-self.lead, 0, device=position_ids.device)
+        position_ids = torch.cat((position_ids[:, :1] + before, position_ids), dim=1)
+        length = position_ids.shape[1]
         ids = input_ids if context_ids is None else torch.cat((context_ids, input_ids), dim=1)
         blank = torch.zeros_like(ids, dtype=torch.bool)
         for token in self.blanks:
             blank |= ids == token
-        missing = self.context + length - ids.shape[1]
+        reach = self.context - self.lead
+        missing = reach + length - ids.shape[1]
         ids = nn.functional.pad(self.canonical_ids[ids], (missing, 0))
         blank = nn.functional.pad(blank, (missing, 0), value=True)
 
         def back(tensor: torch.Tensor, steps: int) -> torch.Tensor:
-            start = self.context - steps
+            start = reach - steps
             return tensor[:, start : start + length]
 
         addresses: list[torch.Tensor] = []
@@ -81,7 +85,7 @@ class NGramHash(nn.Module):
             for step in range(n):
                 invalid = invalid | back(blank, step)
             for head in range(self.heads):
-                mixed = torch.zeros_like(input_ids)
+                mixed = torch.zeros_like(ids[:, :length])
                 for step in range(n):
                     mixed = (mixed ^ (back(ids, step) + 1)) * _multiplier(n, head, step)
                     mixed = mixed ^ (mixed >> 29)
@@ -91,9 +95,10 @@ class NGramHash(nn.Module):
 
 
 class KnowledgeMemory(nn.Module):
-    """h ↦ gate(h, k) · v, where k and v are read from the table at the n-gram's addresses.
+    """h ↦ gate(h, k) · conv(v), where k and v are read from the table at the n-gram's addresses.
 
-    The table starts at zero, so the layer starts as "adds nothing" and learns only entries that pay.
+    The table starts at zero, so the layer starts as "adds nothing" and learns only entries that pay. The convolution
+    runs over what was read, before the gate: it depends on token ids alone, so that decoding keeps no state for it.
     """
 
     def __init__(self, config: MemGPTConfig):
@@ -105,30 +110,30 @@ class KnowledgeMemory(nn.Module):
         self.value = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
         self.query_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.key_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.kernel = config.memory_kernel
-        if self.kernel:
-            self.conv = nn.Conv1d(
-                config.hidden_size, config.hidden_size, self.kernel, groups=config.hidden_size, bias=False
-            )
-            self.conv._starts_at_zero = True  # type: ignore[assignment]
+        self.lead = max(0, config.memory_kernel - 1)
+        self.taps = nn.Parameter(torch.zeros(self.lead, config.hidden_size))
 
-    def forward(self, hidden: torch.Tensor, addresses: torch.Tensor) -> torch.Tensor:
-        """hidden [B, T, D], addresses [B, T, R] → what to add to hidden, [B, T, D]."""
-        return self.mix(hidden, self.look_up(addresses))
-
-    def gate(self, hidden: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
-        """How much of an entry [B, T, R·M] the context hidden [B, T, D] lets through: [B, T, 1] in (0, 1)."""
-        match = (self.query_norm(hidden) * self.key_norm(self.key(entry))).sum(-1, keepdim=True)
-        return torch.sigmoid(match * hidden.shape[-1] ** -0.5)
+    def forward(self, hidden: torch.Tensor, addresses: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """hidden [B, T, D], addresses [B, lead + T, R], position_ids [B or 1, T] → what to add to hidden, [B, T, D]."""
+        entry = self.look_up(addresses)
+        value = self.convolve(self.value(entry), position_ids)
+        return self.gate(hidden, entry[:, self.lead :]) * value
 
     @torch.compiler.disable  # sparse gradients are not compiled, and a table need not be in memory
     def look_up(self, addresses: torch.Tensor) -> torch.Tensor:
         """addresses [B, T, R] → rows side by side, [B, T, R·M]."""
         return self.table(addresses).flatten(-2)
 
-    def mix(self, hidden: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
-        value = self.value(entry)
-        if self.kernel:
-            past = nn.functional.pad(value.transpose(1, 2), (self.kernel - 1, 0))
-            value = value + self.conv(past).transpose(1, 2)
-        return self.gate(hidden, entry) * value
+    def gate(self, hidden: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
+        """How much of an entry [B, T, R·M] the context hidden [B, T, D] lets through: [B, T, 1] in (0, 1)."""
+        match = (self.query_norm(hidden) * self.key_norm(self.key(entry))).sum(-1, keepdim=True)
+        return torch.sigmoid(match * hidden.shape[-1] ** -0.5)
+
+    def convolve(self, value: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """value [B, lead + T, D] → [B, T, D]: each position's own, plus taps on those before it in its document."""
+        length = position_ids.shape[1]
+        mixed = value[:, self.lead :]
+        for back in range(1, self.lead + 1):
+            earlier = value[:, self.lead - back :][:, :length]
+            mixed = mixed + self.taps[back - 1] * earlier * (position_ids >= back)[..., None]
+        return mixed

@@ -12,6 +12,8 @@ from memgpt import atomic, checkpoint, lineage
 from memgpt.config import Config
 from memgpt.errors import UserError
 from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM, canonical_ids
+from memgpt.objectives import Pretraining
+from memgpt.optimizers import for_pretraining
 from memgpt.training import Log, train
 
 VALIDATION_ROWS = 512  # read for the held-out loss; more would not change its third digit
@@ -71,6 +73,8 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
         checkpoints=checkpoints,
         title="pretrain",
         decay_fraction=params.decay_fraction,
+        optimizer=for_pretraining(model, params),
+        loss=Pretraining(params, steps, len(tokenizer), tokenizer.mask_token_id),
         log=log,
     )
     loss = held_out_loss(model, Subset(held_out, range(min(len(held_out), VALIDATION_ROWS))), params.batch_size)

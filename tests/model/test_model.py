@@ -37,6 +37,7 @@ def model() -> MemGPTForCausalLM:
     for layer in model.model.layers:
         if layer.memory is not None:
             torch.nn.init.normal_(layer.memory.table.weight[1:])
+            torch.nn.init.normal_(layer.memory.taps)
     return model
 
 
@@ -66,7 +67,7 @@ def test_memory_is_used_and_reaches_only_its_positions(model: MemGPTForCausalLM,
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_decoding_with_a_cache_equals_the_full_pass(model: MemGPTForCausalLM, ids: torch.Tensor, beams: int) -> None:
-    settings = dict(max_new_tokens=15, do_sample=False, num_beams=beams)
+    settings = dict(max_new_tokens=15, min_new_tokens=15, do_sample=False, num_beams=beams)
     cached = model.generate(ids, use_cache=True, **settings)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
     assert cached.shape == (2, 27)
@@ -173,7 +174,7 @@ def test_recommendation_learns_who_reads_what_next(ids: torch.Tensor) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[0] > 2.0
+    assert losses[0] > 1.2
     assert losses[-1] < 0.3
 
 

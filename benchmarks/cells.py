@@ -1,0 +1,352 @@
+"""One cell of the benchmark of the core: a model, a seed and a budget, pretrained or fine-tuned, and what it reached.
+
+A cell resumes where it was stopped, since it trains with the product's own loop, and is not run again once its JSON
+is there.
+"""
+
+import gzip
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+import torch
+from seqeval.metrics import f1_score as entity_f1
+from sklearn.metrics import f1_score
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    PreTrainedModel,
+    set_seed,
+)
+
+from memgpt import atomic
+from memgpt.config import Pretrain, Training
+from memgpt.model import (
+    MemGPTForSequenceClassification,
+    MemGPTForTokenClassification,
+    MemGPTTokenizer,
+    canonical_ids,
+)
+from memgpt.objectives import Pretraining, mask, next_token_loss
+from memgpt.optimizers import for_pretraining
+from memgpt.stages.pretrain import PackedTokens
+from memgpt.training import train
+
+WORK = Path(".memgpt/benchmarks/core")  # texts as tokens, weights and checkpoints: not for git
+CELLS = Path(__file__).parent / "results" / "core"
+VALIDATION_ROWS = 640
+RECIPE = dict(
+    init=None,
+    preset="tiny",
+    sequence_length=peers.CONTEXT,
+    batch_size=16,
+    learning_rate=2e-3,
+    matrix_learning_rate=2e-2,
+    memory_learning_rate=3e-2,
+    weight_decay=0.02,
+    warmup_fraction=0.05,
+    decay_fraction=0.3,
+    masked_share_start=0.0,
+    masked_share_end=0.0,
+    mask_fraction=0.3,
+    z_loss=0.0,
+    compile=True,
+    checkpoint_steps=200,
+)
+TUNING = dict(
+    batch_size=32,
+    learning_rate=1e-3,
+    memory_learning_rate=1e-4,
+    weight_decay=0.01,
+    warmup_fraction=0.1,
+    checkpoint_steps=1000,
+)
+
+
+# --- texts
+
+
+def prepare(source: Path) -> None:
+    """Tokenise the shared text once: train (shuffled by document), its validation split, and WikiText-2's."""
+    if (WORK / "tokens/complete").exists():
+        return
+    shards = sorted((source / "text").glob("train-*.jsonl.gz"))
+    if not shards:
+        raise SystemExit(f"{source}/text: no train-*.jsonl.gz; set MEMGPT_REAL_DATA to the folder with the data sets")
+    documents = [text for shard in shards for text in _texts(shard)]
+    random.Random(0).shuffle(documents)
+    tokenizer = MemGPTTokenizer.train(documents[: len(documents) // 4], peers.VOCABULARY)
+    tokenizer.save_pretrained(WORK / "tokenizer")
+    splits = {
+        "train": documents,
+        "validation": list(_texts(source / "text/validation.jsonl.gz")),
+        "wikitext2": list(_texts(source / "text/wikitext2/validation.jsonl.gz")),
+    }
+    (WORK / "tokens").mkdir(parents=True, exist_ok=True)
+    for split, texts in splits.items():
+        ids: list[int] = []
+        starts: list[int] = []
+        for first in range(0, len(texts), 256):
+            for encoded in tokenizer.backend_tokenizer.encode_batch(texts[first : first + 256]):
+                starts.append(len(ids))
+                ids += [tokenizer.eos_token_id, *encoded.ids]
+        np.save(WORK / f"tokens/{split}.npy", np.asarray(ids, dtype=np.uint16))
+        np.save(WORK / f"tokens/{split}_starts.npy", np.asarray(starts))
+    (WORK / "tokens/complete").touch()
+
+
+def _texts(path: Path) -> Iterator[str]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)["text"]
+
+
+# --- models
+
+
+def build(spec: dict[str, Any]) -> PreTrainedModel:
+    """kind: memgpt, llama or bert; width; for memgpt also rows and changes to its configuration."""
+    set_seed(spec["seed"])
+    if spec["kind"] == "llama":
+        return peers.llama(spec["width"])
+    if spec["kind"] == "bert":
+        return peers.bert(spec["width"])
+    model = peers.memgpt(spec["width"], spec["rows"], **spec.get("changes", {}))
+    model.model.ngram_hash.canonical_ids.copy_(canonical_ids(_tokenizer()))
+    return model
+
+
+def _tokenizer() -> MemGPTTokenizer:
+    return MemGPTTokenizer.from_pretrained(WORK / "tokenizer")
+
+
+# --- pretraining
+
+
+class _Masked:
+    """BERT's objective on packed rows."""
+
+    def __init__(self, params: Pretrain):
+        self.params = params
+        self.loss = torch.compile(_masked_loss, dynamic=False)
+
+    def __call__(self, model: PreTrainedModel, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(self.params.seed * 1_000_003 + step)
+        ids, positions = batch["input_ids"], batch["position_ids"]
+        shown, labels = mask(ids, positions, self.params.mask_fraction, 2, peers.VOCABULARY, draw)
+        return self.loss(model, shown, labels)
+
+
+def _masked_loss(model: PreTrainedModel, shown: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=shown).logits.float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def pretrain(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    params = Pretrain(**{**RECIPE, "tokens": spec["tokens"], "seed": spec["seed"], **spec.get("recipe", {})})
+    steps = params.tokens // (params.batch_size * params.sequence_length)
+    model = build(spec)
+    data = PackedTokens(WORK / "tokens", "train", params.sequence_length)
+    masked = spec["kind"] == "bert"
+    curve: list[list[float]] = []
+    directory = WORK / "cells" / name
+    train(
+        model,
+        data,
+        stack,
+        params,
+        steps=steps,
+        checkpoints=directory / "checkpoints",
+        title=name,
+        decay_fraction=params.decay_fraction,
+        optimizer=for_pretraining(model, params),
+        loss=_Masked(params) if masked else Pretraining(params, steps, peers.VOCABULARY, 2),
+        log=lambda numbers, step: curve.append([step * params.batch_size * params.sequence_length, numbers["loss"]]),
+    )
+    result: dict[str, Any] = {
+        "multiply_adds": peers.multiply_adds(model),
+        "stored": peers.stored(model),
+        "curve": [[tokens, round(loss, 4)] for tokens, loss in curve],
+    }
+    for split in ("validation", "wikitext2"):
+        result[split] = round(held_out(model, split, masked, params.seed), 4)
+    model.save_pretrained(directory / "model")
+    return result
+
+
+@torch.no_grad()
+def held_out(model: PreTrainedModel, split: str, masked: bool, seed: int) -> float:
+    """Nats per predicted token on rows that no model has seen, documents apart."""
+    data = PackedTokens(WORK / "tokens", split, peers.CONTEXT)
+    rows = Subset(data, range(min(VALIDATION_ROWS, len(data))))
+    losses = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for step, batch in enumerate(DataLoader(rows, batch_size=16, collate_fn=stack, drop_last=True)):
+            if masked:
+                draw = torch.Generator().manual_seed(step)
+                shown, labels = mask(batch["input_ids"], batch["position_ids"], 0.15, 2, peers.VOCABULARY, draw)
+                losses.append(_masked_loss(model, shown, labels).item())
+            else:
+                losses.append(next_token_loss(model, *(batch[k] for k in BATCH), 0.0).item())
+    return float(np.mean(losses))
+
+
+BATCH = ("input_ids", "position_ids", "labels")
+
+
+def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+# --- fine-tuning
+
+
+class Examples(Dataset):
+    """Token ids with a label per word (NER) or per text (sentiment)."""
+
+    def __init__(self, rows: list[tuple[Any, Any]], labels: list[str], words: bool, length: int = 128):
+        self.labels, self.words, self.rows = labels, words, rows
+        tokenizer = _tokenizer()
+        encoded = tokenizer([x for x, _ in rows], is_split_into_words=words, truncation=True, max_length=length)
+        self.items = []
+        for index, (_, gold) in enumerate(rows):
+            ids = encoded["input_ids"][index]
+            if words:
+                target = [-100] * len(ids)
+                places = encoded.word_ids(index)
+                for position, word in enumerate(places):
+                    if word is not None and (position == 0 or places[position - 1] != word):
+                        target[position] = labels.index(gold[word])
+            else:
+                target = labels.index(gold)
+            self.items.append((ids, target))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[list[int], Any]:
+        return self.items[index]
+
+    def collate(self, items: list[tuple[list[int], Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(ids) for ids, _ in items)
+        pad = [longest - len(ids) for ids, _ in items]
+        batch = {
+            "input_ids": torch.tensor([[*ids, *[0] * n] for (ids, _), n in zip(items, pad, strict=True)]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * n for (ids, _), n in zip(items, pad, strict=True)]),
+        }
+        if self.words:
+            batch["labels"] = torch.tensor([[*t, *[-100] * n] for (_, t), n in zip(items, pad, strict=True)])
+        else:
+            batch["labels"] = torch.tensor([target for _, target in items])
+        return batch
+
+
+def examples(task: str, source: Path) -> tuple[Examples, Examples]:
+    """(train, held out). NER: WikiGold and SEC filings, one tag set. Sentiment: Financial PhraseBank."""
+    if task == "ner":
+        folders = [source / "ner/wikigold", source / "ner/sec_filings"]
+        train_rows = [row for folder in folders for row in _conll(folder / "train.conll")]
+        test_rows = [
+            row for folder in folders for split in ("dev", "test") for row in _conll(folder / f"{split}.conll")
+        ]
+        labels = sorted({tag for _, tags in train_rows + test_rows for tag in tags})
+        return Examples(train_rows, labels, True), Examples(test_rows, labels, True)
+    folder = source / "sentiment/financial_phrasebank"
+    splits = {
+        split: [(row["text"], row["label"]) for row in map(json.loads, (folder / f"{split}.jsonl").open())]
+        for split in ("train", "dev", "test")
+    }
+    labels = ["negative", "neutral", "positive"]
+    return Examples(splits["train"], labels, False), Examples(splits["dev"] + splits["test"], labels, False)
+
+
+def _conll(path: Path) -> list[tuple[list[str], list[str]]]:
+    rows = []
+    for block in path.read_text(encoding="utf-8").strip().split("\n\n"):
+        pairs = [line.split("\t") for line in block.splitlines()]
+        rows.append(([word for word, _ in pairs], [tag for _, tag in pairs]))
+    return rows
+
+
+HEADS = {
+    ("memgpt", "ner"): MemGPTForTokenClassification,
+    ("memgpt", "sentiment"): MemGPTForSequenceClassification,
+    ("llama", "ner"): LlamaForTokenClassification,
+    ("llama", "sentiment"): LlamaForSequenceClassification,
+    ("bert", "ner"): BertForTokenClassification,
+    ("bert", "sentiment"): BertForSequenceClassification,
+}
+
+
+def finetune(name: str, spec: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The pretrained cell `spec["start"]` on a task; the score is that of the last step, for every kind alike."""
+    task = spec["task"]
+    train_set, test_set = examples(task, source)
+    set_seed(spec["seed"])
+    dropout = {"dropout": 0.1} if spec["kind"] == "memgpt" else {}
+    model = HEADS[spec["kind"], task].from_pretrained(
+        WORK / "cells" / spec["start"] / "model", num_labels=len(train_set.labels), **dropout
+    )
+    params = Training(**{**TUNING, "seed": spec["seed"], **spec.get("recipe", {})})
+    steps = spec["epochs"] * math.ceil(len(train_set) / params.batch_size)
+    directory = WORK / "cells" / name
+    train(model, train_set, train_set.collate, params, steps=steps, checkpoints=directory, title=name)
+    golds, guesses = predictions(model, test_set)
+    return {"steps": steps, **score(task, golds, guesses)}
+
+
+@torch.no_grad()
+def predictions(model: PreTrainedModel, data: Examples) -> tuple[list[Any], list[Any]]:
+    golds: list[Any] = []
+    guesses: list[Any] = []
+    for first in range(0, len(data), 64):
+        batch = data.collate([data[i] for i in range(first, min(first + 64, len(data)))])
+        labels = batch.pop("labels")
+        best = model(**batch).logits.argmax(-1)
+        for gold, guess in zip(labels, best, strict=True):
+            if data.words:
+                kept = gold != -100
+                golds.append([data.labels[i] for i in gold[kept]])
+                guesses.append([data.labels[i] for i in guess[kept]])
+            else:
+                golds.append(data.labels[gold])
+                guesses.append(data.labels[guess])
+    return golds, guesses
+
+
+def score(task: str, golds: list[Any], guesses: list[Any]) -> dict[str, Any]:
+    """Entity or macro F1 with a 95 % interval by resampling examples."""
+
+    def of(rows: np.ndarray) -> float:
+        gold, guess = [golds[i] for i in rows], [guesses[i] for i in rows]
+        if task == "ner":
+            return float(entity_f1(gold, guess))
+        return float(f1_score(gold, guess, average="macro"))
+
+    draw = np.random.default_rng(0)
+    sample = sorted(of(draw.integers(len(golds), size=len(golds))) for _ in range(100 if task == "ner" else 400))
+    low, high = np.quantile(sample, [0.025, 0.975])
+    return {"f1": round(of(np.arange(len(golds))), 4), "ci_low": round(low, 4), "ci_high": round(high, 4)}
+
+
+def run(name: str, spec: dict[str, Any], source: Path) -> None:
+    """Run a cell in this process and write its JSON."""
+    torch.set_num_threads(spec.get("threads", 1))
+    prepare(source)
+    result = finetune(name, spec, source) if "task" in spec else pretrain(name, spec)
+    CELLS.mkdir(parents=True, exist_ok=True)
+    atomic.write_json(CELLS / f"{name}.json", {"spec": spec, **result})
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], json.loads(sys.argv[2]), Path(os.environ["MEMGPT_REAL_DATA"]))

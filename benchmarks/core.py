@@ -1,0 +1,286 @@
+"""Is a GPT with memory better than a plain GPT and a plain BERT of the same cost?
+
+    python benchmarks/core.py --quick            about 12 minutes: one seed, half a million tokens
+    python benchmarks/core.py --full [--jobs 2]  hours: three seeds at 4 M tokens, one at 10 M, four widths
+    python benchmarks/core.py --report           tables and pictures from the cells that are done
+
+Trained on the real text in MEMGPT_REAL_DATA. A cell (model, seed, budget) is a process of its own with one thread; it
+resumes where it was stopped, and its result is kept in benchmarks/results/core/. All models see the same rows in the
+same order with the same optimizer, schedule and precision; see `cells.RECIPE` and benchmarks/peers.py.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cells import CELLS, prepare
+from tqdm import tqdm
+
+from memgpt.atomic import write_json
+
+HERE = Path(__file__).parent
+ROWS = 131072
+WIDTHS = (64, 96, 128, 192)
+MAIN = 128
+MILLION = 1_000_000
+Spec = dict[str, Any]
+
+
+def pretraining(kind: str, width: int, tokens: float, seed: int, rows: int = ROWS) -> tuple[str, Spec]:
+    spec: Spec = {"kind": kind, "width": width, "tokens": int(tokens * MILLION), "seed": seed}
+    name = f"{kind}-{width}-{tokens:g}M-{seed}"
+    if kind == "memgpt":
+        spec["rows"] = rows
+        name += "" if rows == ROWS else f"-{rows}rows"
+    return name, spec
+
+
+def tuning(start: str, task: str, seed: int) -> tuple[str, Spec]:
+    kind = start.split("-")[0]
+    return f"{start}-{task}-{seed}", {"kind": kind, "start": start, "task": task, "seed": seed, "epochs": 5}
+
+
+def plan(quick: bool) -> list[tuple[str, Spec]]:
+    """Every cell, the ones that others start from first."""
+    if quick:
+        cells = [pretraining(kind, width, 0.5, 1) for width in (64, MAIN) for kind in ("memgpt", "llama")]
+        cells.append(pretraining("bert", MAIN, 0.5, 1))
+        starts = [name for name, spec in cells if spec["width"] == MAIN]
+        return cells + [tuning(start, task, 1) for start in starts for task in ("ner", "sentiment")]
+    seeds = (1, 2, 3)
+    main = [pretraining(kind, MAIN, 4, seed) for seed in seeds for kind in ("memgpt", "llama")]
+    frontier = [pretraining(kind, width, 4, 1) for width in WIDTHS if width != MAIN for kind in ("memgpt", "llama")]
+    bert = [pretraining("bert", MAIN, 4, 1)]
+    judged = [pretraining(kind, MAIN, 4, seed)[0] for seed in seeds for kind in ("memgpt", "llama")]
+    tuned = [tuning(start, task, int(start.rsplit("-", 1)[1])) for start in judged for task in ("ner", "sentiment")]
+    tuned += [tuning(bert[0][0], task, seed) for seed in seeds for task in ("ner", "sentiment")]
+    small = [
+        tuning(pretraining("memgpt", width, 4, 1)[0], task, seed)
+        for width in WIDTHS
+        if width < MAIN
+        for seed in seeds
+        for task in ("ner", "sentiment")
+    ]
+    budgets = [pretraining(kind, MAIN, tokens, 1) for tokens in (1, 2) for kind in ("memgpt", "llama")]
+    fewer = [pretraining("memgpt", MAIN, 2.8, seed) for seed in seeds]
+    stored = [pretraining("memgpt", MAIN, 4, 1, rows=7904)]  # as many parameters as the Llama shape of width 192
+    large = [pretraining(kind, MAIN, 10, 1) for kind in ("memgpt", "llama")]
+    return [*main, *frontier, *bert, *tuned, *small, *budgets, *stored, *fewer[:1], *large, *fewer[1:]]
+
+
+def run(cells: list[tuple[str, Spec]], jobs: int) -> None:
+    """Every cell that has no result yet, `jobs` at a time; one that starts from another waits for it."""
+    source = Path(os.environ.get("MEMGPT_REAL_DATA", ""))
+    prepare(source)
+    waiting = [(name, spec) for name, spec in cells if not (CELLS / f"{name}.json").exists()]
+    running: set[str] = set()
+    with tqdm(total=len(waiting), desc="cells", unit="cell") as bar, ThreadPoolExecutor(jobs) as pool:
+
+        def one(name: str, spec: Spec) -> None:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+            command = [sys.executable, str(HERE / "cells.py"), name, json.dumps(spec)]
+            done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+            running.discard(name)
+            bar.update()
+            if done.returncode:
+                tqdm.write(f"{name} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+
+        while waiting:
+            ready = next((cell for cell in waiting if _can_start(cell[1])), None)
+            if ready is None and not running:
+                raise SystemExit(f"cells that could not start, since the one before failed: {[n for n, _ in waiting]}")
+            if ready is None or len(running) >= jobs:
+                time.sleep(0.5)
+                continue
+            waiting.remove(ready)
+            running.add(ready[0])
+            pool.submit(one, *ready)
+
+
+def _can_start(spec: Spec) -> bool:
+    return "start" not in spec or (CELLS / f"{spec['start']}.json").exists()
+
+
+# --- what the cells say
+
+
+def results(cells: Iterable[tuple[str, Spec]]) -> dict[str, Any]:
+    found = {}
+    for name, spec in cells:
+        path = CELLS / f"{name}.json"
+        if path.exists():
+            cell = json.loads(path.read_text())
+            if cell["spec"] == spec:
+                found[name] = cell
+    return found
+
+
+def summarise(done: dict[str, Any], main_tokens: float) -> dict[str, Any]:
+    """The numbers behind the targets; one whose cells are missing is left out."""
+    summary: dict[str, Any] = {"targets": []}
+
+    def cell(kind: str, width: int = MAIN, tokens: float = main_tokens, seed: int = 1, rows: int = ROWS) -> Any:
+        return done.get(pretraining(kind, width, tokens, seed, rows)[0])
+
+    def target(name: str, value: float | None, wanted: str, reached: bool | None) -> None:
+        if value is not None:
+            summary["targets"].append({"name": name, "value": round(value, 4), "wanted": wanted, "reached": reached})
+
+    seeds = [seed for seed in (1, 2, 3) if cell("memgpt", seed=seed) and cell("llama", seed=seed)]
+    for text in ("validation", "wikitext2"):
+        gaps = [cell("llama", seed=s)[text] - cell("memgpt", seed=s)[text] for s in seeds]
+        if gaps:
+            summary[f"gaps_{text}"] = [round(gap, 4) for gap in gaps]
+            mean = sum(gaps) / len(gaps)
+            target(f"nats below Llama's shape, {text}, {main_tokens:g} M tokens", mean, ">= 0.15", mean >= 0.15)
+    growth = []
+    for tokens in (0.5, 1, 2, 4, 10):
+        ours, peer = cell("memgpt", tokens=tokens), cell("llama", tokens=tokens)
+        if ours and peer:
+            growth.append({"tokens": tokens, **{t: round(peer[t] - ours[t], 4) for t in ("validation", "wikitext2")}})
+    summary["gap_by_tokens"] = growth
+    if growth and growth[-1]["tokens"] > main_tokens:
+        for text in ("validation", "wikitext2"):
+            gap = growth[-1][text]
+            target(f"nats below, {text}, {growth[-1]['tokens']:g} M tokens, one seed", gap, ">= 0.15", gap >= 0.15)
+    fewer = [(cell("memgpt", tokens=2.8, seed=s), cell("llama", seed=s)) for s in (1, 2, 3)]
+    reached = [peer["validation"] - ours["validation"] for ours, peer in fewer if ours and peer]
+    if reached:
+        mean = sum(reached) / len(reached)
+        target("nats below the peer's final loss after 0.7 of its tokens", mean, ">= 0", mean >= 0)
+    summary["frontier"] = {
+        kind: [
+            {k: found[k] for k in ("multiply_adds", "stored", "validation", "wikitext2")} | {"width": width}
+            for width in WIDTHS
+            if (found := cell(kind, width))
+        ]
+        for kind in ("memgpt", "llama")
+    }
+    ours, peers = summary["frontier"]["memgpt"], summary["frontier"]["llama"]
+    if ours and peers:
+        best = min(peers, key=lambda point: point["validation"])
+        as_good = [point for point in ours if point["validation"] <= best["validation"]]
+        if as_good:
+            ratio = min(point["multiply_adds"] for point in as_good) / best["multiply_adds"]
+            target(
+                "multiply-adds of the cheapest as good as the best peer, of the peer's", ratio, "<= 0.5", ratio <= 0.5
+            )
+    equal = cell("memgpt", rows=7904), cell("llama", 192)
+    if all(equal):
+        gap = equal[1]["validation"] - equal[0]["validation"]
+        target("nats below at equal stored parameters (peer 1.9 times as dear)", gap, "shown", None)
+    for task in ("ner", "sentiment"):
+        summary[task] = {}
+        for kind, width in [("llama", MAIN), ("bert", MAIN), *(("memgpt", w) for w in WIDTHS if w <= MAIN)]:
+            scores = [
+                found["f1"]
+                for seed in (1, 2, 3)
+                for start in (1, seed)
+                if (found := done.get(f"{pretraining(kind, width, main_tokens, start)[0]}-{task}-{seed}"))
+            ]
+            scores = list(dict.fromkeys(scores))
+            if scores:
+                summary[task][f"{kind}-{width}"] = {
+                    "mean": round(sum(scores) / len(scores), 4),
+                    "seeds": scores,
+                }
+        found = summary[task]
+        if f"memgpt-{MAIN}" in found:
+            for kind in ("llama", "bert"):
+                if f"{kind}-{MAIN}" in found:
+                    gain = found[f"memgpt-{MAIN}"]["mean"] - found[f"{kind}-{MAIN}"]["mean"]
+                    target(f"{task} F1 above {kind} of equal cost", gain, "> 0", gain > 0)
+    return summary
+
+
+def draw(done: dict[str, Any], summary: dict[str, Any], main_tokens: float, target: Path) -> None:
+    """Loss against cost, loss against tokens, and the gap against tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colours = {"memgpt": "tab:red", "llama": "tab:blue"}
+    names = {"memgpt": "MemGPT", "llama": "Llama's shape"}
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    for kind, points in summary["frontier"].items():
+        costs = [point["multiply_adds"] / MILLION for point in points]
+        axes[0].plot(costs, [p["validation"] for p in points], "o-", color=colours[kind], label=names[kind])
+        for cost, point in zip(costs, points, strict=True):
+            axes[0].annotate(
+                str(point["width"]), (cost, point["validation"]), textcoords="offset points", xytext=(4, 4)
+            )
+    axes[0].set(
+        xlabel="million multiply-adds per token",
+        ylabel="validation loss [nats per token]",
+        title=f"Quality per cost, {main_tokens:g} M tokens (width beside each point)",
+    )
+    for kind in colours:
+        found = done.get(pretraining(kind, MAIN, main_tokens, 1)[0])
+        if found:
+            tokens = [point[0] / MILLION for point in found["curve"]]
+            axes[1].plot(tokens, [point[1] for point in found["curve"]], color=colours[kind], label=names[kind])
+    axes[1].set(xlabel="million tokens", ylabel="training loss [nats per token]", title=f"Training, width {MAIN}")
+    growth = summary["gap_by_tokens"]
+    for text, style in (("validation", "o-"), ("wikitext2", "s--")):
+        axes[2].plot([g["tokens"] for g in growth], [g[text] for g in growth], style, label=text)
+    axes[2].axhline(0, color="grey", linewidth=0.5)
+    axes[2].set(
+        xlabel="million training tokens", ylabel="nats below Llama's shape", title="Gap at equal cost", xscale="log"
+    )
+    for axis in axes:
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(target, format="png", dpi=90, metadata={"Software": None})
+    plt.close(figure)
+
+
+def report(cells: list[tuple[str, Spec]], quick: bool) -> None:
+    done = results(cells)
+    tokens = 0.5 if quick else 4
+    summary = summarise(done, tokens)
+    summary["cells"] = {"done": len(done), "planned": len(cells)}
+    name = "core_quick" if quick else "core"
+    write_json(HERE / "results" / f"{name}.json", summary)
+    draw(done, summary, tokens, HERE / "results" / f"{name}.png")
+    for kind, points in summary["frontier"].items():
+        for point in points:
+            print(
+                f"{kind:7} width {point['width']:4} {point['multiply_adds'] / MILLION:6.2f} M multiply-adds "
+                f"{point['stored'] / MILLION:7.2f} M stored  validation {point['validation']:.4f}  "
+                f"wikitext2 {point['wikitext2']:.4f}"
+            )
+    for task in ("ner", "sentiment"):
+        for model, scores in summary[task].items():
+            print(f"{task:10} {model:12} F1 {scores['mean']:.4f}  seeds {scores['seeds']}")
+    for gap in summary["gap_by_tokens"]:
+        print(f"gap at {gap['tokens']:g} M tokens: {gap['validation']:+.4f} (validation), {gap['wikitext2']:+.4f}")
+    for target in summary["targets"]:
+        verdict = {True: "reached", False: "MISSED", None: "-"}[target["reached"]]
+        print(f"{verdict:8} {target['name']}: {target['value']:.4f} (wanted {target['wanted']})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--quick", action="store_true", help="one seed, 0.5 M tokens, about 12 minutes")
+    mode.add_argument("--full", action="store_true", help="every cell that has no result yet")
+    mode.add_argument("--report", action="store_true", help="only tables and pictures of the full plan")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
+    arguments = parser.parse_args()
+    cells = plan(arguments.quick)
+    if not arguments.report:
+        run(cells, arguments.jobs)
+    report(cells, arguments.quick)
+
+
+if __name__ == "__main__":
+    main()

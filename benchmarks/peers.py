@@ -1,0 +1,92 @@
+"""The models that the core is measured against, made from transformers' own classes, and what each costs.
+
+Cost is the number of multiply-adds per token in a forward pass with a sequence of `CONTEXT` tokens: every matrix that
+a token passes through, the output matrix included, and attention over half the context (causal) or all of it.
+"""
+
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from memgpt.model import MemGPTConfig, MemGPTForCausalLM
+
+CONTEXT = 256
+VOCABULARY = 8192
+LAYERS = 6
+
+
+def memgpt(width: int, rows: int = 0, **changes: Any) -> MemGPTForCausalLM:
+    """MemGPT of a width; its feed-forward layers fill up what a Llama-shaped model of that width costs. rows=0 makes
+    it plain."""
+    heads = max(2, width // 32)
+    shape: dict[str, Any] = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        max_position_embeddings=CONTEXT * 4,
+        memory_layers=[] if not rows else None,
+        memory_rows=rows or 1,
+        memory_dim=32,
+    )
+    shape.update(changes)
+    budget = multiply_adds(llama(width))
+    for intermediate in range(4 * width, 16, -16):
+        with torch.device("meta"):
+            model = MemGPTForCausalLM(MemGPTConfig(**shape, intermediate_size=intermediate))
+        if multiply_adds(model) <= budget:
+            return MemGPTForCausalLM(MemGPTConfig(**shape, intermediate_size=intermediate))
+    raise ValueError(f"width {width}: no feed-forward layer fits into {budget} multiply-adds")
+
+
+def llama(width: int) -> LlamaForCausalLM:
+    """Llama's shape: full multi-head attention, SwiGLU of 8/3 of the width."""
+    heads = max(2, width // 32)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            intermediate_size=round(width * 8 / 3 / 16) * 16,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=CONTEXT * 4,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+    )
+
+
+def bert(width: int) -> BertForMaskedLM:
+    """BERT's shape: learned positions, norm after each layer, GELU of four times the width."""
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=max(2, width // 32),
+            max_position_embeddings=CONTEXT * 2,
+            pad_token_id=0,
+        )
+    )
+
+
+def multiply_adds(model: PreTrainedModel) -> int:
+    """Per token, in a forward pass over `CONTEXT` tokens. Look-ups multiply nothing."""
+    matrices = sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv1d)
+    )
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    seen = CONTEXT if model.config.model_type == "bert" else CONTEXT // 2
+    return matrices + config.num_hidden_layers * 2 * config.num_attention_heads * width * seen
+
+
+def stored(model: PreTrainedModel) -> int:
+    """Parameters, memory tables included, tied ones once."""
+    return model.num_parameters()
