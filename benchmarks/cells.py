@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import peers
 import torch
+from product_key import ProductKeyMemory
 from seqeval.metrics import f1_score as entity_f1
 from sklearn.metrics import f1_score
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -115,7 +116,8 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def build(spec: dict[str, Any]) -> PreTrainedModel:
-    """kind: memgpt, llama or bert; width; for memgpt also rows and changes to its configuration."""
+    """kind: memgpt, llama or bert; width; for memgpt also rows, changes to its configuration, and the ablations that
+    are no configuration: gate=False, product_key=True (in place of the fourth feed-forward layer)."""
     set_seed(spec["seed"])
     if spec["kind"] == "llama":
         return peers.llama(spec["width"])
@@ -123,6 +125,12 @@ def build(spec: dict[str, Any]) -> PreTrainedModel:
         return peers.bert(spec["width"])
     model = peers.memgpt(spec["width"], spec["rows"], **spec.get("changes", {}))
     model.model.ngram_hash.canonical_ids.copy_(canonical_ids(_tokenizer()))
+    if not spec.get("gate", True):
+        for layer in model.model.layers:
+            if layer.memory is not None:
+                layer.memory.gate = lambda hidden, entry: 1.0
+    if spec.get("product_key"):
+        model.model.layers[3].mlp = ProductKeyMemory(spec["width"])
     return model
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/core.py --quick            about 12 minutes: one seed, half a million tokens
     python benchmarks/core.py --full [--jobs 2]  hours: three seeds at 4 M tokens, one at 10 M, four widths
+    python benchmarks/core.py --ablation         about 40 minutes: what each part of the memory brings
     python benchmarks/core.py --report           tables and pictures from the cells that are done
 
 Trained on the real text in MEMGPT_REAL_DATA. A cell (model, seed, budget) is a process of its own with one thread; it
@@ -29,7 +30,10 @@ from memgpt.atomic import write_json
 HERE = Path(__file__).parent
 ROWS = 131072
 WIDTHS = (64, 96, 128, 192)
-MAIN = 128
+MAIN, BUDGET = 128, 4  # width, million tokens
+FRONTIER = 2  # million tokens of each width
+EQUAL_ROWS = 5267  # a table with which width 128 stores as much as the Llama shape of width 192
+SEEDS = (1, 2, 3)
 MILLION = 1_000_000
 Spec = dict[str, Any]
 
@@ -55,25 +59,58 @@ def plan(quick: bool) -> list[tuple[str, Spec]]:
         cells.append(pretraining("bert", MAIN, 0.5, 1))
         starts = [name for name, spec in cells if spec["width"] == MAIN]
         return cells + [tuning(start, task, 1) for start in starts for task in ("ner", "sentiment")]
-    seeds = (1, 2, 3)
-    main = [pretraining(kind, MAIN, 4, seed) for seed in seeds for kind in ("memgpt", "llama")]
-    frontier = [pretraining(kind, width, 4, 1) for width in WIDTHS if width != MAIN for kind in ("memgpt", "llama")]
-    bert = [pretraining("bert", MAIN, 4, 1)]
-    judged = [pretraining(kind, MAIN, 4, seed)[0] for seed in seeds for kind in ("memgpt", "llama")]
-    tuned = [tuning(start, task, int(start.rsplit("-", 1)[1])) for start in judged for task in ("ner", "sentiment")]
-    tuned += [tuning(bert[0][0], task, seed) for seed in seeds for task in ("ner", "sentiment")]
-    small = [
-        tuning(pretraining("memgpt", width, 4, 1)[0], task, seed)
-        for width in WIDTHS
-        if width < MAIN
-        for seed in seeds
-        for task in ("ner", "sentiment")
-    ]
-    budgets = [pretraining(kind, MAIN, tokens, 1) for tokens in (1, 2) for kind in ("memgpt", "llama")]
-    fewer = [pretraining("memgpt", MAIN, 2.8, seed) for seed in seeds]
-    stored = [pretraining("memgpt", MAIN, 4, 1, rows=7904)]  # as many parameters as the Llama shape of width 192
+    main = [pretraining(kind, MAIN, BUDGET, seed) for seed in SEEDS for kind in ("memgpt", "llama")]
+    frontier = [pretraining(kind, width, FRONTIER, 1) for width in WIDTHS for kind in ("memgpt", "llama")]
+    bert = pretraining("bert", MAIN, BUDGET, 1)
+    tasks = ("ner", "sentiment")
+    tuned = [tuning(name, task, spec["seed"]) for name, spec in main for task in tasks]
+    tuned += [tuning(bert[0], task, seed) for seed in SEEDS for task in tasks]
+    tuned += [tuning(name, task, seed) for name, _ in frontier for seed in SEEDS for task in tasks]
+    fewer = pretraining("memgpt", MAIN, 0.7 * BUDGET, 1)
+    short = [pretraining(kind, MAIN, 1, 1) for kind in ("memgpt", "llama")]
+    stored = pretraining("memgpt", MAIN, FRONTIER, 1, rows=EQUAL_ROWS)
     large = [pretraining(kind, MAIN, 10, 1) for kind in ("memgpt", "llama")]
-    return [*main, *frontier, *bert, *tuned, *small, *budgets, *stored, *fewer[:1], *large, *fewer[1:]]
+    return [*main[:2], *frontier, fewer, bert, *main[2:], *short, stored, *tuned, *large]
+
+
+ABLATIONS: dict[str, Spec] = {
+    "as it is": {},
+    "no memory": {"rows": 0},
+    "no gate": {"gate": False},
+    "no convolution": {"changes": {"memory_kernel": 0}},
+    "n-grams of 2 and 3": {"changes": {"memory_ngrams": [2, 3]}},
+    "single tokens only": {"changes": {"memory_ngrams": [1]}},
+    "n-grams of 1 to 4": {"changes": {"memory_ngrams": [1, 2, 3, 4]}},
+    "first layer only": {"changes": {"memory_layers": [0]}},
+    "layers 0, 2 and 4": {"changes": {"memory_layers": [0, 2, 4]}},
+    "16 k rows": {"rows": 16384},
+    "product keys instead": {"rows": 0, "product_key": True},
+    "a third of the table rate": {"recipe": {"memory_learning_rate": 1e-2}},
+    "three times the table rate": {"recipe": {"memory_learning_rate": 1e-1}},
+}
+
+
+def ablations() -> list[tuple[str, Spec]]:
+    """Cells at a million tokens that differ from the main one in one thing each."""
+    cells = []
+    for label, change in ABLATIONS.items():
+        name, spec = pretraining("memgpt", MAIN, 1, 1)
+        if change:
+            name = f"ablation-{label.replace(',', '').replace(' ', '-')}"
+        cells.append((name, {**spec, **change}))
+    return cells
+
+
+def report_ablations() -> None:
+    done = results(ablations())
+    rows = {
+        label: {k: done[name][k] for k in ("validation", "wikitext2", "multiply_adds", "stored")}
+        for label, (name, _) in zip(ABLATIONS, ablations(), strict=True)
+        if name in done
+    }
+    write_json(HERE / "results/core_ablation.json", rows)
+    for label, row in rows.items():
+        print(f"{label:28} validation {row['validation']:.4f}  wikitext2 {row['wikitext2']:.4f}")
 
 
 def run(cells: list[tuple[str, Spec]], jobs: int) -> None:
@@ -123,85 +160,97 @@ def results(cells: Iterable[tuple[str, Spec]]) -> dict[str, Any]:
     return found
 
 
-def summarise(done: dict[str, Any], main_tokens: float) -> dict[str, Any]:
-    """The numbers behind the targets; one whose cells are missing is left out."""
+def summarise(done: dict[str, Any], budget: float, frontier: float) -> dict[str, Any]:
+    """The numbers behind the targets; one whose cells are missing is left out. Token numbers are millions."""
     summary: dict[str, Any] = {"targets": []}
 
-    def cell(kind: str, width: int = MAIN, tokens: float = main_tokens, seed: int = 1, rows: int = ROWS) -> Any:
+    def cell(kind: str, width: int = MAIN, tokens: float = budget, seed: int = 1, rows: int = ROWS) -> Any:
         return done.get(pretraining(kind, width, tokens, seed, rows)[0])
 
-    def target(name: str, value: float | None, wanted: str, reached: bool | None) -> None:
-        if value is not None:
-            summary["targets"].append({"name": name, "value": round(value, 4), "wanted": wanted, "reached": reached})
+    def target(name: str, value: float, wanted: str, reached: bool | None) -> None:
+        summary["targets"].append({"name": name, "value": round(value, 4), "wanted": wanted, "reached": reached})
 
-    seeds = [seed for seed in (1, 2, 3) if cell("memgpt", seed=seed) and cell("llama", seed=seed)]
+    seeds = [seed for seed in SEEDS if cell("memgpt", seed=seed) and cell("llama", seed=seed)]
     for text in ("validation", "wikitext2"):
         gaps = [cell("llama", seed=s)[text] - cell("memgpt", seed=s)[text] for s in seeds]
         if gaps:
             summary[f"gaps_{text}"] = [round(gap, 4) for gap in gaps]
-            mean = sum(gaps) / len(gaps)
-            target(f"nats below Llama's shape, {text}, {main_tokens:g} M tokens", mean, ">= 0.15", mean >= 0.15)
+            name = f"nats below Llama's shape, {text}, {budget:g} M tokens, mean of {len(seeds)} seeds"
+            target(name, _mean(gaps), ">= 0.15", _mean(gaps) >= 0.15)
     growth = []
     for tokens in (0.5, 1, 2, 4, 10):
         ours, peer = cell("memgpt", tokens=tokens), cell("llama", tokens=tokens)
         if ours and peer:
-            growth.append({"tokens": tokens, **{t: round(peer[t] - ours[t], 4) for t in ("validation", "wikitext2")}})
+            gaps = {text: round(peer[text] - ours[text], 4) for text in ("validation", "wikitext2")}
+            growth.append({"tokens": tokens, **gaps})
     summary["gap_by_tokens"] = growth
-    if growth and growth[-1]["tokens"] > main_tokens:
+    if growth and growth[-1]["tokens"] > budget:
         for text in ("validation", "wikitext2"):
             gap = growth[-1][text]
             target(f"nats below, {text}, {growth[-1]['tokens']:g} M tokens, one seed", gap, ">= 0.15", gap >= 0.15)
-    fewer = [(cell("memgpt", tokens=2.8, seed=s), cell("llama", seed=s)) for s in (1, 2, 3)]
-    reached = [peer["validation"] - ours["validation"] for ours, peer in fewer if ours and peer]
-    if reached:
-        mean = sum(reached) / len(reached)
-        target("nats below the peer's final loss after 0.7 of its tokens", mean, ">= 0", mean >= 0)
-    summary["frontier"] = {
+    fewer, peer = cell("memgpt", tokens=0.7 * budget), cell("llama")
+    if fewer and peer:
+        gap = peer["validation"] - fewer["validation"]
+        target("nats below the peer's final loss after 0.7 of its tokens", gap, ">= 0", gap >= 0)
+
+    points = {
         kind: [
             {k: found[k] for k in ("multiply_adds", "stored", "validation", "wikitext2")} | {"width": width}
             for width in WIDTHS
-            if (found := cell(kind, width))
+            if (found := cell(kind, width, frontier))
         ]
         for kind in ("memgpt", "llama")
     }
-    ours, peers = summary["frontier"]["memgpt"], summary["frontier"]["llama"]
-    if ours and peers:
-        best = min(peers, key=lambda point: point["validation"])
-        as_good = [point for point in ours if point["validation"] <= best["validation"]]
+    summary["frontier"] = points
+    summary["scores"] = _scores(done)
+    if points["memgpt"] and points["llama"]:
+        best = min(points["llama"], key=lambda point: point["validation"])
+        as_good = [point for point in points["memgpt"] if point["validation"] <= best["validation"]]
         if as_good:
-            ratio = min(point["multiply_adds"] for point in as_good) / best["multiply_adds"]
-            target(
-                "multiply-adds of the cheapest as good as the best peer, of the peer's", ratio, "<= 0.5", ratio <= 0.5
-            )
-    equal = cell("memgpt", rows=7904), cell("llama", 192)
+            cheapest = min(as_good, key=lambda point: point["multiply_adds"])
+            ratio = cheapest["multiply_adds"] / best["multiply_adds"]
+            name = f"multiply-adds of width {cheapest['width']}, as good as the best peer (width {best['width']})"
+            target(name, ratio, "<= 0.5", ratio <= 0.5)
+            for task, scores in summary["scores"].items():
+                ours = scores.get(f"memgpt-{cheapest['width']}-{frontier:g}M")
+                peer = scores.get(f"llama-{best['width']}-{frontier:g}M")
+                if ours and peer:
+                    gain = ours["mean"] - peer["mean"]
+                    target(f"its {task} F1 above that peer's", gain, ">= 0", gain >= 0)
+    equal = cell("memgpt", tokens=frontier, rows=EQUAL_ROWS), cell("llama", 192, frontier)
     if all(equal):
         gap = equal[1]["validation"] - equal[0]["validation"]
-        target("nats below at equal stored parameters (peer 1.9 times as dear)", gap, "shown", None)
-    for task in ("ner", "sentiment"):
-        summary[task] = {}
-        for kind, width in [("llama", MAIN), ("bert", MAIN), *(("memgpt", w) for w in WIDTHS if w <= MAIN)]:
-            scores = [
-                found["f1"]
-                for seed in (1, 2, 3)
-                for start in (1, seed)
-                if (found := done.get(f"{pretraining(kind, width, main_tokens, start)[0]}-{task}-{seed}"))
-            ]
-            scores = list(dict.fromkeys(scores))
-            if scores:
-                summary[task][f"{kind}-{width}"] = {
-                    "mean": round(sum(scores) / len(scores), 4),
-                    "seeds": scores,
-                }
-        found = summary[task]
-        if f"memgpt-{MAIN}" in found:
-            for kind in ("llama", "bert"):
-                if f"{kind}-{MAIN}" in found:
-                    gain = found[f"memgpt-{MAIN}"]["mean"] - found[f"{kind}-{MAIN}"]["mean"]
-                    target(f"{task} F1 above {kind} of equal cost", gain, "> 0", gain > 0)
+        target("nats below at equal stored parameters (the peer costs 1.9 times as much)", gap, "shown", None)
+    for task, scores in summary["scores"].items():
+        ours = scores.get(f"memgpt-{MAIN}-{budget:g}M")
+        for kind in ("llama", "bert"):
+            peer = scores.get(f"{kind}-{MAIN}-{budget:g}M")
+            if ours and peer:
+                gain = ours["mean"] - peer["mean"]
+                target(f"{task} F1 above {kind} of equal cost", gain, "> 0", gain > 0)
     return summary
 
 
-def draw(done: dict[str, Any], summary: dict[str, Any], main_tokens: float, target: Path) -> None:
+def _scores(done: dict[str, Any]) -> dict[str, Any]:
+    """task → pretrained model → its fine-tuned F1: mean, and each seed's with its interval over examples."""
+    scores: dict[str, Any] = {"ner": {}, "sentiment": {}}
+    for cell in done.values():
+        spec = cell["spec"]
+        if "task" in spec:
+            model = spec["start"].rsplit("-", 1)[0]
+            found = scores[spec["task"]].setdefault(model, {"seeds": {}})
+            found["seeds"][str(spec["seed"])] = [cell["f1"], cell["ci_low"], cell["ci_high"]]
+    for models in scores.values():
+        for found in models.values():
+            found["mean"] = round(_mean([f1 for f1, *_ in found["seeds"].values()]), 4)
+    return scores
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def draw(done: dict[str, Any], summary: dict[str, Any], budget: float, frontier: float, target: Path) -> None:
     """Loss against cost, loss against tokens, and the gap against tokens."""
     import matplotlib
 
@@ -221,10 +270,10 @@ def draw(done: dict[str, Any], summary: dict[str, Any], main_tokens: float, targ
     axes[0].set(
         xlabel="million multiply-adds per token",
         ylabel="validation loss [nats per token]",
-        title=f"Quality per cost, {main_tokens:g} M tokens (width beside each point)",
+        title=f"Quality per cost, {frontier:g} M tokens (width beside each point)",
     )
     for kind in colours:
-        found = done.get(pretraining(kind, MAIN, main_tokens, 1)[0])
+        found = done.get(pretraining(kind, MAIN, budget, 1)[0])
         if found:
             tokens = [point[0] / MILLION for point in found["curve"]]
             axes[1].plot(tokens, [point[1] for point in found["curve"]], color=colours[kind], label=names[kind])
@@ -245,12 +294,12 @@ def draw(done: dict[str, Any], summary: dict[str, Any], main_tokens: float, targ
 
 def report(cells: list[tuple[str, Spec]], quick: bool) -> None:
     done = results(cells)
-    tokens = 0.5 if quick else 4
-    summary = summarise(done, tokens)
+    budget, frontier = (0.5, 0.5) if quick else (BUDGET, FRONTIER)
+    summary = summarise(done, budget, frontier)
     summary["cells"] = {"done": len(done), "planned": len(cells)}
     name = "core_quick" if quick else "core"
     write_json(HERE / "results" / f"{name}.json", summary)
-    draw(done, summary, tokens, HERE / "results" / f"{name}.png")
+    draw(done, summary, budget, frontier, HERE / "results" / f"{name}.png")
     for kind, points in summary["frontier"].items():
         for point in points:
             print(
@@ -258,9 +307,10 @@ def report(cells: list[tuple[str, Spec]], quick: bool) -> None:
                 f"{point['stored'] / MILLION:7.2f} M stored  validation {point['validation']:.4f}  "
                 f"wikitext2 {point['wikitext2']:.4f}"
             )
-    for task in ("ner", "sentiment"):
-        for model, scores in summary[task].items():
-            print(f"{task:10} {model:12} F1 {scores['mean']:.4f}  seeds {scores['seeds']}")
+    for task, models in summary["scores"].items():
+        for model, scores in sorted(models.items()):
+            seeds = ", ".join(f"{f1:.3f} [{low:.3f}, {high:.3f}]" for f1, low, high in scores["seeds"].values())
+            print(f"{task:10} {model:16} F1 {scores['mean']:.4f}  seeds {seeds}")
     for gap in summary["gap_by_tokens"]:
         print(f"gap at {gap['tokens']:g} M tokens: {gap['validation']:+.4f} (validation), {gap['wikitext2']:+.4f}")
     for target in summary["targets"]:
@@ -273,9 +323,14 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--quick", action="store_true", help="one seed, 0.5 M tokens, about 12 minutes")
     mode.add_argument("--full", action="store_true", help="every cell that has no result yet")
+    mode.add_argument("--ablation", action="store_true", help="the memory without each of its parts, 1 M tokens")
     mode.add_argument("--report", action="store_true", help="only tables and pictures of the full plan")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     arguments = parser.parse_args()
+    if arguments.ablation:
+        run(ablations(), arguments.jobs)
+        report_ablations()
+        return
     cells = plan(arguments.quick)
     if not arguments.report:
         run(cells, arguments.jobs)

@@ -1,6 +1,7 @@
 """pretrain: teach the core to predict the next token of the corpus, memory included. Writes models/base."""
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,9 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     set_seed(params.seed)
     model = _initial_model(config, tokenizer)
     parent = Path(params.init) if params.init and Path(params.init).is_dir() else None
+    stored, tables = model.num_parameters(), sum(table.numel() for table in _tables(model))
+    size = f"{(stored - tables) / 1e6:.1f} M active parameters, {tables / 1e6:.1f} M in memory tables"
+    print(f"pretrain: {params.init or params.preset}, {size}", file=sys.stderr)
     inputs = [TOKENIZER, TOKENS, *([parent] if parent else [])]
     checkpoints = checkpoint.directory("pretrain", params.model_dump(), inputs)
     train(
@@ -82,8 +86,8 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
         "validation_loss": round(loss, 6),
         "validation_perplexity": round(math.exp(loss), 4),
         "tokens_seen": steps * params.batch_size * params.sequence_length,
-        "parameters": model.num_parameters(),
-        "memory_parameters": sum(p.numel() for n, p in model.named_parameters() if n.endswith("table.weight")),
+        "parameters": stored,
+        "memory_parameters": tables,
     }
     with atomic.replacing(BASE) as directory:
         model.save_pretrained(directory)
@@ -136,6 +140,10 @@ def _initial_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MemGPT
             f"{len(tokenizer)}; start from a directory whose tokenizer belongs to the model"
         )
     return model
+
+
+def _tables(model: MemGPTForCausalLM) -> list[torch.nn.Parameter]:
+    return [layer.memory.table.weight for layer in model.model.layers if layer.memory is not None]
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
