@@ -1,0 +1,408 @@
+"""Where the rows of a memory's table live while a model serves, applied to a finished model from outside.
+
+    resident   in the process, as trained: the only one that learns
+    mapped     in the safetensors file; the process holds a fixed part of it, whatever is looked up
+    int8       in the process or on the device, a byte per element and a scale per row
+    host       in the host's memory beside an accelerator, fetched ahead of the forward pass
+
+"mapped" and "host" give the logits of "resident" exactly. "int8" changes an element of a row by at most 1/254 of the
+row's largest one. An address depends on token ids alone (arXiv 2601.07372), which is why a row can be fetched before
+the layer that reads it runs.
+"""
+
+import copy
+import json
+import mmap
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from memgpt.model.memory import KnowledgeMemory, NGramHash
+
+Residency = Literal["resident", "mapped", "int8", "host"]
+
+_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.memory\.table\.weight$")
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+_SCALE_BYTES = 4
+_BLOCK = 16  # log2: the system maps up to 64 KiB around a page that is touched
+_COPIED_BYTES = 1 << 24  # at once, when a table is converted
+_HELD_SHARE = 16  # of a mapped file's tables, this part may stay in the process
+
+
+def quantise(x: torch.Tensor) -> torch.Tensor:
+    """x [..., M] → int8 [..., M + 4]: x / scale rounded, then the bytes of the scale, max |x| / 127, as float32.
+
+    An element is off by at most max |x| / 254. Kept together, values and scale are one look-up.
+    """
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127
+    values = (x / scale.clamp(min=torch.finfo(scale.dtype).tiny)).round().to(torch.int8)
+    return torch.cat((values, scale.contiguous().view(torch.int8)), dim=-1)
+
+
+def dequantise(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `quantise` packed, int8 [..., M + 4] → [..., M]."""
+    scale = packed[..., -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return (packed[..., :-_SCALE_BYTES] * scale).to(dtype)
+
+
+def _decoded(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return dequantise(rows, dtype) if rows.dtype == torch.int8 else rows.to(dtype)
+
+
+# --- the file
+
+
+class _File:
+    """A safetensors file. Of its mapping, at most `held` bytes come into the process.
+
+    The blocks touched first, which with text are those of the frequent n-grams, are read through the mapping until
+    `held` is used up; other rows are read into the answer with pread, past the mapping. Dropping mapped pages instead
+    costs a fault per row again.
+
+    Raises:
+        ValueError: in one line, if the file is cut off or is no safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        damaged = f"{path}: not a whole safetensors file; fetch or save the model again"
+        try:
+            self._handle = path.open("rb")
+            size = path.stat().st_size
+            start = 8 + int.from_bytes(self._handle.read(8), "little")
+            header = json.loads(self._handle.read(start - 8)) if start <= size else None
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+        except ValueError:
+            raise ValueError(damaged) from None
+        if not isinstance(header, dict):
+            raise ValueError(damaged)
+        header.pop("__metadata__", None)
+        self.tensors: dict[str, dict[str, Any]] = header
+        self.start = start
+        if start + max((entry["data_offsets"][1] for entry in header.values()), default=0) != size:
+            raise ValueError(damaged)
+        self._bytes: np.ndarray | None = None
+
+    def pread(self, start: int, size: int) -> bytes:
+        found = os.pread(self._handle.fileno(), size, start)
+        if len(found) != size:
+            raise ValueError(f"{self.path}: was cut off while it was in use")
+        return found
+
+    def map(self, held: int) -> None:
+        mapping = mmap.mmap(self._handle.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            mapping.madvise(mmap.MADV_RANDOM)  # no reading ahead: the next row is elsewhere
+        self._bytes = np.frombuffer(mapping, np.uint8)
+        # Blocks are counted by address, as the system aligns what it maps around a touched page.
+        self._shift = self._bytes.ctypes.data & ((1 << _BLOCK) - 1)
+        self._mapped = np.zeros(((self._shift + len(self._bytes)) >> _BLOCK) + 1, bool)
+        self._room = held >> _BLOCK
+
+    def gather(self, start: int, rows: np.ndarray, width: int) -> np.ndarray:
+        """The bytes [n, width] of rows [n] of a tensor that starts at `start`."""
+        assert self._bytes is not None
+        starts = start + rows * width
+        first, last = (self._shift + starts) >> _BLOCK, (self._shift + starts + width - 1) >> _BLOCK
+        new = ~(self._mapped[first] & self._mapped[last])
+        if new.any():
+            # The system fetches all of them at once, not one after another as they are read.
+            if hasattr(os, "posix_fadvise"):
+                for offset in starts[new].tolist():
+                    os.posix_fadvise(self._handle.fileno(), offset, width, os.POSIX_FADV_WILLNEED)
+            if self._room:
+                blocks = np.unique(np.concatenate((first[new], last[new])))
+                blocks = blocks[~self._mapped[blocks]][: self._room]
+                self._mapped[blocks] = True
+                self._room -= len(blocks)
+                new = ~(self._mapped[first] & self._mapped[last])
+        answer = np.empty((len(rows), width), np.uint8)
+        near = ~new
+        answer[near] = np.lib.stride_tricks.as_strided(self._bytes[start:], (rows.max() + 1, width), (width, 1))[
+            rows[near]
+        ]
+        if new.any():
+            far = b"".join(self.pread(offset, width) for offset in starts[new].tolist())
+            answer[new] = np.frombuffer(far, np.uint8).reshape(-1, width)
+        return answer
+
+
+class _Stored:
+    """A table in a file, read by slices of rows."""
+
+    def __init__(self, file: _File, name: str):
+        entry = file.tensors[name]
+        if entry["dtype"] not in _DTYPES or len(entry["shape"]) != 2:
+            raise ValueError(f"{file.path}: {name} is no table: {entry['dtype']} {entry['shape']}")
+        self.file, self.dtype = file, _DTYPES[entry["dtype"]]
+        self.shape: tuple[int, int] = (entry["shape"][0], entry["shape"][1])
+        self.width = self.shape[1] * self.dtype.itemsize
+        self.start = file.start + entry["data_offsets"][0]
+        if entry["data_offsets"][1] - entry["data_offsets"][0] != self.shape[0] * self.width:
+            raise ValueError(f"{file.path}: {name} does not fill its place; fetch or save the model again")
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        size = (rows.stop - rows.start) * self.width
+        found = bytearray(self.file.pread(self.start + rows.start * self.width, size))
+        return torch.frombuffer(found, dtype=self.dtype).view(-1, self.shape[1])
+
+
+def _stored(directory: Path) -> dict[int, _Stored]:
+    """Index of the block → its table in a model directory."""
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    elif (directory / SAFE_WEIGHTS_NAME).is_file():
+        names = [SAFE_WEIGHTS_NAME]
+    else:
+        raise ValueError(f"{directory}: has no {SAFE_WEIGHTS_NAME}: give the directory of a saved model")
+    found = {}
+    for file in (_File(directory / name) for name in names):
+        for name in file.tensors:
+            if match := _NAME.search(name):
+                found[int(match[1])] = _Stored(file, name)
+    return found
+
+
+# --- the tables, each in the place of `KnowledgeMemory.table`: addresses [...] → rows [..., M]
+
+
+class _Table(nn.Module):
+    """Rows come in the dtype and on the device of the model, which `like` follows."""
+
+    kept: Residency
+
+    def __init__(self, like: torch.Tensor):
+        super().__init__()
+        self.like = nn.Buffer(like.detach().new_empty(0), persistent=False)
+        self.training = False
+
+    def train(self, mode: bool = True) -> "_Table":
+        if mode:
+            raise ValueError(
+                f"memory={self.kept!r} is for inference: load the model with memory='resident' to train it"
+            )
+        return super().train(mode)
+
+
+class MappedTable(_Table):
+    kept = "mapped"
+
+    def __init__(self, stored: _Stored, like: torch.Tensor):
+        super().__init__(like)
+        self.stored = stored
+
+    def forward(self, addresses: torch.Tensor) -> torch.Tensor:
+        stored, rows = self.stored, addresses.flatten().cpu().numpy()
+        if not len(rows):
+            return self.like.new_empty(*addresses.shape, stored.shape[1])
+        found = torch.from_numpy(stored.file.gather(stored.start, rows, stored.width)).view(stored.dtype)
+        return _decoded(found.to(self.like.device), self.like.dtype).unflatten(0, addresses.shape)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise ValueError("memory='mapped' is not saved: the model directory that it was loaded from holds the table")
+
+
+class Int8Table(_Table):
+    """Saved and loaded as `weight`, int8 [rows, M + 4]: a plain from_pretrained refuses its shape."""
+
+    kept = "int8"
+
+    def __init__(self, weight: torch.Tensor, like: torch.Tensor):
+        super().__init__(like)
+        self.weight = nn.Buffer(weight.to(like.device))
+
+    def forward(self, addresses: torch.Tensor) -> torch.Tensor:
+        return dequantise(self.weight[addresses], self.like.dtype)
+
+
+class HostTable(_Table):
+    """Rows in host memory, pinned where there is CUDA; `prefetch` copies those of a coming batch on a side stream.
+
+    Tested with the device "cpu" only. The CUDA part, a dozen lines, has not been run.
+    """
+
+    kept = "host"
+
+    def __init__(self, rows: torch.Tensor, like: torch.Tensor, ngram_hash: NGramHash):
+        super().__init__(like)
+        self.rows = rows  # neither parameter nor buffer: the model moves to the device without it
+        self.ngram_hash = (ngram_hash,)  # in a tuple for the same reason
+        self._stream: torch.cuda.Stream | None = None
+        self._ahead: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def prefetch(self, addresses: torch.Tensor) -> None:
+        """Start to fetch the rows of addresses [...], given on the host."""
+        device = self.like.device
+        rows = self._gather(addresses)
+        if device.type == "cuda":
+            self._stream = self._stream or torch.cuda.Stream(device)
+            with torch.cuda.stream(self._stream):
+                self._ahead = (addresses.to(device, non_blocking=True), rows.to(device, non_blocking=True))
+        else:
+            self._ahead = (addresses.to(device), rows.to(device))
+
+    def _gather(self, addresses: torch.Tensor) -> torch.Tensor:
+        rows = torch.empty(
+            *addresses.shape, self.rows.shape[1], dtype=self.rows.dtype, pin_memory=self.rows.is_pinned()
+        )
+        return torch.index_select(self.rows, 0, addresses.flatten(), out=rows.view(-1, self.rows.shape[1])).view_as(
+            rows
+        )
+
+    def forward(self, addresses: torch.Tensor) -> torch.Tensor:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and self._stream is not None:
+            current = torch.cuda.current_stream(self.like.device)
+            current.wait_stream(self._stream)
+            for tensor in ahead:
+                tensor.record_stream(current)
+        if ahead is not None and torch.equal(ahead[0], addresses):
+            return _decoded(ahead[1], self.like.dtype)
+        return _decoded(self._gather(addresses.cpu()).to(self.like.device), self.like.dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.rows
+
+
+# --- what a user calls
+
+
+def load(
+    cls: type[PreTrainedModel],
+    directory: Path | str,
+    memory: Residency = "resident",
+    *,
+    held_bytes: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`cls.from_pretrained(directory, **kwargs)` with its memory tables kept as `memory` says.
+
+    Unless "resident", no table is ever whole in the process as floats. A directory saved with int8 tables can be
+    loaded in every way; "mapped" and "host" then keep its rows as they are. held_bytes: of the tables in each mapped
+    file, what may come into the process; None is a sixteenth.
+
+    Raises:
+        ValueError: in one line, for a file that is damaged, lacks a table or has one of another shape.
+    """
+    _check_residency(memory)
+    stored = _stored(Path(directory))
+    if memory == "resident" and all(table.dtype != torch.int8 for table in stored.values()):
+        return cls.from_pretrained(directory, **kwargs)
+    shapes: dict[int, tuple[int, int]] = {}
+
+    def hollow(self: Any, config: Any, *args: Any, **more: Any) -> None:
+        # from_pretrained makes the model without memory (on "meta"), so the tables that go here never had any.
+        cls.__init__(self, config, *args, **more)
+        for layer, memory_ in _memories(self).items():
+            shapes[layer] = tuple(memory_.table.weight.shape)  # type: ignore[assignment]
+            memory_.table = nn.Identity()  # type: ignore[assignment]
+
+    members = {"__init__": hollow, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [_NAME.pattern]}
+    hollow_class: Any = type(cls.__name__, (cls,), members)
+    model = hollow_class.from_pretrained(directory, **kwargs)
+    model.__class__ = cls
+    for layer, (rows, width) in shapes.items():
+        if layer not in stored:
+            raise ValueError(
+                f"{directory}: the memory table of layer {layer} is missing; fetch or save the model again"
+            )
+        found = stored[layer]
+        if found.shape != (rows, width + _SCALE_BYTES * (found.dtype == torch.int8)):
+            raise ValueError(
+                f"{directory}: the memory table of layer {layer} has shape {list(found.shape)}, "
+                f"the configuration asks for [{rows}, {width}]"
+            )
+    if memory == "mapped":
+        for file in {table.file for table in stored.values()}:
+            total = sum(table.shape[0] * table.width for table in stored.values() if table.file is file)
+            file.map(total // _HELD_SHARE if held_bytes is None else held_bytes)
+    for layer, memory_ in _memories(model).items():
+        memory_.table = _kept(memory, stored[layer], memory_, model.base_model.ngram_hash)  # type: ignore[assignment]
+    return model
+
+
+def place(model: PreTrainedModel, memory: Residency) -> PreTrainedModel:
+    """Keep the tables of a model in memory otherwise, in place; the model is then in evaluation mode.
+
+    Raises:
+        ValueError: for "mapped", unless it is: a table in memory has no file.
+    """
+    _check_residency(memory)
+    for memory_ in _memories(model).values():
+        table: Any = memory_.table
+        kept = getattr(table, "kept", "resident")
+        if kept == memory:
+            continue
+        if memory == "mapped":
+            raise ValueError("memory='mapped': save the model and load it from its directory")
+        rows = {"mapped": "stored", "host": "rows"}.get(kept, "weight")
+        memory_.table = _kept(memory, getattr(table, rows), memory_, model.base_model.ngram_hash)  # type: ignore
+    return model.eval()
+
+
+def prefetch(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    context_ids: torch.Tensor | None = None,
+) -> None:
+    """Fetch the rows of the next batch while this one is computed; for tables kept as "host", else nothing.
+
+    Arguments as in the model's forward, on the host. What is fetched for other ids than come next is not used.
+    """
+    addresses = None
+    for memory_ in _memories(model).values():
+        table: Any = memory_.table
+        if isinstance(table, HostTable):
+            if addresses is None:
+                positions = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
+                addresses = table.ngram_hash[0](input_ids, positions, context_ids)
+            table.prefetch(addresses)
+
+
+def _memories(model: PreTrainedModel) -> dict[int, KnowledgeMemory]:
+    return {i: layer.memory for i, layer in enumerate(model.base_model.layers) if layer.memory is not None}
+
+
+def _check_residency(memory: str) -> None:
+    if memory not in get_args(Residency):
+        raise ValueError(f"memory={memory!r}: expected one of {', '.join(get_args(Residency))}")
+
+
+@torch.no_grad()
+def _kept(memory: Residency, rows: Any, owner: KnowledgeMemory, ngram_hash: NGramHash) -> nn.Module:
+    """A table of `rows`: a tensor or what is stored, with shape, dtype and slices."""
+    like, shape, dtype = owner.key.weight, tuple(rows.shape), rows.dtype
+    if memory == "mapped":
+        return MappedTable(rows, like)
+    width = shape[1] - _SCALE_BYTES * (dtype == torch.int8)
+    if memory == "resident":
+        table = nn.Embedding(shape[0], width, padding_idx=0, device=like.device, dtype=like.dtype)
+        table._memory_table = True  # type: ignore[assignment]
+        _copy(rows, table.weight, lambda part: _decoded(part, like.dtype))
+        return table
+    if memory == "int8":
+        packed = torch.empty(shape[0], width + _SCALE_BYTES, dtype=torch.int8, device=like.device)
+        _copy(rows, packed, lambda part: part if dtype == torch.int8 else quantise(part))
+        return Int8Table(packed, like)
+    host = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+    _copy(rows, host, lambda part: part)
+    return HostTable(host, like, copy.deepcopy(ngram_hash).cpu())
+
+
+def _copy(rows: Any, target: torch.Tensor, convert: Any) -> None:
+    """In parts, so that no second table as floats is made on the way."""
+    step = max(1, _COPIED_BYTES // (rows.shape[1] * rows.dtype.itemsize))
+    for start in range(0, rows.shape[0], step):
+        stop = min(start + step, rows.shape[0])
+        target[start:stop] = convert(rows[start:stop])
