@@ -1,0 +1,80 @@
+"""What pretraining minimises, against its definition."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from memgpt import config
+from memgpt.model import MemGPTConfig, MemGPTForCausalLM
+from memgpt.objectives import Pretraining, mask, next_token_loss
+
+ROOT = Path(__file__).parents[1]
+MASK = 2
+
+
+@pytest.fixture
+def model() -> MemGPTForCausalLM:
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    return MemGPTForCausalLM(MemGPTConfig(**shape, memory_rows=97, memory_dim=4)).eval()
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "position_ids": torch.arange(12).repeat(2).expand(2, -1)}
+
+
+def objective(**changes) -> Pretraining:
+    params = config.load(ROOT / "params.yaml").pretrain.model_copy(update={"z_loss": 0.0, **changes})
+    return Pretraining(params, steps=100, vocab_size=64, mask_token_id=MASK)
+
+
+def test_without_masks_it_is_the_models_own_loss(model: MemGPTForCausalLM, batch) -> None:
+    own = model(**batch, labels=batch["input_ids"]).loss
+    assert torch.allclose(objective()(model, batch, 0), own, atol=1e-6)
+
+
+def test_z_loss_adds_the_squared_normaliser(model: MemGPTForCausalLM, batch) -> None:
+    log_z = model(**batch).logits[:, :-1].logsumexp(-1)
+    gain = objective(z_loss=0.5)(model, batch, 0) - objective()(model, batch, 0)
+    assert torch.allclose(gain, 0.5 * log_z.square().mean(), atol=1e-4)
+
+
+def test_masks_hide_their_share_and_never_a_documents_first_token(batch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    ids, positions = (batch[name].repeat(50, 1) for name in ("input_ids", "position_ids"))
+    shown, labels = mask(ids, positions, 0.3, MASK, 64, draw)
+    hidden = labels != -100
+    assert not hidden[positions == 0].any()
+    assert torch.equal(labels[hidden], ids[hidden])
+    assert torch.equal(shown[~hidden], ids[~hidden])
+    assert hidden[positions > 0].float().mean() == pytest.approx(0.3, abs=0.03)
+    assert (shown[hidden] == MASK).float().mean() == pytest.approx(0.8, abs=0.05)
+
+
+def test_the_share_of_masked_steps_moves_from_start_to_end(model: MemGPTForCausalLM, batch) -> None:
+    mixed = objective(masked_share_start=0.0, masked_share_end=1.0)
+    causal = objective()(model, batch, 0)
+    masked = [not torch.allclose(mixed(model, batch, step), causal) for step in range(100)]
+    assert sum(masked[:25]) < sum(masked[25:75]) / 2 < sum(masked[75:])
+    assert 35 < sum(masked) < 65
+
+
+def test_a_masked_token_is_read_from_both_sides(model: MemGPTForCausalLM, batch) -> None:
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    labels = torch.full_like(ids, -100)
+    labels[:, 5] = ids[:, 5]
+    shown = ids.clone()
+    shown[:, 5] = MASK
+    changed = shown.clone()
+    changed[:, 9] = 3  # later in the same document
+    elsewhere = shown.clone()
+    elsewhere[:, 20] = 3  # in the other document of the row
+    losses = [
+        next_token_loss(model, x, positions, labels, 0.0, attention_mode="bidirectional")
+        for x in (shown, changed, elsewhere)
+    ]
+    assert losses[0] != losses[1]
+    assert torch.allclose(losses[0], losses[2], atol=1e-6)
