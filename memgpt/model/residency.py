@@ -73,23 +73,21 @@ class _File:
 
     def __init__(self, path: Path):
         self.path = path
-        damaged = f"{path}: not a whole safetensors file; fetch or save the model again"
         try:
             self._handle = path.open("rb")
+            self.start = 8 + int.from_bytes(self._handle.read(8), "little")
             size = path.stat().st_size
-            start = 8 + int.from_bytes(self._handle.read(8), "little")
-            header = json.loads(self._handle.read(start - 8)) if start <= size else None
+            self.tensors: dict[str, dict[str, Any]] = (
+                json.loads(self._handle.read(self.start - 8)) if self.start <= size else {}
+            )
+            self.tensors.pop("__metadata__", None)
+            whole = self.start + max(entry["data_offsets"][1] for entry in self.tensors.values()) == size
         except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
-        except ValueError:
-            raise ValueError(damaged) from None
-        if not isinstance(header, dict):
-            raise ValueError(damaged)
-        header.pop("__metadata__", None)
-        self.tensors: dict[str, dict[str, Any]] = header
-        self.start = start
-        if start + max((entry["data_offsets"][1] for entry in header.values()), default=0) != size:
-            raise ValueError(damaged)
+            raise ValueError(f"{path}: {error.strerror}; fetch or save the model again") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path}: not a whole safetensors file; fetch or save the model again")
         self._bytes: np.ndarray | None = None
 
     def pread(self, start: int, size: int) -> bytes:
@@ -160,7 +158,10 @@ def _stored(directory: Path) -> dict[int, _Stored]:
     """Index of the block → its table in a model directory."""
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index}: not an index of weights; fetch or save the model again") from None
     elif (directory / SAFE_WEIGHTS_NAME).is_file():
         names = [SAFE_WEIGHTS_NAME]
     else:

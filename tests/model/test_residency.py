@@ -196,6 +196,10 @@ def test_files_that_do_not_fit_are_refused_in_one_line(memory, directory: Path, 
         refused(cut, "not a whole safetensors file")
     (cut / "model.safetensors").write_bytes(b"<!DOCTYPE html>" * 100)
     refused(cut, "not a whole safetensors file")
+    (cut / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    refused(cut, "gone.safetensors: No such file")
+    (cut / "model.safetensors.index.json").write_text("[]")
+    refused(cut, "not an index")
 
 
 def test_words_that_mean_nothing_are_refused(model, directory: Path) -> None:
