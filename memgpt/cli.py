@@ -29,7 +29,7 @@ TaskName = Annotated[Task, typer.Argument(help="Which of the three tasks.")]
 ModelName = Annotated[Model, typer.Argument(help="The core, or one of the three tasks.")]
 Reason = Annotated[str, typer.Option(help="Why, in your words: kept in the record of the decision.")]
 
-STAGES, FLOWS, REGISTRY, LOOK = "Stages", "Flows", "Registry", "Look"
+STAGES, FLOWS, MODELS, REGISTRY, LOOK = "Stages", "Flows", "Models", "Registry", "Look"
 
 app = typer.Typer(
     help="MemGPT, the memory-augmented GPT for language tasks, and the pipeline that keeps it fresh. "
@@ -245,6 +245,63 @@ def _edit(assignments: list[str]) -> None:
     for line in list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))[2:]:
         if not line.startswith("@@"):
             print(f"params.yaml {line[0]} {line[1:].strip()}")
+
+
+# --- models -------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=MODELS)
+def convert(
+    source: Annotated[str, typer.Argument(help="A directory or hub id: Llama, Mistral, Qwen2, Qwen3, SmolLM, GPT-2.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it: a new directory.")],
+    memory_layers: Annotated[
+        list[int] | None,
+        typer.Option("--memory-layer", metavar="N", help="A block with a memory; may be repeated. Default: 0 and 2."),
+    ] = None,
+    memory_rows: Annotated[
+        int | None, typer.Option(help="Rows per hash head. Default: by the model's size.", min=1)
+    ] = None,
+    memory_dim: Annotated[int | None, typer.Option(help="Width of a row. Default: by the model's size.", min=1)] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights. Default: the source's.")
+    ] = None,
+) -> None:
+    """Graft an empty memory onto an existing model: the same answers at first, then more to learn with.
+
+    Set pretrain.init to DIR to go on from it. Example: [bold]memgpt convert HuggingFaceTB/SmolLM2-135M models/smollm[/]
+    """
+    if directory.exists():
+        raise UserError(f"{directory}: is there already; name a new directory")
+    os.environ.setdefault("OMP_NUM_THREADS", str(environment.threads(None)))
+    import torch
+
+    from memgpt import atomic, lineage
+    from memgpt.model.convert import convert as graft
+
+    began = time.monotonic()
+    torch.manual_seed(0)  # of what is new and does not start at zero
+    print(f"convert {source}: reading, mapping and comparing its logits", flush=True)
+    with atomic.replacing(directory) as aside:
+        try:
+            model = graft(
+                source,
+                aside,
+                memory_layers=memory_layers,
+                memory_rows=memory_rows,
+                memory_dim=memory_dim,
+                dtype=getattr(torch, dtype) if dtype else None,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        parent = Path(source) if Path(source).is_dir() else None
+        lineage.write(aside, "convert", [], {"source": source, "dtype": dtype}, parent, 0, {})
+    stored, shape = model.num_parameters(), model.config
+    tables = sum(part.numel() for name, part in model.named_parameters() if name.endswith("memory.table.weight"))
+    print(
+        f"convert {source}: done in {time.monotonic() - began:.1f} s; {directory} has "
+        f"{(stored - tables) / 1e6:.4g} M active parameters, {tables / 1e6:.4g} M in memory tables: "
+        f"{shape.memory_rows} rows of {shape.memory_dim} a hash head in blocks {shape.memory_layers}"
+    )
 
 
 # --- registry -----------------------------------------------------------------
