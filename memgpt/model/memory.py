@@ -111,7 +111,8 @@ class KnowledgeMemory(nn.Module):
         self.query_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.key_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lead = max(0, config.memory_kernel - 1)
-        self.taps = nn.Parameter(torch.zeros(self.lead, config.hidden_size))
+        if self.lead:
+            self.taps = nn.Parameter(torch.zeros(self.lead, config.hidden_size))
 
     def forward(self, hidden: torch.Tensor, addresses: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, D], addresses [B, lead + T, R], position_ids [B or 1, T] → what to add to hidden, [B, T, D]."""

@@ -9,14 +9,16 @@ override with `attention_mode`. Shape letters: B batch, T positions, D hidden si
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_bidirectional_sliding_window_mask,
@@ -33,10 +35,11 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from memgpt.model.cache import visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
 from memgpt.model.memory import KnowledgeMemory, NGramHash, RMSNorm
 
@@ -190,10 +193,18 @@ class Block(GradientCheckpointingLayer):
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden: torch.Tensor, addresses: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        addresses: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         if self.memory is not None and addresses is not None:
-            hidden = hidden + self.dropout(self.memory(hidden, addresses))
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), **kwargs)[0])
+            hidden = hidden + self.dropout(self.memory(hidden, addresses, position_ids))
+        hidden = hidden + self.dropout(
+            self.attention(self.attention_norm(hidden), position_ids=position_ids, **kwargs)[0]
+        )
         return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
 
 
@@ -212,21 +223,39 @@ class MemGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Only leaf modules are visited for classes outside transformers, hence the marks on the leaves.
+        # Only modules with weights of their own are visited for classes outside transformers: marks on the leaves.
         super()._init_weights(module)
+        if isinstance(module, NGramHash):
+            init.copy_(module.canonical_ids, torch.arange(len(module.canonical_ids)))
         if getattr(module, "_closes_residual", False):
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, std=std)
-        elif getattr(module, "_memory_table", False) or getattr(module, "_starts_at_zero", False):
+        elif getattr(module, "_memory_table", False):
             init.zeros_(module.weight)
+        elif isinstance(module, KnowledgeMemory) and module.lead:
+            init.zeros_(module.taps)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        hash_ = self.base_model.ngram_hash
-        known, total = hash_.canonical_ids, embeddings.weight.shape[0]
-        added = torch.arange(len(known), total, device=known.device)
-        hash_.canonical_ids = nn.Buffer(torch.cat((known[:total], added)))
+        ngram_hash = self.base_model.ngram_hash
+        known = ngram_hash.canonical_ids[: embeddings.num_embeddings]
+        added = torch.arange(len(known), embeddings.num_embeddings, device=known.device)
+        ngram_hash.canonical_ids = nn.Buffer(torch.cat((known, added)))
         return embeddings
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: the checkpoint is of another architecture, or its weights are damaged.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: damaged weights ({error}); copy the checkpoint again"
+            ) from error
 
 
 class MemGPTModel(MemGPTPreTrainedModel):
@@ -260,28 +289,29 @@ class MemGPTModel(MemGPTPreTrainedModel):
         attention_mode: str = "causal",
         prefix_mask: torch.Tensor | None = None,
         context_ids: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T], or inputs_embeds [B, T, D] (then the memory is not read) → last_hidden_state [B, T, D].
 
         attention_mode: "causal", "bidirectional", or "prefix": the tokens that prefix_mask [B, T] marks read each
         other in both directions, the rest causally. position_ids [B, T] that start again at 0 mark the documents of a
         packed row: attention and n-grams stay within them, in every mode. context_ids [B, n]: the tokens before
-        `input_ids` when decoding with a cache; `generate` passes them.
+        `input_ids` when decoding with a cache. `generate` passes them; else those that the cache was last used with.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         packed = position_ids is not None and attention_mask is None
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check(input_ids, past)
         if inputs_embeds is None:
+            self._check_ids(input_ids)  # type: ignore[arg-type]
             inputs_embeds = self.embed_tokens(input_ids)
+        self._check_length(inputs_embeds.shape[1], past_key_values)
         if position_ids is None:
-            position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
         addresses = None
         if input_ids is not None and self.config.memory_layers:
-            if past and context_ids is None:
-                raise ValueError("decoding with a cache: pass context_ids, the tokens before input_ids, for the memory")
+            if context_ids is None and past_key_values is not None:
+                context_ids = _recall(past_key_values)
             addresses = self.ngram_hash(input_ids, position_ids, context_ids)
         masks = self._masks(
             attention_mode, inputs_embeds, attention_mask, past_key_values, position_ids, packed, prefix_mask
@@ -301,42 +331,55 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 rotation=rotation,
                 attention_mask=masks[str(layer.kind)],
                 past_key_values=past_key_values,
+                position_ids=position_ids,  # flash attention finds packed documents by them
                 is_causal=not bidirectional,
                 **kwargs,
             )
+        if past_key_values is not None:
+            _remember(past_key_values, input_ids, context_ids, self.ngram_hash.context)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
         )
 
-    def _check(self, input_ids: torch.Tensor | None, past: int) -> None:
-        """Refuse ids and lengths that would fail far below, or give nonsense."""
-        if input_ids is None or torch.compiler.is_compiling():
-            return
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
         # On an accelerator this would wait for the device at every call, and an index error is raised there anyway.
-        if input_ids.device.type == "cpu" and input_ids.numel():
-            low, high = (int(bound) for bound in input_ids.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"input_ids: {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}"
-                )
-        length = past + input_ids.shape[1]
-        if length > self.config.max_position_embeddings and GLOBAL in (self.config.layer_types or ()):
+        if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+            return
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
-                f"input_ids: {length} tokens, more than the model's max_position_embeddings="
-                f"{self.config.max_position_embeddings}; cut the text, or read it in windows"
+                f"input_ids: {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}"
+            )
+
+    def _check_length(self, length: int, cache: Cache | None) -> None:
+        learned = self.embed_positions is not None
+        if torch.compiler.is_compiling() or (not learned and GLOBAL not in (self.config.layer_types or ())):
+            return  # a compiled step must not depend on the length of the cache
+        if cache is not None:
+            length = length + (cache.get_seq_length() if learned else visible_past(cache, self.config))
+        longest, rope = self.config.max_position_embeddings, self.config.rope_parameters or {}
+        scaled = (rope.get("original_max_position_embeddings") or longest) * (rope.get("factor") or 1)
+        if length > (longest if learned else max(longest, scaled)):
+            raise ValueError(
+                f"{length} tokens are more than the model's max_position_embeddings={longest}; "
+                "cut the text, or read it in windows"
             )
 
     def _masks(
         self,
         mode: str,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
         past_key_values: Cache | None,
         position_ids: torch.Tensor,
         packed: bool,
         prefix_mask: torch.Tensor | None,
     ) -> dict[str, torch.Tensor | None]:
         """The mask of each kind of layer (`config.layer_types`), in the form that the attention back end wants."""
+        if isinstance(attention_mask, dict):  # made by `generate`, for a cache of fixed size
+            return attention_mask
+        if "flash" in (self.config._attn_implementation or ""):
+            self._check_flash(mode, packed and inputs_embeds.shape[0] > 1)
         shared: dict[str, Any] = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
@@ -358,18 +401,52 @@ class MemGPTModel(MemGPTPreTrainedModel):
             raise ValueError(f"attention_mode={mode!r}: expected 'causal', 'bidirectional' or 'prefix'")
         if prefix_mask is None:
             raise ValueError("attention_mode='prefix': pass prefix_mask [B, T], 1 for the tokens to read both ways")
-        prefix, window = prefix_mask.bool(), self.config.sliding_window or 0
-        near = {
-            GLOBAL: lambda b, h, q, kv: prefix[b, q] & prefix[b, kv],
-            LOCAL: lambda b, h, q, kv: prefix[b, q] & prefix[b, kv] & ((q - kv).abs() < window),
-        }
+        # What is generated after the prefix, and room in a cache, is not part of it.
+        prefix, end = nn.functional.pad(prefix_mask.bool(), (0, 1)), prefix_mask.shape[1]
+        window = self.config.sliding_window or 0
+
+        def within(b: Any, h: Any, q: Any, kv: Any) -> Any:
+            return prefix[b, q.clamp(max=end)] & prefix[b, kv.clamp(max=end)]
+
+        near = {GLOBAL: within, LOCAL: lambda b, h, q, kv: within(b, h, q, kv) & ((q - kv).abs() < window)}
         return {kind: causal[kind](**shared, or_mask_function=near[kind]) for kind in kinds}
+
+    @staticmethod
+    def _check_flash(mode: str, packed_rows: bool) -> None:
+        if mode == "prefix":
+            raise ValueError("attention_mode='prefix': flash attention takes no such mask; use sdpa or eager")
+        if packed_rows:
+            raise ValueError("packed documents under flash attention: pass them as one row, or use sdpa")
+
+
+def _remember(cache: Cache, input_ids: torch.Tensor | None, context_ids: torch.Tensor | None, count: int) -> None:
+    """Note on a cache the last ids that went into it, with a tensor that tells whether it was changed since."""
+    if torch.compiler.is_compiling():
+        return
+    ids = input_ids
+    if ids is not None:
+        ids = ids if context_ids is None else torch.cat((context_ids, ids), dim=1)
+        ids = ids[:, max(0, ids.shape[1] - count) :]
+    cache.last_ids = (ids, cache.layers[-1].keys)
+
+
+def _recall(cache: Cache) -> torch.Tensor | None:
+    """The ids that `_remember` noted; None of an empty cache, or of one that came from vectors."""
+    if torch.compiler.is_compiling():
+        raise ValueError("compiled decoding with a cache: pass context_ids, the tokens before input_ids")
+    ids, keys = getattr(cache, "last_ids", (None, None))
+    if ids is None or not cache.get_seq_length():
+        return None
+    if keys is not cache.layers[-1].keys:
+        raise ValueError("the cache was cut or reordered: pass context_ids, the tokens before input_ids")
+    return ids
 
 
 class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
     """Predicts the next token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: MemGPTConfig):
         super().__init__(config)
@@ -378,16 +455,24 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,  # named, since `generate` looks for the name
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
-        if next_sequence_length is not None and inputs.get("input_ids") is not None:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        cache = inputs.get("past_key_values")
+        if inputs.get("input_ids") is not None and cache is not None:
             past = input_ids.shape[1] - inputs["input_ids"].shape[1]
             inputs["context_ids"] = input_ids[:, max(0, past - self.model.ngram_hash.context) : past]
-            if (
-                past and inputs.get("attention_mode") == "prefix"
-            ):  # the prefix is in the cache; the target reads causally
+        if inputs.get("attention_mode") == "prefix" and cache is not None:
+            if cache.get_seq_length():  # the prefix is in the cache; what follows reads causally
                 inputs.update(attention_mode="causal", prefix_mask=None)
+            else:  # a cache of fixed size got a causal mask: have the model make its own
+                inputs["attention_mask"] = attention_mask
         return inputs
 
     @can_return_tuple
@@ -395,26 +480,35 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         attention_mode: str = "causal",
         prefix_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        context_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
         """labels [B, T] are input_ids, −100 where not to be predicted; they are shifted here."""
-        loss_arguments = {key: kwargs.pop(key) for key in ("num_items_in_batch",) if key in kwargs}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
             attention_mode=attention_mode,
             prefix_mask=prefix_mask,
+            context_ids=context_ids,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -433,6 +527,7 @@ class MemGPTForMaskedLM(MemGPTPreTrainedModel):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: MemGPTConfig):
         super().__init__(config)
@@ -445,26 +540,35 @@ class MemGPTForMaskedLM(MemGPTPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> MaskedLMOutput:
         """labels [B, T]: the tokens behind the masks, −100 elsewhere. logits [B, T, V] are those of the token there."""
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, attention_mode=attention_mode, **_trunk(kwargs)
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            attention_mode=attention_mode,
+            **kwargs,
         )
         hidden = outputs.last_hidden_state
         logits = self.lm_head(torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
-            loss=None if labels is None else _cross_entropy(logits, labels),
+            loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
 
-def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Mean over the labels, or over `items`: those of all batches that add up to one step (num_items_in_batch)."""
+    return fixed_cross_entropy(logits.float().flatten(0, -2), labels.flatten(), items)
 
 
 def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -475,7 +579,7 @@ def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torc
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
-class TokenHead(nn.Module):
+class TokenClassificationHead(nn.Module):
     """A label per token: hidden [B, T, D] → logits [B, T, L]."""
 
     def __init__(self, config: MemGPTConfig, num_labels: int):
@@ -487,7 +591,7 @@ class TokenHead(nn.Module):
         return self.score(self.dropout(hidden))
 
 
-class SequenceHead(nn.Module):
+class SequenceClassificationHead(nn.Module):
     """A label per text: hidden [B, T, D] → logits [B, L], from the maximum over positions.
 
     One telling position ("failed to", "narrowed") decides, however long the text is.
@@ -542,6 +646,7 @@ class InterestHead(nn.Module):
         history: torch.Tensor,
         targets: torch.Tensor,
         log_frequency: torch.Tensor,
+        items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Softmax over the batch's items with the popularity correction of sampled softmax (log Q; Yi et al. 2019).
 
@@ -557,7 +662,7 @@ class InterestHead(nn.Module):
         )
         target_seen = seen.gather(-1, targets.clamp(min=0)[..., None]) > 0
         logits = logits.masked_fill((seen > 0) & ~target_seen, torch.finfo(logits.dtype).min)
-        return _cross_entropy(logits, targets)
+        return _cross_entropy(logits, targets, items_in_batch)
 
 
 def _causal_ones(history: torch.Tensor) -> torch.Tensor:
@@ -569,7 +674,7 @@ def _causal_ones(history: torch.Tensor) -> torch.Tensor:
 class _Classifier(MemGPTPreTrainedModel):
     """The trunk, read in both directions, under a head that gives labels."""
 
-    head_class: type[TokenHead] | type[SequenceHead]
+    head_class: type[TokenClassificationHead] | type[SequenceClassificationHead]
     output_class: type[TokenClassifierOutput] | type[SequenceClassifierOutput]
 
     def __init__(self, config: MemGPTConfig):
@@ -583,16 +688,28 @@ class _Classifier(MemGPTPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> TokenClassifierOutput | SequenceClassifierOutput:
-        """labels: [B, T] for tokens, −100 where one has none; [B] for texts."""
+        """labels: [B, T] for tokens, −100 where one has none; [B] for texts, or [B, L] by `config.problem_type`."""
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, attention_mode=attention_mode, **_trunk(kwargs)
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            attention_mode=attention_mode,
+            **kwargs,
         )
         logits = self.head(outputs.last_hidden_state, attention_mask)
-        loss = None if labels is None else _cross_entropy(logits, labels)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, pooled_logits=logits.float(), labels=labels, config=self.config, **kwargs
+            )
+            items = kwargs.get("num_items_in_batch")
+            if items is not None and self.config.problem_type in ("regression", "multi_label_classification"):
+                loss = loss * labels.numel() / items  # transformers averages these over the batch whatever it is told
         return self.output_class(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -601,14 +718,14 @@ class _Classifier(MemGPTPreTrainedModel):
 class MemGPTForTokenClassification(_Classifier):
     """A label per token (named entities)."""
 
-    head_class = TokenHead
+    head_class = TokenClassificationHead
     output_class = TokenClassifierOutput
 
 
 class MemGPTForSequenceClassification(_Classifier):
     """A label per text (sentiment)."""
 
-    head_class = SequenceHead
+    head_class = SequenceClassificationHead
     output_class = SequenceClassifierOutput
 
 
@@ -629,20 +746,31 @@ class MemGPTForRecommendation(MemGPTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         log_frequency: torch.Tensor | None = None,
-        **kwargs: Any,
+        attention_mode: str = "bidirectional",
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> SequenceClassifierOutput:
         """input_ids [N, T]: the items of the batch; history, labels [B, H] and log_frequency [N] as in
-        `InterestHead.loss`. logits: item vectors [N, P] without history, else the loss alone matters."""
-        items = self.encode_item(input_ids, attention_mask)
+        `InterestHead.loss`. logits: item vectors [N, P]."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            attention_mode=attention_mode,
+            **kwargs,
+        )
+        items = self.head.encode_item(outputs.last_hidden_state, attention_mask)
         loss = None
         if history is not None and labels is not None and log_frequency is not None:
-            loss = self.head.loss(items, history, labels, log_frequency)
-        return SequenceClassifierOutput(loss=loss, logits=items)
+            loss = self.head.loss(items, history, labels, log_frequency, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(
+            loss=loss, logits=items, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 class MemGPTForMultiTask(MemGPTPreTrainedModel):
@@ -654,8 +782,8 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
         self.model = MemGPTModel(config)
         self.heads = nn.ModuleDict(
             {
-                "ner": TokenHead(config, len(labels.get("ner", ("O",)))),
-                "sentiment": SequenceHead(config, len(labels.get("sentiment", ("neutral",)))),
+                "ner": TokenClassificationHead(config, len(labels.get("ner", ("O",)))),
+                "sentiment": SequenceClassificationHead(config, len(labels.get("sentiment", ("neutral",)))),
                 "recommendation": InterestHead(config),
             }
         )
@@ -664,30 +792,36 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        task: str,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         log_frequency: torch.Tensor | None = None,
-        **kwargs: Any,
+        attention_mode: str = "bidirectional",
+        *,
+        task: str,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> SequenceClassifierOutput:
         """A batch of one task; arguments as in the task's own class."""
-        head = self.heads[task]
+        if task not in self.heads:
+            raise ValueError(f"task={task!r}: expected one of {', '.join(self.heads)}")
+        head, items = self.heads[task], kwargs.get("num_items_in_batch")
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, attention_mode="bidirectional", **_trunk(kwargs)
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            attention_mode=attention_mode,
+            **kwargs,
         )
+        loss = None
         if isinstance(head, InterestHead):
             logits = head.encode_item(outputs.last_hidden_state, attention_mask)
-            loss = None
             if history is not None and labels is not None and log_frequency is not None:
-                loss = head.loss(logits, history, labels, log_frequency)
+                loss = head.loss(logits, history, labels, log_frequency, items)
         else:
             logits = head(outputs.last_hidden_state, attention_mask)
-            loss = None if labels is None else _cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
-def _trunk(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that the backbone takes, without what the Trainer adds for language models."""
-    return {key: value for key, value in kwargs.items() if key != "num_items_in_batch"}
+            loss = None if labels is None else _cross_entropy(logits, labels, items)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

@@ -195,15 +195,12 @@ def test_impossible_shapes_are_refused_by_name(changes, words) -> None:
 def test_wrong_calls_are_refused(model: MemGPTForCausalLM, ids: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="attention_mode"):
         model(ids, attention_mode="sideways")
-    cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="context_ids"):
-        model(ids[:, :1], past_key_values=cache)
 
 
 def test_four_training_steps_give_the_golden_losses(ids: torch.Tensor) -> None:
     """A change of these numbers is a change of the model or its initialisation: say so where it is made."""
     torch.manual_seed(0)
-    model = MemGPTForCausalLM(config()).train()
+    model = MemGPTForCausalLM(config(memory_ngrams=[2, 3], memory_kernel=0)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(4):

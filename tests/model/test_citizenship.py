@@ -1,0 +1,327 @@
+"""The core through transformers' own interfaces: pipelines, Trainer, LoRA, caches, masks, and what is refused."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, StaticCache, Trainer, TrainingArguments, pipeline
+
+from memgpt.model import (
+    MemGPTConfig,
+    MemGPTForCausalLM,
+    MemGPTForMaskedLM,
+    MemGPTForMultiTask,
+    MemGPTForRecommendation,
+    MemGPTForSequenceClassification,
+    MemGPTForTokenClassification,
+    MemGPTModel,
+    MemGPTTokenizer,
+)
+
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+HEADS = [
+    MemGPTModel,
+    MemGPTForCausalLM,
+    MemGPTForMaskedLM,
+    MemGPTForTokenClassification,
+    MemGPTForSequenceClassification,
+    MemGPTForRecommendation,
+    MemGPTForMultiTask,
+]
+
+
+def made(kind: type, **changes):
+    """A model of local and global layers whose memory says something."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4)
+    memory = dict(memory_rows=97, memory_dim=4, memory_layers=[0, 1])
+    settings = {**shape, **memory, "layer_types": LAYERS, "sliding_window": 4, "max_position_embeddings": 64, **changes}
+    model = kind(MemGPTConfig(num_key_value_heads=2, **settings)).eval()
+    for module in model.modules():
+        if getattr(module, "_memory_table", False):
+            torch.nn.init.normal_(module.weight[1:])
+    return model
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> MemGPTTokenizer:
+    return MemGPTTokenizer.train(["The bank raised its rates in March.", "Apple opened a shop in Paris."] * 5, 300)
+
+
+@pytest.mark.parametrize(
+    "task, kind",
+    [
+        ("text-generation", MemGPTForCausalLM),
+        ("fill-mask", MemGPTForMaskedLM),
+        ("token-classification", MemGPTForTokenClassification),
+        ("text-classification", MemGPTForSequenceClassification),
+        ("feature-extraction", MemGPTModel),
+    ],
+)
+def test_pipelines_find_model_and_tokenizer_in_a_directory(task, kind, tokenizer, tmp_path: Path) -> None:
+    made(kind, vocab_size=len(tokenizer), num_labels=3).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pipe = pipeline(task, model=str(tmp_path), device="cpu")
+    assert type(pipe.model) is kind
+    texts = ["The bank raised <mask> rates.", "The <mask> in Paris."]
+    settings = dict(max_new_tokens=3) if task == "text-generation" else {}
+    alone = [pipe(text, **settings) for text in texts]
+    assert len(alone[0]) > 0
+    if task == "token-classification":
+        assert next(texts[0][word["start"] : word["end"]] for word in alone[0]) == "The"
+    if task == "fill-mask":
+        assert alone[0][0]["sequence"].startswith("The bank raised")
+
+
+@pytest.mark.parametrize(
+    "kind, labels",
+    [
+        (MemGPTForMaskedLM, "tokens"),
+        (MemGPTForSequenceClassification, "several"),
+    ],
+)
+def test_trainer_steps_alike_however_a_batch_is_divided(kind, labels: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    """Rows with more and fewer labels: the mean is over all labels of a step, not over the means of its parts."""
+    rows = torch.randint(3, 64, (8, 10), generator=torch.Generator().manual_seed(2))
+    hidden = torch.arange(10) < torch.arange(8)[:, None]
+    targets = {
+        "tokens": rows.masked_fill(hidden, -100),
+        "several": (rows[:, :3] % 2).float(),
+    }[labels]
+    data = [dict(input_ids=row, labels=label) for row, label in zip(rows, targets, strict=True)]
+    problem = {"several": "multi_label_classification"}.get(labels)
+    weights = []
+    for size in (8, 2):
+        model = made(kind, num_labels=3, problem_type=problem)
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            max_steps=2,
+            learning_rate=0.1,
+            optim="sgd",
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model, arguments, train_dataset=data).train()
+        weights.append(model.state_dict())
+    start = made(kind, num_labels=3, problem_type=problem).state_dict()
+    assert not torch.equal(start["model.norm.weight"], weights[0]["model.norm.weight"])
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", [MemGPTForCausalLM, MemGPTForTokenClassification])
+def test_lora_trains_saves_and_merges(kind, ids: torch.Tensor, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    task = {MemGPTForCausalLM: "CAUSAL_LM", MemGPTForTokenClassification: "TOKEN_CLS"}[kind]
+    base = made(kind, num_labels=3)
+    settings = peft.LoraConfig(task_type=task, r=2, target_modules=["q_proj", "v_proj", "key", "value"])
+    tuned = peft.get_peft_model(copy.deepcopy(base), settings).train()
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        tuned(input_ids=ids, labels=ids % 3).loss.backward()
+        optimizer.step()
+    logits = tuned.eval()(input_ids=ids).logits
+    assert not torch.allclose(logits, base(ids).logits, atol=1e-4)
+    tuned.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.allclose(again(input_ids=ids).logits, logits, atol=1e-6)
+    assert torch.allclose(again.merge_and_unload()(ids).logits, logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_class_takes_vectors_and_gives_hidden_states_and_attentions(kind, ids: torch.Tensor) -> None:
+    model = made(kind, memory_layers=[])
+    model.set_attn_implementation("eager")
+    task = dict(task="ner") if kind is MemGPTForMultiTask else {}
+    output = model(input_ids=ids, output_hidden_states=True, output_attentions=True, **task)
+    vectors = model(inputs_embeds=model.get_input_embeddings()(ids), **task)
+    assert torch.allclose(output[0], vectors[0], atol=1e-6)
+    assert [h.shape for h in output.hidden_states] == [(2, 12, 16)] * 4
+    assert [a.shape for a in output.attentions] == [(2, 4, 12, 12)] * 3
+    near = (torch.arange(12)[:, None] - torch.arange(12)).abs() <= 4
+    assert (output.attentions[0][..., ~near] == 0).all()
+    assert (output.attentions[1][..., 11, 0] != 0).all()
+
+
+@pytest.mark.parametrize("mode", ["causal", "bidirectional", "prefix"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_nothing(mode: str, side: str, ids: torch.Tensor) -> None:
+    pad = (5, 0) if side == "left" else (0, 5)
+    inside = slice(5, None) if side == "left" else slice(12)
+    padded, mask = torch.nn.functional.pad(ids, pad), torch.nn.functional.pad(torch.ones_like(ids), pad)
+    prefix = (torch.arange(12) < 6).long().expand(2, -1)
+    model = made(MemGPTForCausalLM)
+    plain = model(ids, attention_mode=mode, prefix_mask=prefix).logits
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    wide = torch.nn.functional.pad(prefix, pad)
+    logits = model(padded, mask, positions, attention_mode=mode, prefix_mask=wide).logits
+    assert torch.allclose(logits[:, inside], plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["causal", "bidirectional", "prefix"])
+def test_packed_documents_read_as_if_alone(mode: str, ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM)
+    prefix = (torch.arange(12) < 6).long().expand(2, -1)
+    alone = model(ids, attention_mode=mode, prefix_mask=prefix).logits
+    positions = torch.arange(12).repeat(2)[None]
+    packed = model(
+        ids.reshape(1, -1), position_ids=positions, attention_mode=mode, prefix_mask=prefix.reshape(1, -1)
+    ).logits
+    assert torch.allclose(packed.reshape(2, 12, -1), alone, atol=1e-5)
+
+
+def test_masked_words_are_read_off_both_sides(ids: torch.Tensor) -> None:
+    model = made(MemGPTForMaskedLM)
+    masked = ids.clone()
+    masked[:, 5] = model.config.mask_token_id
+    labels = torch.full_like(ids, -100)
+    labels[:, 5] = ids[:, 5]
+    output = model(masked, labels=labels)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, 5], ids[:, 5])
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    after = masked.clone()
+    after[:, 6] = 3
+    assert not torch.allclose(model(after).logits[:, 5], output.logits[:, 5])
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("step", [1, 3])
+def test_decoding_by_hand_in_any_pieces_equals_the_full_pass(cache, step: int, ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM)
+    past = StaticCache(config=model.config, max_cache_len=16) if cache else None
+    parts = []
+    for piece in (ids[:, :6], *ids[:, 6:].split(step, dim=1)):
+        output = model(piece, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        parts.append(output.logits)
+    assert torch.allclose(torch.cat(parts, dim=1), model(ids).logits, atol=1e-5)
+
+
+def test_a_cache_that_was_changed_asks_for_the_tokens_before(ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM, layer_types=["full_attention"] * 3)
+    full = model(ids).logits
+    cache = model(ids[:, :8], use_cache=True).past_key_values
+    cache.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="context_ids"):
+        model(ids[[1, 0], 8:9], past_key_values=cache)
+    logits = model(ids[[1, 0], 8:9], past_key_values=cache, context_ids=ids[[1, 0], :8]).logits
+    assert torch.allclose(logits[:, 0], full[[1, 0], 8], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(num_beams=3),
+        dict(cache_implementation="static"),
+        dict(num_beams=2, cache_implementation="static"),
+        dict(prompt_lookup_num_tokens=2),
+        dict(use_cache=False),
+    ],
+)
+def test_ways_to_generate_agree(settings: dict, ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM)
+    row = ids[:1].repeat(1, 2) if "prompt_lookup_num_tokens" in settings else ids
+    common = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
+    plain = model.generate(row, num_beams=settings.get("num_beams", 1), use_cache=False, **common)
+    cached = model.generate(row, **settings, **common) if "use_cache" not in settings else model.generate(row, **common)
+    assert torch.equal(plain, cached)
+
+
+def test_sampling_depends_on_the_seed_alone(ids: torch.Tensor) -> None:
+    model, drawn = made(MemGPTForCausalLM), []
+    for seed, use_cache in ((0, True), (0, False), (1, True)):
+        torch.manual_seed(seed)
+        drawn.append(model.generate(ids, do_sample=True, max_new_tokens=12, eos_token_id=None, use_cache=use_cache))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("settings", [{}, dict(num_beams=2), dict(cache_implementation="static")])
+def test_generation_from_a_prefix_equals_the_full_pass(settings: dict, ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM)
+    prefix = torch.ones_like(ids)
+    common = dict(attention_mode="prefix", prefix_mask=prefix, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    plain = model.generate(ids, use_cache=False, num_beams=settings.get("num_beams", 1), **common)
+    assert torch.equal(plain, model.generate(ids, **settings, **common))
+    if not settings:
+        logits = model(plain, attention_mode="prefix", prefix_mask=prefix).logits
+        assert torch.equal(logits[:, 11:-1].argmax(-1), plain[:, 12:])
+
+
+def test_generation_goes_on_from_vectors(ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM, memory_layers=[])
+    common = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    vectors = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=vectors, **common), model.generate(ids, **common)[:, 12:])
+
+
+@pytest.mark.parametrize("problem, shape", [("regression", (2, 3)), ("multi_label_classification", (2, 3))])
+def test_texts_may_have_several_labels_or_numbers(problem: str, shape, ids: torch.Tensor) -> None:
+    model = made(MemGPTForSequenceClassification, num_labels=3, problem_type=problem)
+    logits = model(ids, labels=(labels := torch.ones(shape))).logits
+    expected = {
+        "regression": torch.nn.functional.mse_loss,
+        "multi_label_classification": torch.nn.functional.binary_cross_entropy_with_logits,
+    }[problem](logits, labels)
+    assert model(ids, labels=labels).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_fewer_tokens_are_possible_too(ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM)
+    model.resize_token_embeddings(40)
+    assert model(ids.clamp(max=39)).logits.shape == (2, 12, 40)
+    assert len(model.model.ngram_hash.canonical_ids) == 40
+
+
+def test_another_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
+    tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=10)
+    BertModel(tiny).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="bert") as caught:
+        MemGPTForCausalLM.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5])
+def test_a_damaged_file_is_refused_in_one_line(keep: float, tmp_path: Path) -> None:
+    made(MemGPTForCausalLM).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match="damaged") as caught:
+        MemGPTForCausalLM.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_directory_is_transformers_own_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        MemGPTForCausalLM.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", [MemGPTForCausalLM, MemGPTForTokenClassification])
+def test_ids_and_lengths_beyond_the_model_are_refused(kind) -> None:
+    model = made(kind)
+    for bad in (64, -1):
+        with pytest.raises(ValueError, match="vocabulary"):
+            model(torch.tensor([[5, bad]]))
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        model(torch.full((1, 65), 5))
+    assert model(torch.full((1, 64), 5)).logits.shape[1] == 64
+
+
+def test_scaled_rotary_positions_reach_further() -> None:
+    scaled = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
+    assert made(MemGPTForCausalLM, rope_parameters=scaled)(torch.full((1, 128), 5)).logits.shape[1] == 128
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        made(MemGPTForCausalLM, rope_parameters=scaled)(torch.full((1, 129), 5))
