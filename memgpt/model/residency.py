@@ -178,14 +178,17 @@ def _stored(directory: Path) -> dict[int, _Stored]:
 
 
 class _Table(nn.Module):
-    """Rows come in the dtype and on the device of the model, which `like` follows."""
-
     kept: Residency
 
-    def __init__(self, like: torch.Tensor):
+    def __init__(self, owner: KnowledgeMemory):
         super().__init__()
-        self.like = nn.Buffer(like.detach().new_empty(0), persistent=False)
+        self._norm = (owner.key_norm,)  # in a tuple: it is not a part of this module
         self.training = False
+
+    @property
+    def like(self) -> torch.Tensor:
+        """A parameter of the model: rows are given in its dtype and on its device, also after they change."""
+        return self._norm[0].weight
 
     def train(self, mode: bool = True) -> "_Table":
         if mode:
@@ -198,8 +201,8 @@ class _Table(nn.Module):
 class MappedTable(_Table):
     kept = "mapped"
 
-    def __init__(self, stored: _Stored, like: torch.Tensor):
-        super().__init__(like)
+    def __init__(self, stored: _Stored, owner: KnowledgeMemory):
+        super().__init__(owner)
         self.stored = stored
 
     def forward(self, addresses: torch.Tensor) -> torch.Tensor:
@@ -218,9 +221,9 @@ class Int8Table(_Table):
 
     kept = "int8"
 
-    def __init__(self, weight: torch.Tensor, like: torch.Tensor):
-        super().__init__(like)
-        self.weight = nn.Buffer(weight.to(like.device))
+    def __init__(self, weight: torch.Tensor, owner: KnowledgeMemory):
+        super().__init__(owner)
+        self.weight = nn.Buffer(weight)
 
     def forward(self, addresses: torch.Tensor) -> torch.Tensor:
         return dequantise(self.weight[addresses], self.like.dtype)
@@ -234,10 +237,10 @@ class HostTable(_Table):
 
     kept = "host"
 
-    def __init__(self, rows: torch.Tensor, like: torch.Tensor, ngram_hash: NGramHash):
-        super().__init__(like)
+    def __init__(self, rows: torch.Tensor, owner: KnowledgeMemory, ngram_hash: NGramHash):
+        super().__init__(owner)
         self.rows = rows  # neither parameter nor buffer: the model moves to the device without it
-        self.ngram_hash = (ngram_hash,)  # in a tuple for the same reason
+        self.ngram_hash = (ngram_hash,)
         self._stream: torch.cuda.Stream | None = None
         self._ahead: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -383,9 +386,9 @@ def _check_residency(memory: str) -> None:
 @torch.no_grad()
 def _kept(memory: Residency, rows: Any, owner: KnowledgeMemory, ngram_hash: NGramHash) -> nn.Module:
     """A table of `rows`: a tensor or what is stored, with shape, dtype and slices."""
-    like, shape, dtype = owner.key.weight, tuple(rows.shape), rows.dtype
+    like, shape, dtype = owner.key_norm.weight, tuple(rows.shape), rows.dtype
     if memory == "mapped":
-        return MappedTable(rows, like)
+        return MappedTable(rows, owner)
     width = shape[1] - _SCALE_BYTES * (dtype == torch.int8)
     if memory == "resident":
         table = nn.Embedding(shape[0], width, padding_idx=0, device=like.device, dtype=like.dtype)
@@ -395,10 +398,10 @@ def _kept(memory: Residency, rows: Any, owner: KnowledgeMemory, ngram_hash: NGra
     if memory == "int8":
         packed = torch.empty(shape[0], width + _SCALE_BYTES, dtype=torch.int8, device=like.device)
         _copy(rows, packed, lambda part: part if dtype == torch.int8 else quantise(part))
-        return Int8Table(packed, like)
+        return Int8Table(packed, owner)
     host = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
     _copy(rows, host, lambda part: part)
-    return HostTable(host, like, copy.deepcopy(ngram_hash).cpu())
+    return HostTable(host, owner, copy.deepcopy(ngram_hash).cpu())
 
 
 def _copy(rows: Any, target: torch.Tensor, convert: Any) -> None:

@@ -125,6 +125,17 @@ def test_rows_past_the_held_part_are_the_same(model, directory: Path, ids: torch
             assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("memory", ["mapped", "host", "int8"])
+def test_a_placed_table_goes_with_half_precision_weights(memory, directory: Path, ids: torch.Tensor) -> None:
+    """Parameters may be converted one by one, as faster serving does, which leaves buffers as they are."""
+    models = [load(MemGPTForCausalLM, directory), load(MemGPTForCausalLM, directory, memory)]
+    for loaded in models:
+        for parameter in loaded.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    expected, found = (logits(loaded, ids).float() for loaded in models)
+    assert torch.equal(found, expected) if memory != "int8" else torch.allclose(found, expected, atol=0.1)
+
+
 def test_from_one_place_to_another(model, directory: Path, ids: torch.Tensor) -> None:
     moved = load(MemGPTForCausalLM, directory, "mapped")
     for memory in ("host", "resident", "host"):
