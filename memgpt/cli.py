@@ -415,6 +415,42 @@ def _registered(name: str, version: str, inputs: list[Any]) -> list[Any]:
 
 
 @app.command(rich_help_panel=LOOK)
+def explain(
+    text: Annotated[str, typer.Argument(help="What the model reads.")],
+    model: Annotated[Path, typer.Option(metavar="DIR", help="A model directory.")] = Path("models/base"),
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per token and layer.")] = False,
+) -> None:
+    """Show which n-grams' memory spoke for each token, and how loudly.
+
+    gate: what the context let through, 0 to 1. strength: what the memory added, against what was there.
+    Example: [bold]memgpt explain "Ada Brandt of Norvale Systems"[/]
+    """
+    _compute_with(_config())
+    from memgpt import inside
+
+    inside.explain(model, text, as_json)
+
+
+@app.command(rich_help_panel=LOOK)
+def usage(
+    model: Annotated[Path, typer.Option(metavar="DIR", help="A model directory.")] = Path("models/base"),
+    tokens: Annotated[Path, typer.Option(metavar="DIR", help="What tokenize wrote.")] = Path("data/tokens"),
+    split: Annotated[Literal["train", "validation"], typer.Option(help="Which part of it.")] = "train",
+    limit: Annotated[int, typer.Option(help="Read this many tokens at most.", min=1)] = 5_000_000,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per layer and n-gram order.")] = False,
+) -> None:
+    """Show how a text uses the memory's rows: touched and dead ones, and n-grams that share a row.
+
+    unlearned: rows that are still zero. in every head: n-grams without a row of their own.
+    Example: [bold]memgpt usage --split validation[/]
+    """
+    _compute_with(_config())
+    from memgpt import inside
+
+    inside.usage(model, tokens, split, limit, as_json)
+
+
+@app.command(rich_help_panel=LOOK)
 def ui() -> None:
     """Say how to open the Prefect UI (runs, logs, tables) and the MLflow UI (curves, models).
 

@@ -1,0 +1,164 @@
+"""What the memory does: which n-grams spoke for a token and how loudly, and how the rows of a table are used."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from memgpt.model.memory import KnowledgeMemory
+from memgpt.model.update import addresses, memories
+
+
+@torch.no_grad()
+def explain(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str, attention_mode: str = "causal"
+) -> list[dict[str, Any]]:
+    """A record per token of the text and memory layer:
+
+    position, token: its place, from 0, and its text. layer: index of the block. gate: in (0, 1), what the context lets
+    through. strength: norm of what the memory added over the norm of the hidden state it was added to.
+    ngrams: a record per n-gram order that reaches back no further than the end token before the text, {n, text, rows,
+    strength}: the rows of the table it was read from, and the strength of its part alone. Parts add up as vectors,
+    together with what the convolution carries over from the tokens before.
+
+    Raises:
+        ValueError: for a model without memory, or an empty text.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("text: is empty; give at least one word")
+    layers = memories(model)
+    ids = [tokenizer.eos_token_id, *ids]  # as in training, the end token leads a document
+    input_ids = torch.tensor([ids], device=model.device)
+    heard: dict[KnowledgeMemory, tuple[torch.Tensor, ...]] = {}
+
+    def listen(memory: KnowledgeMemory, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        heard[memory] = (*inputs, output)
+
+    handles = [memory.register_forward_hook(listen) for memory in layers.values()]
+    training = model.training
+    try:
+        model.eval().base_model(input_ids=input_ids, attention_mode=attention_mode, use_cache=False)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+    tokens = [tokenizer.decode([token]) for token in ids]
+    hash_ = model.base_model.ngram_hash
+    records = []
+    for layer, memory in layers.items():
+        hidden, rows, _, added = heard[memory]
+        rows = rows[:, hash_.lead :]
+        loudness = hidden[0].norm(dim=-1)
+        gate = memory.gate(hidden, memory.look_up(rows))[0, :, 0]
+        parts = {n: (part[0].norm(dim=-1) * gate / loudness).tolist() for n, part in _parts(memory, rows, hash_.ngrams)}
+        strength = (added[0].norm(dim=-1) / loudness).tolist()
+        for place in range(1, len(ids)):
+            reach = [(i, n) for i, n in enumerate(hash_.ngrams) if n <= place + 1]
+            records.append(
+                {
+                    "position": place - 1,
+                    "token": tokens[place],
+                    "layer": layer,
+                    "gate": gate[place].item(),
+                    "strength": strength[place],
+                    "ngrams": [
+                        {
+                            "n": n,
+                            "text": tokenizer.decode(ids[place - n + 1 : place + 1]),
+                            "rows": rows[0, place, i * hash_.heads : (i + 1) * hash_.heads].tolist(),
+                            "strength": parts[n][place],
+                        }
+                        for i, n in reach
+                    ],
+                }
+            )
+    return sorted(records, key=lambda record: (record["position"], record["layer"]))
+
+
+def _parts(memory: KnowledgeMemory, rows: torch.Tensor, ngrams: tuple[int, ...]) -> Iterable[tuple[int, torch.Tensor]]:
+    """Each order's share of the value before the convolution, [B, T, D]: W_v is linear, so they sum to it."""
+    entries = memory.look_up(rows).chunk(len(ngrams), dim=-1)
+    weights = memory.value.weight.chunk(len(ngrams), dim=-1)
+    for n, entry, weight in zip(ngrams, entries, weights, strict=True):
+        yield n, entry @ weight.T
+
+
+@torch.no_grad()
+def usage(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[dict[str, Any]]:
+    """A record per memory layer and n-gram order, on text given as input_ids, perhaps position_ids, [B, T]:
+
+    rows: of the order's part of the table, all heads together. touched, dead: how many were read by the text, and
+    never. expected_touched: what a perfectly even hash would give. unlearned: rows that are still all zero.
+    ngrams: distinct ones read, canonical. load: of these per row of a head. colliding: share of the n-grams that share
+    their row with another, mean over heads; expected_colliding: by an even hash. inseparable: share of the n-grams that
+    share their row with another in every head, so that none is theirs alone.
+
+    Addresses are the same in every layer, so only `unlearned` differs between layers.
+    """
+    layers = memories(model)
+    hash_ = model.base_model.ngram_hash
+    heads, size, base = hash_.heads, hash_.rows, len(hash_.canonical_ids) | 1
+    seen: dict[int, tuple[np.ndarray, np.ndarray]] = {
+        n: (np.zeros(0, np.int64), np.zeros((0, heads), np.int64)) for n in hash_.ngrams
+    }
+    for batch in batches:
+        canonical = hash_.canonical_ids[batch["input_ids"].to(model.device)].cpu()
+        rows = addresses(model, batch).cpu()
+        for i, n in enumerate(hash_.ngrams):
+            seen[n] = _distinct(seen[n], canonical, rows[..., i * heads : (i + 1) * heads], n, base)
+    records = []
+    for layer, memory in layers.items():
+        zero = ~memory.table.weight.any(dim=1)
+        for i, n in enumerate(hash_.ngrams):
+            records.append(
+                {
+                    "layer": layer,
+                    "n": n,
+                    "rows": heads * size,
+                    "unlearned": int(zero[1 + i * heads * size : 1 + (i + 1) * heads * size].sum()),
+                    **_collisions(seen[n][1], size),
+                }
+            )
+    return records
+
+
+def _distinct(
+    seen: tuple[np.ndarray, np.ndarray], canonical: torch.Tensor, rows: torch.Tensor, n: int, base: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Add a batch's n-grams, canonical ids [B, T] and their rows [B, T, heads], to (keys [N], rows [N, heads]).
+
+    A key is the n-gram written in `base`; odd, so that where the number overflows it is still a fair hash.
+    """
+    key = torch.zeros_like(canonical)
+    for step in range(n):
+        key = key * base + canonical.roll(step, dims=1)  # what rolls over the edge has no address
+    valid = rows[..., 0] != 0
+    keys = np.concatenate((seen[0], key[valid].numpy()))
+    keys, first = np.unique(keys, return_index=True)
+    return keys, np.concatenate((seen[1], rows[valid].numpy()))[first]
+
+
+def _collisions(rows: np.ndarray, size: int) -> dict[str, Any]:
+    """rows [N, heads] of N distinct n-grams, in tables of `size` rows per head."""
+    count, heads = rows.shape
+    shared = np.zeros((count, heads), bool)
+    touched = 0
+    for head in range(heads):
+        _, inverse, loads = np.unique(rows[:, head], return_inverse=True, return_counts=True)
+        shared[:, head] = loads[inverse] > 1
+        touched += len(loads)
+    free = 1 - 1 / size
+    return {
+        "touched": touched,
+        "expected_touched": round(heads * size * (1 - free**count), 1),
+        "dead": heads * size - touched,
+        "ngrams": count,
+        "load": count / size,
+        "colliding": float(shared.mean()) if count else 0.0,
+        "expected_colliding": 1 - free ** (count - 1) if count else 0.0,
+        "inseparable": float(shared.all(axis=1).mean()) if count else 0.0,
+    }

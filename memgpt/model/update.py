@@ -1,0 +1,133 @@
+"""Learning new text without forgetting: train only the memory rows that it touches more than the old text did.
+
+After *Continual Learning via Sparse Memory Finetuning* (arXiv 2510.15103). An address depends on token ids alone, so
+which rows a text reads is known before any training, and is the same in every memory layer: one count per row serves
+all of them. Row 0, which n-grams without a row read, is counted and never trained.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from memgpt.model.memory import KnowledgeMemory
+
+USAGE_FILE = "memory_usage.safetensors"
+_LARGEST = (1 << 32) - 1  # counts are stored in 32 bits; one that is larger stays at this
+
+
+def memories(model: PreTrainedModel) -> dict[int, KnowledgeMemory]:
+    """Index of the block → its memory.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    found = {i: layer.memory for i, layer in enumerate(model.base_model.layers) if layer.memory is not None}
+    if not found:
+        raise ValueError("memory_layers is empty: the model has no memory to read or to update")
+    return found
+
+
+@torch.no_grad()
+def addresses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Rows that a batch reads: input_ids [B, T], perhaps with position_ids of packed documents → [B, T, R]."""
+    ids, positions = batch["input_ids"], batch.get("position_ids")
+    if positions is None:
+        positions = torch.arange(ids.shape[1])[None]
+    hash_ = model.base_model.ngram_hash
+    return hash_(ids.to(model.device), positions.to(model.device))[:, hash_.lead :]
+
+
+def count_rows(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """How often the batches read each row of a memory table: int64 [rows]."""
+    size = len(next(iter(memories(model).values())).table.weight)
+    counts = torch.zeros(size, dtype=torch.int64)
+    for batch in batches:
+        counts += addresses(model, batch).flatten().bincount(minlength=size).cpu()
+    return counts
+
+
+def save_usage(counts: torch.Tensor, directory: Path | str) -> None:
+    """Keep counts [rows] beside the model that was trained on the text they are of."""
+    save_file({"counts": counts.clamp(max=_LARGEST).to(torch.uint32)}, Path(directory) / USAGE_FILE)
+
+
+def load_usage(directory: Path | str) -> torch.Tensor:
+    """Counts [rows] of all text that a model directory was trained on.
+
+    Raises:
+        ValueError: if none were saved there.
+    """
+    path = Path(directory) / USAGE_FILE
+    if not path.is_file():
+        raise ValueError(f"{path}: not found; without it nothing tells which rows the model needs: pretrain it again")
+    return load_file(path)["counts"].to(torch.int64)
+
+
+def surplus(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """What tells the new text from the old one, per row, from counts [rows] of both:
+
+        p_new · log(p_new / p_old),  p_new = new / Σ new,  p_old = (old + 1) / Σ (old + 1).
+
+    It is the row's term of the Kullback-Leibler divergence: how often the new text needs the row, times a weight that
+    falls with how often the old one does, as in tf-idf. Positive where the new text reads the row more than the old.
+    """
+    p_new = new / new.sum().clamp(min=1)
+    p_old = (old + 1) / (old + 1).sum()
+    return torch.where(new > 0, p_new * torch.log(p_new / p_old), 0.0)
+
+
+def choose_rows(new: torch.Tensor, old: torch.Tensor, share: float) -> torch.Tensor:
+    """The rows to train, bool [rows]: of those that the new text reads, the `share` with the largest `surplus`.
+
+    Rows that the new text does not read more than the old one are left out, however large the share.
+
+    Raises:
+        ValueError: for counts of two different tables, or a share outside (0, 1].
+    """
+    if new.shape != old.shape:
+        raise ValueError(f"memory usage: {len(old)} rows were counted, the model's tables have {len(new)}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: expected a number above 0 and at most 1")
+    score = surplus(new, old)
+    score[0] = 0.0
+    best = score.topk(max(1, round(share * int((new[1:] > 0).sum()))))
+    chosen = torch.zeros(len(new), dtype=torch.bool)
+    chosen[best.indices] = best.values > 0
+    return chosen
+
+
+def restrict_to_memory(model: PreTrainedModel, rows: torch.Tensor | None = None) -> None:
+    """Freeze everything but the memory tables, and of these all but `rows`, bool [rows]; None leaves all of them.
+
+    Whatever else a loop does, every other row and weight keeps its bits, as long as the optimizer changes nothing that
+    has a zero gradient: no weight decay on the tables. Call it before the optimizer is made, once per model.
+    """
+    model.requires_grad_(False)
+    for memory in memories(model).values():
+        table = memory.table.weight
+        table.requires_grad_(True)
+        if rows is not None:
+            table.register_hook(_Keep(rows.to(table.device)))
+
+
+class _Keep:
+    """gradient [rows, M] of a table → the same for the kept rows and zero, or absent, for all others."""
+
+    def __init__(self, rows: torch.Tensor):
+        self.rows = rows
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        if not gradient.is_sparse:
+            return gradient.masked_fill(~self.rows[:, None], 0.0)
+        gradient = gradient.coalesce()
+        kept = self.rows[gradient.indices()[0]]
+        return torch.sparse_coo_tensor(
+            gradient.indices()[:, kept],
+            gradient.values()[kept],
+            gradient.shape,
+            is_coalesced=True,
+            check_invariants=False,
+        )
