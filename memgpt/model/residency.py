@@ -205,6 +205,7 @@ class MappedTable(_Table):
         super().__init__(owner)
         self.stored = stored
 
+    @torch.compiler.disable  # reads a file
     def forward(self, addresses: torch.Tensor) -> torch.Tensor:
         stored, rows = self.stored, addresses.flatten().cpu().numpy()
         if not len(rows):
@@ -263,6 +264,7 @@ class HostTable(_Table):
             rows
         )
 
+    @torch.compiler.disable  # what was fetched ahead changes from call to call
     def forward(self, addresses: torch.Tensor) -> torch.Tensor:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and self._stream is not None:

@@ -161,6 +161,15 @@ def test_what_was_fetched_ahead_is_used_only_for_its_ids(directory: Path, ids: t
 
 
 @pytest.mark.parametrize("memory", ["mapped", "int8", "host"])
+def test_compiled_code_reads_the_same_rows(memory, directory: Path, ids: torch.Tensor) -> None:
+    loaded = load(MemGPTForCausalLM, directory, memory)
+    expected = logits(loaded, ids)
+    block = loaded.model.layers[0].memory
+    block.compile(backend="eager")
+    assert torch.allclose(logits(loaded, ids), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["mapped", "int8", "host"])
 def test_such_a_model_does_not_learn(memory, directory: Path) -> None:
     loaded = load(MemGPTForCausalLM, directory, memory)
     with pytest.raises(ValueError, match="memory='resident'"):
