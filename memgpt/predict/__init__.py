@@ -7,11 +7,24 @@ from typing import Any, Protocol
 class Predictor(Protocol):
     """What every file here offers under the same name."""
 
+    model: Any
+
     def predict(self, inputs: list[Any]) -> list[Any]: ...
 
 
-def load(task: str, directory: Path | str, device: str = "cpu") -> Predictor:
-    """The predictor of `base`, `ner`, `sentiment` or `recommendation` from a model directory."""
+def load(
+    task: str, directory: Path | str, device: str = "cpu", weights: str = "float32", compile: bool = False
+) -> Predictor:
+    """The predictor of `base`, `ner`, `sentiment` or `recommendation` from a model directory.
+
+    weights, compile: as in `memgpt.model.serving.accelerate`. By default the answers are those that were judged, to
+    the last digit; "bfloat16" is the faster, and moves a probability by some thousandths.
+    """
     from importlib import import_module
 
-    return import_module(f"memgpt.predict.{task}").Predictor(directory, device)
+    predictor: Predictor = import_module(f"memgpt.predict.{task}").Predictor(directory, device)
+    if weights != "float32" or compile:
+        from memgpt.model.serving import accelerate
+
+        accelerate(predictor.model, weights, compile)
+    return predictor

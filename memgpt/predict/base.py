@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTForCausalLM
-from memgpt.predict.batching import by_length, pad
+from memgpt.predict.batching import batch_size, by_length, pad
 
 WINDOW = 512  # tokens read at once; the first of the next window is predicted from the last of this one alone
 
@@ -32,7 +32,7 @@ class Predictor:
                 rows.append(ids[first : first + WINDOW + 1])
                 owners.append(index)
         nats, tokens = [0.0] * len(inputs), [0] * len(inputs)
-        for batch in by_length(rows):
+        for batch in by_length(rows, batch_size(self.model)):
             arguments = pad([rows[i] for i in batch], self.model.config.pad_token_id or 0, self.device)
             logits = self.model(**arguments, use_cache=False).logits[:, :-1].float()
             target, kept = arguments["input_ids"][:, 1:], arguments["attention_mask"][:, 1:]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 TOKENS_PER_BATCH = 8192  # padding included
 
@@ -18,6 +19,11 @@ def by_length(rows: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> 
         batch.append(row)
     if batch:
         yield batch
+
+
+def batch_size(model: PreTrainedModel) -> int:
+    """Tokens that a model reads at once: of an accelerated one on a CPU as many as stay in its cache."""
+    return 2048 if model.device.type == "cpu" and model.dtype == torch.bfloat16 else TOKENS_PER_BATCH
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTForTokenClassification
-from memgpt.predict.batching import by_length, pad
-from memgpt.predict.words import encode_words, joined_words, spans_from_tags, split_words, windows
+from memgpt.predict.batching import batch_size, by_length, pad
+from memgpt.predict.words import encode_rows, joined_words, spans_from_tags, split_words, windows
 
 
 class Predictor:
@@ -26,10 +26,9 @@ class Predictor:
         """
         texts = [text if isinstance(text, str) else " ".join(text) for text in inputs]
         places = [split_words(t) if isinstance(t, str) else joined_words(t) for t in inputs]
-        encoded = [
-            encode_words(self.tokenizer, [text[a:b] for a, b in spans]) if spans else []
-            for text, spans in zip(texts, places, strict=True)
-        ]
+        encoded = encode_rows(
+            self.tokenizer, [[text[a:b] for a, b in spans] for text, spans in zip(texts, places, strict=True)]
+        )
         answers = []
         for text, spans, tags in zip(texts, places, self._tag(encoded), strict=True):
             entities = []
@@ -54,20 +53,16 @@ class Predictor:
         rows = [[*chain.from_iterable(encoded[text][first:last])][:size] for text, first, last in jobs]
         names = self.model.config.id2label
         best: list[list[tuple[int, str, float]]] = [[(-1, "O", 0.0)] * len(words) for words in encoded]
-        for batch in by_length(rows):
+        for batch in by_length(rows, batch_size(self.model)):
             arguments = pad([rows[i] for i in batch], self.tokenizer.pad_token_id, self.device)
-            probabilities = self.model(**arguments).logits.float().softmax(-1)
-            values, labels = probabilities.max(-1)
+            best_of = self.model(**arguments).logits.float().softmax(-1).max(-1)
+            values, labels = best_of.values.tolist(), best_of.indices.tolist()
             for row, i in enumerate(batch):
                 text, first, last = jobs[i]
                 position = 0
                 for word in range(first, last):
                     shown = min(word - first, last - 1 - word)  # words around it on its poorer side
                     if position < len(rows[i]) and shown > best[text][word][0]:
-                        best[text][word] = (
-                            shown,
-                            names[labels[row, position].item()],
-                            values[row, position].item(),
-                        )
+                        best[text][word] = (shown, names[labels[row][position]], values[row][position])
                     position += len(encoded[text][word])
         return [[(tag, probability) for _, tag, probability in words] for words in best]

@@ -70,8 +70,9 @@ class Served(PythonModel):
     def load_context(self, context: Any) -> None:
         from memgpt.predict import load
 
-        device = context.model_config["device"]  # load_model(uri, model_config={"device": "cuda"}) serves from a GPU
-        self.predictor = load(context.model_config["task"], context.artifacts["model"], device)
+        # load_model(uri, model_config={"device": "cuda", "weights": "bfloat16"}) serves from a GPU, and faster
+        settings = dict(context.model_config)
+        self.predictor = load(settings.pop("task"), context.artifacts["model"], **settings)
 
 
 class Base(Served):

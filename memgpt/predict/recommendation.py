@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memgpt.model import MemGPTForRecommendation
-from memgpt.predict.batching import by_length, pad
+from memgpt.predict.batching import batch_size, by_length, pad
 
 INDEX, VECTORS = "items.json", "items.safetensors"
 
@@ -40,7 +40,7 @@ def item_vectors(model: MemGPTForRecommendation, tokenizer: PreTrainedTokenizerF
     """Texts → unit vectors [N, P]."""
     rows = encode_items(tokenizer, texts, model.config.window)
     vectors = torch.zeros(len(rows), model.config.pooled_size)
-    for batch in by_length(rows):
+    for batch in by_length(rows, batch_size(model)):
         arguments = pad([rows[i] for i in batch], tokenizer.pad_token_id, model.device)
         vectors[batch] = model.encode_item(**arguments).float().cpu()
     return vectors
@@ -92,7 +92,8 @@ class Predictor:
             scores, names = self._candidates(row.get("candidates"), new)
             if history:
                 latest = torch.stack([self._vector(item, new) for item in history[-self.model.config.max_history :]])
-                interest = self.model.head.encode_reader(latest[None].to(self.device))[0, -1].float().cpu()
+                latest = latest[None].to(self.device, self.model.dtype)
+                interest = self.model.head.encode_reader(latest)[0, -1].float().cpu()
                 ratings = scores @ interest
             else:
                 chosen = torch.tensor([self._chosen(item) for item, _ in names])

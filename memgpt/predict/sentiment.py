@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTForSequenceClassification
-from memgpt.predict.batching import by_length, pad
+from memgpt.predict.batching import batch_size, by_length, pad
 
 
 class Predictor:
@@ -20,15 +20,14 @@ class Predictor:
     def predict(self, inputs: list[str | dict[str, Any]]) -> list[dict[str, Any]]:
         """Per text (or {text, topic}): {label, scores: {label: probability}, topic}. The topic is passed through."""
         rows = [{"text": row, "topic": None} if isinstance(row, str) else row for row in inputs]
-        ids = [
-            self.tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True, verbose=False)[
-                "input_ids"
-            ][: self.model.config.window]
-            for row in rows
-        ]
+        texts, window = [row["text"] for row in rows], self.model.config.window
+        if not texts:
+            return []
+        encoding = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids = [row[:window] for row in encoding["input_ids"]]
         names = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         answers: list[dict[str, Any]] = [{} for _ in rows]
-        for batch in by_length(ids):
+        for batch in by_length(ids, batch_size(self.model)):
             arguments = pad([ids[i] for i in batch], self.tokenizer.pad_token_id, self.device)
             for i, scores in zip(batch, self.model(**arguments).logits.float().softmax(-1).tolist(), strict=True):
                 best = max(range(len(names)), key=scores.__getitem__)

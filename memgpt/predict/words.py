@@ -34,13 +34,27 @@ def joined_words(words: Sequence[str]) -> list[tuple[int, int]]:
 
 def encode_words(tokenizer: "PreTrainedTokenizerFast", words: Sequence[str]) -> list[list[int]]:
     """Subword ids of each word; a word that vanishes (white space only) still gets one padding id."""
+    return encode_rows(tokenizer, [words])[0]
+
+
+def encode_rows(tokenizer: "PreTrainedTokenizerFast", rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """The same for the words of many texts in one call."""
+    if not rows:
+        return []
     encoding = tokenizer(
-        list(words), is_split_into_words=True, add_special_tokens=False, split_special_tokens=True, verbose=False
+        [list(words) for words in rows],
+        is_split_into_words=True,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        verbose=False,
     )
-    pieces: list[list[int]] = [[] for _ in words]
-    for word, token in zip(encoding.word_ids(), encoding["input_ids"], strict=True):
-        pieces[word].append(token)
-    return [piece or [tokenizer.pad_token_id] for piece in pieces]
+    encoded = []
+    for row, words in enumerate(rows):
+        pieces: list[list[int]] = [[] for _ in words]
+        for word, token in zip(encoding.word_ids(row), encoding["input_ids"][row], strict=True):
+            pieces[word].append(token)
+        encoded.append([piece or [tokenizer.pad_token_id] for piece in pieces])
+    return encoded
 
 
 def windows(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:

@@ -1,0 +1,145 @@
+"""Faster answers from a finished model: half-precision or int8 weights, grouped attention, compiled code.
+
+Nothing here changes what the model means; how far its numbers may move is stated and tested. An accelerated model is
+for inference alone, and its weights are rounded for good: save the original.
+"""
+
+import warnings
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation import CompileConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from memgpt.model.memory import KnowledgeMemory
+
+WEIGHTS = ("float32", "bfloat16", "int8")
+_FEW = 64  # rows up to which reading the weights, not multiplying by them, is what a product costs
+_SHORT = 96  # tokens up to which one product for a whole group beats the blocks of sdpa
+
+
+def accelerate(model: PreTrainedModel, weights: str = "bfloat16", compile: bool = False) -> PreTrainedModel:
+    """Prepare a model for answering, in place; `generate` and calls stay what they were.
+
+    weights: "float32" leaves them; "bfloat16" halves them; "int8" also rounds the trunk's and the output's matrices to
+    8 bits with a scale per row, which pays where few tokens are computed at once (decoding). compile: translate the
+    step of `generate`, over a cache of fixed size, or the blocks of a model that does not generate. That takes 15 to
+    60 s at the first calls, and again for another number of texts to generate, or another length of prompt and answer
+    together unless `generation_config.max_cache_len` covers it.
+
+    Raises:
+        ValueError: unknown weights.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
+    model.eval().requires_grad_(False)
+    if weights != "float32":
+        if not multiplies_bfloat16(model.device):
+            warnings.warn(f"weights={weights!r}: slow on this {model.device.type}, which lacks bfloat16", stacklevel=2)
+        for parameter in model.parameters():  # not `.to`, which would round the rotary frequencies too
+            parameter.data = parameter.data.to(torch.bfloat16)
+        model.config.dtype = torch.bfloat16
+    if weights == "int8":
+        for module in [*model.base_model.modules(), model]:
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, Int8Linear(child))
+    if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":
+        model.set_attn_implementation("grouped_sdpa")
+    if compile:
+        _compile(model)
+    return model
+
+
+def _compile(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        # The class leaves the look-up out of compiled code, for its sparse gradients.
+        if isinstance(module, KnowledgeMemory) and type(module.table) is nn.Embedding:
+            module.look_up = MethodType(_look_up, module)
+    if not model.can_generate():
+        for block in model.base_model.layers:  # one by one: blocks of one kind share their code
+            block.compile(dynamic=True)
+        model.base_model.ngram_hash.compile(dynamic=True)
+        return
+    settings = CompileConfig(fullgraph=False, mode="default")
+    settings._compile_all_devices = True  # transformers compiles on GPUs alone
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.compile_config = settings
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has instructions for bfloat16; without, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class Int8Linear(nn.Module):
+    """A linear map whose weight [out, in] is stored as int8, with a scale per output (symmetric, rounded to nearest).
+
+    The activations stay bfloat16, so only the weights' rounding, at most 1/254 of a row's largest, is added.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        self.weight = nn.Buffer((weight / scale[:, None]).round().to(torch.int8))
+        self.scale = nn.Buffer(scale.to(torch.bfloat16))
+        self.bias = linear.bias
+        # The kernel reads 16 inputs at a time, and past the end if there are fewer.
+        self.packed = weight.device.type == "cpu" and weight.shape[1] % 16 == 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self.packed and rows.shape[0] <= _FEW:
+            out = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
+        else:
+            out = nn.functional.linear(rows, self.weight.to(x.dtype) * self.scale[:, None])
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*x.shape[:-1], -1)
+
+
+def _look_up(memory: KnowledgeMemory, addresses: torch.Tensor) -> torch.Tensor:
+    """As `KnowledgeMemory.look_up`."""
+    return memory.table(addresses).flatten(-2)
+
+
+def grouped_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' sdpa for CPUs, but the queries of a group meet their shared key and value head in one product
+    where they are few: short texts, and decoding. sdpa there copies heads, and so the cache, for every query.
+
+    query [B, H, T, W], key and value [B, G, S, W], attention_mask [B or 1, 1, T, S] (true: seen) → [B, T, H, W].
+    """
+    batch, heads, length, width = query.shape
+    if length > _SHORT or (length > 1 and is_causal and attention_mask is None):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    groups, times = key.shape[1], heads // key.shape[1]
+    query = (query * scaling).transpose(1, 2).reshape(batch, length, groups, times, width)
+    query = query.transpose(1, 2).reshape(batch, groups, length * times, width)
+    scores = (query @ key.transpose(2, 3)).view(batch, groups, length, times, -1)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask[:, :, :, None], torch.finfo(scores.dtype).min)
+    output = scores.softmax(dim=-1).view(batch, groups, length * times, -1) @ value
+    return output.view(batch, groups, length, times, width).transpose(1, 2).reshape(batch, length, heads, width), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("grouped_sdpa", grouped_sdpa)
+ALL_MASK_ATTENTION_FUNCTIONS.register("grouped_sdpa", sdpa_mask)

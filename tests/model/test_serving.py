@@ -1,0 +1,135 @@
+"""An accelerated model gives the answers of the original, within what rounding its weights allows."""
+
+import copy
+
+import pytest
+import torch
+
+from memgpt import predict
+from memgpt.model import MemGPTConfig, MemGPTForCausalLM, MemGPTForTokenClassification, MemGPTTokenizer
+from memgpt.model.config import GLOBAL, LOCAL
+from memgpt.model.serving import Int8Linear, accelerate
+
+SHAPE = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    layer_types=[LOCAL, GLOBAL, LOCAL],
+    sliding_window=6,
+    memory_rows=97,
+    memory_dim=8,
+    initializer_range=0.2,
+    eos_token_id=None,
+    num_labels=5,
+)
+
+
+def made(kind: type = MemGPTForCausalLM, **changes):
+    torch.manual_seed(0)
+    model = kind(MemGPTConfig(**{**SHAPE, **changes})).eval()
+    for layer in model.model.layers:
+        if layer.memory is not None:
+            torch.nn.init.normal_(layer.memory.table.weight[1:])
+    return model
+
+
+def tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def greedy(model: MemGPTForCausalLM, ids: torch.Tensor, **changes) -> torch.Tensor:
+    mask = (ids != 0).long()
+    return model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **changes)
+
+
+def distance(model, exact, ids: torch.Tensor, **arguments) -> float:
+    """Largest difference of logits, in standard deviations of the exact ones."""
+    with torch.no_grad():
+        wanted, got = exact(ids, **arguments).logits, model(ids, **arguments).logits.float()
+    return ((got - wanted).abs().max() / wanted.std()).item()
+
+
+@pytest.mark.parametrize("length", [3, 9, 130])
+@pytest.mark.parametrize("kind", [MemGPTForCausalLM, MemGPTForTokenClassification])
+def test_grouped_attention_is_attention(kind, length: int) -> None:
+    exact = made(kind)
+    model = accelerate(copy.deepcopy(exact), "float32")
+    assert model.config._attn_implementation == "grouped_sdpa"
+    ids = tokens(2, length)
+    assert distance(model, exact, ids) < 1e-4
+    mask = torch.ones_like(ids)
+    mask[1, length - 2 :] = 0
+    with torch.no_grad():
+        wanted, got = (m(ids, attention_mask=mask).logits for m in (exact, model))
+    assert torch.allclose(got[0], wanted[0], atol=1e-4)
+    assert torch.allclose(got[1, : length - 2], wanted[1, : length - 2], atol=1e-4)
+
+
+def test_the_same_tokens_are_generated() -> None:
+    exact = made()
+    model = accelerate(copy.deepcopy(exact), "float32")
+    ids = tokens(2, 10)
+    assert torch.equal(greedy(model, ids), greedy(exact, ids))
+    padded = torch.nn.functional.pad(ids, (3, 0))
+    assert torch.equal(greedy(model, padded)[:, 3:], greedy(exact, ids))
+    assert torch.equal(greedy(model, ids, cache_implementation="static"), greedy(exact, ids))
+
+
+@pytest.mark.parametrize("weights, error", [("bfloat16", 0.15), ("int8", 0.3)])
+def test_rounded_weights_move_the_logits_a_little(weights: str, error: float) -> None:
+    exact = made()
+    model = accelerate(copy.deepcopy(exact), weights)
+    assert 0 < distance(model, exact, tokens(2, 20)) < error
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32, "rounded, far positions would turn wrongly"
+    far = torch.arange(3000, 3020)[None]
+    assert distance(model, exact, tokens(1, 20), position_ids=far) < error
+    assert greedy(model, tokens(2, 5)).shape == (2, 17)
+
+
+@pytest.mark.parametrize("inputs, rows", [(16, 1), (16, 64), (48, 3), (32, 65), (12, 2)])
+def test_int8_products_are_within_the_rounding(inputs: int, rows: int) -> None:
+    linear = torch.nn.Linear(inputs, 7)
+    x = torch.randn(1, rows, inputs, generator=torch.Generator().manual_seed(2)).bfloat16()
+    wanted = linear(x.float())
+    steps = linear.weight.abs().amax(dim=1) / 254 * x.float().abs().sum(-1, keepdim=True)
+    got = Int8Linear(linear.bfloat16())(x)
+    assert got.shape == wanted.shape
+    assert ((got.float() - wanted).abs() <= steps + 0.02 * wanted.abs() + 0.02).all()
+
+
+def test_int8_leaves_no_matrix_behind() -> None:
+    model = accelerate(made(), "int8")
+    assert not [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert model.lm_head.weight.dtype == torch.int8
+
+
+def test_compiled_steps_generate_the_same_tokens() -> None:
+    exact = made(num_hidden_layers=2, layer_types=[LOCAL, GLOBAL])
+    model = accelerate(copy.deepcopy(exact), "float32", compile=True)
+    model.generation_config.compile_config.backend = "eager"  # the graphs, without the minutes of code generation
+    ids = tokens(2, 3)  # the local window fills up on the way
+    assert torch.equal(greedy(model, ids), greedy(exact, ids))
+
+
+def test_unknown_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="weights='int4'"):
+        accelerate(made(), "int4")
+
+
+def test_a_predictor_answers_alike_when_accelerated(tmp_path) -> None:
+    texts = ["Ada Brandt of Norvale Systems fell in Port Dunham, said the bank.", "Ada fell", "", "the bank"] * 2
+    tokenizer = MemGPTTokenizer.train(texts, 300, 1)
+    tags = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC", 4: "I-LOC"}
+    torch.manual_seed(0)
+    settings = MemGPTConfig(**{**SHAPE, "vocab_size": len(tokenizer)}, id2label=tags)
+    MemGPTForTokenClassification(settings).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    exact, fast = (predict.load("ner", tmp_path, weights=weights).predict(texts) for weights in ("float32", "bfloat16"))
+    assert any(exact)
+    for one, other in zip(exact, fast, strict=True):
+        assert [(e["start"], e["end"], e["type"]) for e in one] == [(e["start"], e["end"], e["type"]) for e in other]
+        for e, f in zip(one, other, strict=True):
+            assert e["score"] == pytest.approx(f["score"], abs=0.03)
