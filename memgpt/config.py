@@ -83,7 +83,8 @@ class Training(Section):
 
 class Pretrain(Training):
     """learning_rate is that of AdamW, matrix_learning_rate Muon's. masked_share_*: share of the steps that predict
-    masked tokens, at the start and the end of the run. update: which weights a run that starts from `init` changes."""
+    masked tokens, at the start and the end of the run. update: which weights a run that starts from `init` changes;
+    "memory" changes, of the memory rows that the new text reads more than the old did, the best `update_share`."""
 
     init: str | None
     preset: Literal["tiny", "small", "base"]
@@ -95,6 +96,8 @@ class Pretrain(Training):
     masked_share_end: Fraction
     mask_fraction: Annotated[float, Field(gt=0, lt=1)]
     z_loss: NonNegative
+    update: Literal["all", "memory"]
+    update_share: Annotated[float, Field(gt=0, le=1)]
     compile: bool
 
 

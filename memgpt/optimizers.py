@@ -105,6 +105,6 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
         for gradient in sparse:
             gradient._values().mul_(scale)
     norm = torch.nn.utils.get_total_norm(dense)
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(dense, scale)
+    if dense:
+        torch._foreach_mul_(dense, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -17,7 +17,7 @@ from memgpt import cli, config
 from memgpt.errors import UserError
 
 STAGES = ["snapshot", "ingest", "validate", "tokenize", "pretrain", "multitask", "finetune", "evaluate"]
-COMMANDS = [*STAGES, "retrain", "promote", "rollback", "verify", "predict", "ui"]
+COMMANDS = [*STAGES, "convert", "retrain", "promote", "rollback", "verify", "predict", "explain", "usage", "ui"]
 
 
 def memgpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -35,7 +35,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_help_shows_every_command_in_its_group() -> None:
     told = memgpt("--help").stdout
-    positions = [told.index(f" {name} ") for name in ("Stages", "Flows", "Registry", "Look")]
+    positions = [told.index(f" {name} ") for name in ("Stages", "Flows", "Models", "Registry", "Look")]
     assert positions == sorted(positions)
     for command in COMMANDS:
         assert f"│ {command} " in told

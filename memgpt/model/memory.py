@@ -120,10 +120,11 @@ class KnowledgeMemory(nn.Module):
         value = self.convolve(self.value(entry), position_ids)
         return self.gate(hidden, entry[:, self.lead :]) * value
 
-    @torch.compiler.disable  # sparse gradients are not compiled, and a table need not be in memory
     def look_up(self, addresses: torch.Tensor) -> torch.Tensor:
         """addresses [B, T, R] → rows side by side, [B, T, R·M]."""
-        return self.table(addresses).flatten(-2)
+        sparse = getattr(self.table, "sparse", False)  # gradients of this kind are not compiled
+        table = torch.compiler.disable(self.table) if sparse else self.table
+        return table(addresses).flatten(-2)
 
     def gate(self, hidden: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
         """How much of an entry [B, T, R·M] the context hidden [B, T, D] lets through: [B, T, 1] in (0, 1)."""

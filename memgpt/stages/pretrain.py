@@ -10,13 +10,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
 from memgpt import atomic, checkpoint, lineage
-from memgpt.config import Config
+from memgpt.config import Config, Pretrain
 from memgpt.errors import UserError
 from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM, canonical_ids
+from memgpt.model.update import USAGE_FILE, choose_rows, count_rows, load_usage, restrict_to_memory, save_usage
 from memgpt.objectives import Pretraining
 from memgpt.optimizers import for_pretraining
 from memgpt.training import Log, train
 
+TABLE = "memory.table.weight"
 VALIDATION_ROWS = 512  # read for the held-out loss; more would not change its third digit
 
 TOKENIZER, TOKENS, BASE = Path("models/tokenizer"), Path("data/tokens"), Path("models/base")
@@ -63,9 +65,12 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     set_seed(params.seed)
     model = _initial_model(config, tokenizer)
     parent = Path(params.init) if params.init and Path(params.init).is_dir() else None
-    stored, tables = model.num_parameters(), sum(table.numel() for table in _tables(model))
+    stored, tables = model.num_parameters(), sum(p.numel() for n, p in model.named_parameters() if n.endswith(TABLE))
     size = f"{(stored - tables) / 1e6:.1f} M active parameters, {tables / 1e6:.1f} M in memory tables"
     print(f"pretrain: {params.init or params.preset}, {size}", file=sys.stderr)
+    usage = count_rows(model, DataLoader(data, batch_size=64, collate_fn=_stack)) if tables else None
+    if params.update == "memory":
+        _update_memory_only(model, usage, params)
     inputs = [TOKENIZER, TOKENS, *([parent] if parent else [])]
     checkpoints = checkpoint.directory("pretrain", params.model_dump(), inputs)
     train(
@@ -92,6 +97,9 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     with atomic.replacing(BASE) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        if usage is not None:
+            known = parent is not None and (parent / USAGE_FILE).exists()
+            save_usage(usage + load_usage(parent) if known and parent else usage, directory)
         lineage.write(directory, "pretrain", inputs, params.model_dump(), parent, params.seed, metrics)
     checkpoint.discard(checkpoints)
     return metrics
@@ -127,14 +135,14 @@ def _initial_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MemGPT
         if config_there.model_type != MemGPTConfig.model_type:
             raise UserError(
                 f"pretrain.init={params.init}: a {config_there.model_type} model, of which no weight fits; "
-                "start from a directory that memgpt pretrain, multitask or finetune made"
+                "take it over with `memgpt convert`, or start from a directory that a stage made"
             )
-        model = MemGPTForCausalLM.from_pretrained(params.init, task_labels=None)
+        model = MemGPTForCausalLM.from_pretrained(params.init, task_labels=None, dtype=torch.float32)
     except UserError:
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"pretrain.init={params.init}: {str(error).strip().splitlines()[0]}") from None
-    if model.config.vocab_size != len(tokenizer):
+    if model.config.vocab_size < len(tokenizer):  # more rows than tokens are padding
         raise UserError(
             f"pretrain.init={params.init}: its vocabulary has {model.config.vocab_size} entries and its tokenizer "
             f"{len(tokenizer)}; start from a directory whose tokenizer belongs to the model"
@@ -142,8 +150,15 @@ def _initial_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MemGPT
     return model
 
 
-def _tables(model: MemGPTForCausalLM) -> list[torch.nn.Parameter]:
-    return [layer.memory.table.weight for layer in model.model.layers if layer.memory is not None]
+def _update_memory_only(model: MemGPTForCausalLM, usage: torch.Tensor | None, params: Pretrain) -> None:
+    if params.init is None or usage is None:
+        raise UserError("pretrain.update=memory: needs pretrain.init, a MemGPT directory that has a memory")
+    try:
+        rows = choose_rows(usage, load_usage(params.init), params.update_share)
+    except ValueError as error:
+        raise UserError(f"pretrain.init={params.init}: {error}") from None
+    restrict_to_memory(model, rows)
+    print(f"pretrain: updating {int(rows.sum())} of {len(rows)} rows in each memory table", file=sys.stderr)
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -112,6 +112,29 @@ def test_starting_from_a_model_keeps_what_it_knows(place: Path, monkeypatch: pyt
     assert lineage.read("models/base")["parent"] == lineage.weights_digest("start")
 
 
+def test_an_update_of_the_memory_changes_nothing_else(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    pretrain.run(config.load())
+    (place / "models/base").rename(place / "start")
+    words = " ".join(["ten nine eight seven six five four three two one"] * 80)  # the old words, the other way round
+    ids = np.asarray(MemGPTTokenizer.from_pretrained("models/tokenizer")(words)["input_ids"][:800], dtype=np.uint16)
+    np.save(place / "data/tokens/train.npy", ids)
+    np.save(place / "data/tokens/train_starts.npy", np.asarray([0]))
+    settings = ["pretrain.init=start", "pretrain.update=memory", "pretrain.update_share=0.5"]
+    config.write(config.override(config.read(), settings))
+    pretrain.run(config.load())
+    before, after = (MemGPTForCausalLM.from_pretrained(name).state_dict() for name in ("start", "models/base"))
+    for name, weight in before.items():
+        if name.endswith(pretrain.TABLE):
+            changed = (weight != after[name]).any(dim=1)
+            assert 0 < changed.sum() < 600, "a few of the rows of 800 tokens"
+        else:
+            assert weight.equal(after[name]), name
+    (place / "start/memory_usage.safetensors").unlink()
+    with pytest.raises(ValueError, match="pretrain it again"):
+        pretrain.run(config.load())
+
+
 def test_another_architecture_is_no_start(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import GPT2Config
 
