@@ -83,7 +83,7 @@ def save(model: str, directory: Path, card: str, target: Path, run_id: str) -> N
             artifacts={"model": str(weights)},
             code_paths=[str(packed)],
             pip_requirements=requirements(),
-            model_config={"task": model, "device": "cpu"},
+            model_config={"task": model, "device": "cpu", "memory": "resident", "weights": "float32", "compile": False},
         )
     saved = Model.load(str(target))
     if model == "ner":

@@ -11,16 +11,13 @@ from transformers import (
 )
 
 from memgpt.model.config import PRESETS, MemGPTConfig
-from memgpt.model.model import (
-    MemGPTForCausalLM,
-    MemGPTForMaskedLM,
+from memgpt.model.heads import (
     MemGPTForMultiTask,
     MemGPTForRecommendation,
     MemGPTForSequenceClassification,
     MemGPTForTokenClassification,
-    MemGPTModel,
-    MemGPTPreTrainedModel,
 )
+from memgpt.model.model import MemGPTForCausalLM, MemGPTForMaskedLM, MemGPTModel, MemGPTPreTrainedModel
 from memgpt.model.tokenizer import MemGPTTokenizer, canonical_ids
 
 AutoConfig.register("memgpt", MemGPTConfig, exist_ok=True)

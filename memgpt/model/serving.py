@@ -5,7 +5,6 @@ for inference alone, and its weights are rounded for good: save the original.
 """
 
 import warnings
-from types import MethodType
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from transformers.generation import CompileConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from memgpt.model.memory import KnowledgeMemory
 
 WEIGHTS = ("float32", "bfloat16", "int8")
 _FEW = 64  # rows up to which reading the weights, not multiplying by them, is what a product costs
@@ -57,10 +54,6 @@ def accelerate(model: PreTrainedModel, weights: str = "bfloat16", compile: bool 
 
 
 def _compile(model: PreTrainedModel) -> None:
-    for module in model.modules():
-        # The class leaves the look-up out of compiled code, for its sparse gradients.
-        if isinstance(module, KnowledgeMemory) and type(module.table) is nn.Embedding:
-            module.look_up = MethodType(_look_up, module)
     if not model.can_generate():
         for block in model.base_model.layers:  # one by one: blocks of one kind share their code
             block.compile(dynamic=True)
@@ -104,11 +97,6 @@ class Int8Linear(nn.Module):
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], -1)
-
-
-def _look_up(memory: KnowledgeMemory, addresses: torch.Tensor) -> torch.Tensor:
-    """As `KnowledgeMemory.look_up`."""
-    return memory.table(addresses).flatten(-2)
 
 
 def grouped_sdpa(

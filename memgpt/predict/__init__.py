@@ -13,16 +13,22 @@ class Predictor(Protocol):
 
 
 def load(
-    task: str, directory: Path | str, device: str = "cpu", weights: str = "float32", compile: bool = False
+    task: str,
+    directory: Path | str,
+    device: str = "cpu",
+    memory: str = "resident",
+    weights: str = "float32",
+    compile: bool = False,
 ) -> Predictor:
     """The predictor of `base`, `ner`, `sentiment` or `recommendation` from a model directory.
 
-    weights, compile: as in `memgpt.model.serving.accelerate`. By default the answers are those that were judged, to
-    the last digit; "bfloat16" is the faster, and moves a probability by some thousandths.
+    memory: where the look-up tables are kept, as in `memgpt.model.residency.load`. weights, compile: as in
+    `memgpt.model.serving.accelerate`. By default the answers are those that were judged, to the last digit; "bfloat16"
+    is faster and moves a probability by some thousandths.
     """
     from importlib import import_module
 
-    predictor: Predictor = import_module(f"memgpt.predict.{task}").Predictor(directory, device)
+    predictor: Predictor = import_module(f"memgpt.predict.{task}").Predictor(directory, device, memory)
     if weights != "float32" or compile:
         from memgpt.model.serving import accelerate
 

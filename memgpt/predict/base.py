@@ -7,15 +7,16 @@ import torch
 from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTForCausalLM
+from memgpt.model.residency import Residency, load
 from memgpt.predict.batching import batch_size, by_length, pad
 
 WINDOW = 512  # tokens read at once; the first of the next window is predicted from the last of this one alone
 
 
 class Predictor:
-    def __init__(self, directory: Path | str, device: str = "cpu"):
+    def __init__(self, directory: Path | str, device: str = "cpu", memory: Residency = "resident"):
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = MemGPTForCausalLM.from_pretrained(directory).to(device).eval()
+        self.model = load(MemGPTForCausalLM, directory, memory).to(device).eval()
         self.device = device
 
     @torch.no_grad()

@@ -8,14 +8,15 @@ import torch
 from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTForTokenClassification
+from memgpt.model.residency import Residency, load
 from memgpt.predict.batching import batch_size, by_length, pad
 from memgpt.predict.words import encode_rows, joined_words, spans_from_tags, split_words, windows
 
 
 class Predictor:
-    def __init__(self, directory: Path | str, device: str = "cpu"):
+    def __init__(self, directory: Path | str, device: str = "cpu", memory: Residency = "resident"):
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = MemGPTForTokenClassification.from_pretrained(directory).to(device).eval()
+        self.model = load(MemGPTForTokenClassification, directory, memory).to(device).eval()
         self.device = device
 
     def predict(self, inputs: list[str | list[str]]) -> list[list[dict[str, Any]]]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memgpt.model import MemGPTForRecommendation
+from memgpt.model.residency import Residency, load
 from memgpt.predict.batching import batch_size, by_length, pad
 
 INDEX, VECTORS = "items.json", "items.safetensors"
@@ -65,10 +66,10 @@ def build_index(
 
 
 class Predictor:
-    def __init__(self, directory: Path | str, device: str = "cpu"):
+    def __init__(self, directory: Path | str, device: str = "cpu", memory: Residency = "resident"):
         directory = Path(directory)
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = MemGPTForRecommendation.from_pretrained(directory).to(device).eval()
+        self.model = load(MemGPTForRecommendation, directory, memory).to(device).eval()
         self.device = device
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         self.ids, self.titles = index["ids"], index["titles"]

@@ -7,13 +7,14 @@ import torch
 from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTForSequenceClassification
+from memgpt.model.residency import Residency, load
 from memgpt.predict.batching import batch_size, by_length, pad
 
 
 class Predictor:
-    def __init__(self, directory: Path | str, device: str = "cpu"):
+    def __init__(self, directory: Path | str, device: str = "cpu", memory: Residency = "resident"):
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = MemGPTForSequenceClassification.from_pretrained(directory).to(device).eval()
+        self.model = load(MemGPTForSequenceClassification, directory, memory).to(device).eval()
         self.device = device
 
     @torch.no_grad()

@@ -1,0 +1,277 @@
+"""The tasks on the backbone: labels of tokens and of texts, recommendation, and all of them on one trunk.
+
+Shape letters as in model.py; L labels, N items, H items of a reader's history, P width of the two towers' vectors.
+"""
+
+from typing import Unpack
+
+import torch
+from torch import nn
+from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from memgpt.model.config import MemGPTConfig
+from memgpt.model.model import Block, MemGPTModel, MemGPTPreTrainedModel, RotaryEmbedding
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Mean over the labels, or over `items`: those of all batches that add up to one step (num_items_in_batch)."""
+    return fixed_cross_entropy(logits.float().flatten(0, -2), labels.flatten(), items)
+
+
+def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of hidden [B, T, D] over the positions that attention_mask [B, T] keeps → [B, D]."""
+    if attention_mask is None:
+        return hidden.mean(dim=1)
+    weights = attention_mask[..., None].to(hidden.dtype)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+class TokenClassificationHead(nn.Module):
+    """A label per token: hidden [B, T, D] → logits [B, T, L]."""
+
+    def __init__(self, config: MemGPTConfig, num_labels: int):
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.score(self.dropout(hidden))
+
+
+class SequenceClassificationHead(nn.Module):
+    """A label per text: hidden [B, T, D] → logits [B, L], from the maximum over positions.
+
+    One telling position ("failed to", "narrowed") decides, however long the text is.
+    """
+
+    def __init__(self, config: MemGPTConfig, num_labels: int):
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if attention_mask is not None:
+            hidden = hidden.masked_fill(attention_mask[..., None] == 0, torch.finfo(hidden.dtype).min)
+        return self.score(self.dropout(hidden.amax(dim=1)))
+
+
+class InterestHead(nn.Module):
+    """Two towers over one trunk: an item's text → vector; a reader's last items, as vectors → vector.
+
+    The dot product of the two, over `similarity_temperature`, is the logit of the reader choosing the item next.
+    """
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__()
+        self.item = nn.Linear(config.hidden_size, config.pooled_size)
+        self.history_in = nn.Linear(config.pooled_size, config.hidden_size)
+        self.history = Block(config, layer_idx=0, memory=False)
+        self.history_out = nn.Linear(config.hidden_size, config.pooled_size)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.temperature = config.similarity_temperature
+
+    def encode_item(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """hidden [B, T, D] of items' texts → unit vectors [B, P]."""
+        return nn.functional.normalize(self.item(mean_pool(hidden, attention_mask)), dim=-1)
+
+    def encode_reader(self, items: torch.Tensor) -> torch.Tensor:
+        """Vectors of the items read, oldest first [B, H, P] → the reader's interest after each of them [B, H, P].
+
+        Causal, so trailing padding does not touch what comes before it.
+        """
+        hidden = self.history_in(items)
+        positions = torch.arange(items.shape[1], device=items.device)[None]
+        mask = create_causal_mask(
+            config=self.history.attention.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+        )
+        hidden = self.history(hidden, rotation=self.rotary_emb(hidden, positions), attention_mask=mask, is_causal=True)
+        return nn.functional.normalize(self.history_out(hidden) + items, dim=-1)
+
+    def loss(
+        self,
+        items: torch.Tensor,
+        history: torch.Tensor,
+        targets: torch.Tensor,
+        log_frequency: torch.Tensor,
+        items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Softmax over the batch's items with the popularity correction of sampled softmax (log Q; Yi et al. 2019).
+
+        items [N, P]; history [B, H] indices into items, oldest first; targets [B, H]: index of the next item or −100;
+        log_frequency [N]: log of how often each item is a target, subtracted so that popular items, which are in
+        most batches, are not punished for it.
+        """
+        interest = self.encode_reader(items[history])
+        logits = interest @ items.T / self.temperature - log_frequency
+        # What the reader has read already is not recommended again, so it does not compete either.
+        seen = torch.zeros_like(logits).scatter_add(
+            -1, history[:, None, :].expand(-1, history.shape[1], -1), _causal_ones(history).to(logits.dtype)
+        )
+        target_seen = seen.gather(-1, targets.clamp(min=0)[..., None]) > 0
+        logits = logits.masked_fill((seen > 0) & ~target_seen, torch.finfo(logits.dtype).min)
+        return _cross_entropy(logits, targets, items_in_batch)
+
+
+def _causal_ones(history: torch.Tensor) -> torch.Tensor:
+    """[B, H, H]: 1 where the second position is not after the first."""
+    length = history.shape[1]
+    return torch.ones(length, length, device=history.device).tril().expand(history.shape[0], -1, -1)
+
+
+class _Classifier(MemGPTPreTrainedModel):
+    """The trunk, read in both directions, under a head that gives labels."""
+
+    head_class: type[TokenClassificationHead] | type[SequenceClassificationHead]
+    output_class: type[TokenClassifierOutput] | type[SequenceClassifierOutput]
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config)
+        self.model = MemGPTModel(config)
+        self.head = self.head_class(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        attention_mode: str = "bidirectional",
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+    ) -> TokenClassifierOutput | SequenceClassifierOutput:
+        """labels: [B, T] for tokens, −100 where one has none; [B] for texts, or [B, L] by `config.problem_type`."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            attention_mode=attention_mode,
+            **kwargs,
+        )
+        logits = self.head(outputs.last_hidden_state, attention_mask)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, pooled_logits=logits.float(), labels=labels, config=self.config, **kwargs
+            )
+            items = kwargs.get("num_items_in_batch")
+            if items is not None and self.config.problem_type in ("regression", "multi_label_classification"):
+                loss = loss * labels.numel() / items  # transformers averages these over the batch whatever it is told
+        return self.output_class(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MemGPTForTokenClassification(_Classifier):
+    """A label per token (named entities)."""
+
+    head_class = TokenClassificationHead
+    output_class = TokenClassifierOutput
+
+
+class MemGPTForSequenceClassification(_Classifier):
+    """A label per text (sentiment)."""
+
+    head_class = SequenceClassificationHead
+    output_class = SequenceClassifierOutput
+
+
+class MemGPTForRecommendation(MemGPTPreTrainedModel):
+    """Scores items for a reader by what they say."""
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config)
+        self.model = MemGPTModel(config)
+        self.head = InterestHead(config)
+        self.post_init()
+
+    def encode_item(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Texts of items [N, T] → unit vectors [N, P]."""
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, attention_mode="bidirectional")
+        return self.head.encode_item(outputs.last_hidden_state, attention_mask)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        log_frequency: torch.Tensor | None = None,
+        attention_mode: str = "bidirectional",
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+    ) -> SequenceClassifierOutput:
+        """input_ids [N, T]: the items of the batch; history, labels [B, H] and log_frequency [N] as in
+        `InterestHead.loss`. logits: item vectors [N, P]."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            attention_mode=attention_mode,
+            **kwargs,
+        )
+        items = self.head.encode_item(outputs.last_hidden_state, attention_mask)
+        loss = None
+        if history is not None and labels is not None and log_frequency is not None:
+            loss = self.head.loss(items, history, labels, log_frequency, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(
+            loss=loss, logits=items, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MemGPTForMultiTask(MemGPTPreTrainedModel):
+    """Several tasks on one trunk; `task` chooses the head. `config.task_labels` gives each task's labels."""
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config)
+        labels = config.task_labels or {}
+        self.model = MemGPTModel(config)
+        self.heads = nn.ModuleDict(
+            {
+                "ner": TokenClassificationHead(config, len(labels.get("ner", ("O",)))),
+                "sentiment": SequenceClassificationHead(config, len(labels.get("sentiment", ("neutral",)))),
+                "recommendation": InterestHead(config),
+            }
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
+        log_frequency: torch.Tensor | None = None,
+        attention_mode: str = "bidirectional",
+        *,
+        task: str,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+    ) -> SequenceClassifierOutput:
+        """A batch of one task; arguments as in the task's own class."""
+        if task not in self.heads:
+            raise ValueError(f"task={task!r}: expected one of {', '.join(self.heads)}")
+        head, items = self.heads[task], kwargs.get("num_items_in_batch")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            attention_mode=attention_mode,
+            **kwargs,
+        )
+        loss = None
+        if isinstance(head, InterestHead):
+            logits = head.encode_item(outputs.last_hidden_state, attention_mask)
+            if history is not None and labels is not None and log_frequency is not None:
+                loss = head.loss(logits, history, labels, log_frequency, items)
+        else:
+            logits = head(outputs.last_hidden_state, attention_mask)
+            loss = None if labels is None else _cross_entropy(logits, labels, items)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
