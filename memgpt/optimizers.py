@@ -96,15 +96,15 @@ class Chained(torch.optim.Optimizer):
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale dense gradients to a joint norm of at most `max_norm`, and sparse ones to another: how many rows a batch
     touches would otherwise decide how far the matrices move. Returns the dense norm."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    dense = [g for g in gradients if not g.is_sparse]
-    sparse = [g for g in gradients if g.is_sparse]
-    if sparse:
-        norm = torch.stack([g.coalesce().values().norm() for g in sparse]).norm()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in sparse:
-            gradient._values().mul_(scale)
-    norm = torch.nn.utils.get_total_norm(dense)
-    if dense:
-        torch._foreach_mul_(dense, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    dense, sparse = [], []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()  # once, for the optimizer too
+            sparse.append(parameter.grad.values())
+        elif parameter.grad is not None:
+            dense.append(parameter.grad)
+    for gradients in (sparse, dense):
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if gradients:
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
