@@ -10,6 +10,7 @@ import math
 import os
 import random
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from memgpt.model import (
     canonical_ids,
 )
 from memgpt.objectives import Pretraining, mask, next_token_loss
-from memgpt.optimizers import for_pretraining
+from memgpt.optimizers import clip_gradients, for_pretraining
 from memgpt.stages.pretrain import PackedTokens
 from memgpt.training import train
 
@@ -216,6 +217,30 @@ def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def training_speed(spec: dict[str, Any], rounds: int = 12) -> dict[str, Any]:
+    """Seconds of a training step of both models, taken in turn; the first steps, which compile, are not counted."""
+    params = Pretrain(**{**RECIPE, "tokens": 1, "seed": 1})
+    data = PackedTokens(WORK / "tokens", "train", params.sequence_length)
+    seconds: dict[str, list[float]] = {"memgpt": [], "llama": []}
+    trained = {}
+    for kind in seconds:
+        model = build({**spec, "kind": kind, "seed": 1}).train()
+        trained[kind] = model, for_pretraining(model, params), Pretraining(params, rounds, peers.VOCABULARY, 2)
+    for step in range(3 + rounds):
+        batch = stack([data[step * params.batch_size + row] for row in range(params.batch_size)])
+        for kind, (model, optimizer, loss) in trained.items():
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16):
+                value = loss(model, batch, step)
+            value.backward()
+            clip_gradients(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds[kind].append(time.perf_counter() - start)
+    ratios = [peer / ours for peer, ours in zip(seconds["llama"][3:], seconds["memgpt"][3:], strict=True)]
+    return {"tokens_per_second_ratio": round(float(np.median(ratios)), 4), "rounds": rounds}
+
+
 # --- fine-tuning
 
 
@@ -351,7 +376,10 @@ def run(name: str, spec: dict[str, Any], source: Path) -> None:
     """Run a cell in this process and write its JSON."""
     torch.set_num_threads(spec.get("threads", 1))
     prepare(source)
-    result = finetune(name, spec, source) if "task" in spec else pretrain(name, spec)
+    if "task" in spec:
+        result = finetune(name, spec, source)
+    else:
+        result = training_speed(spec) if spec["kind"] == "speed" else pretrain(name, spec)
     CELLS.mkdir(parents=True, exist_ok=True)
     atomic.write_json(CELLS / f"{name}.json", {"spec": spec, **result})
 

@@ -34,6 +34,7 @@ MAIN, BUDGET = 128, 4  # width, million tokens
 FRONTIER = 2  # million tokens of each width
 EQUAL_ROWS = 5267  # a table with which width 128 stores as much as the Llama shape of width 192
 SEEDS = (1, 2, 3)
+SPEED: tuple[str, dict[str, Any]] = ("training-speed", {"kind": "speed", "width": MAIN, "rows": ROWS})
 MILLION = 1_000_000
 Spec = dict[str, Any]
 
@@ -58,7 +59,7 @@ def plan(quick: bool) -> list[tuple[str, Spec]]:
         cells = [pretraining(kind, width, 0.5, 1) for width in (64, MAIN) for kind in ("memgpt", "llama")]
         cells.append(pretraining("bert", MAIN, 0.5, 1))
         starts = [name for name, spec in cells if spec["width"] == MAIN]
-        return cells + [tuning(start, task, 1) for start in starts for task in ("ner", "sentiment")]
+        return [*cells, *(tuning(start, task, 1) for start in starts for task in ("ner", "sentiment")), SPEED]
     main = [pretraining(kind, MAIN, BUDGET, seed) for seed in SEEDS for kind in ("memgpt", "llama")]
     frontier = [pretraining(kind, width, FRONTIER, 1) for width in WIDTHS for kind in ("memgpt", "llama")]
     bert = pretraining("bert", MAIN, BUDGET, 1)
@@ -77,7 +78,7 @@ def plan(quick: bool) -> list[tuple[str, Spec]]:
     short = [pretraining(kind, MAIN, 1, 1) for kind in ("memgpt", "llama")]
     stored = pretraining("memgpt", MAIN, FRONTIER, 1, rows=EQUAL_ROWS)
     large = [pretraining(kind, MAIN, 10, 1) for kind in ("memgpt", "llama")]
-    return [*main[:4], *frontier, bert, *main[4:], *tuned, fewer, stored, *short, *large]
+    return [*main[:4], *frontier, bert, *main[4:], *tuned, fewer, stored, *short, SPEED, *large]
 
 
 ABLATIONS: dict[str, Spec] = {
@@ -198,6 +199,9 @@ def summarise(done: dict[str, Any], budget: float, frontier: float) -> dict[str,
         for text in ("validation", "wikitext2"):
             gap = growth[-1][text]
             target(f"nats below, {text}, {growth[-1]['tokens']:g} M tokens, one seed", gap, ">= 0.15", gap >= 0.15)
+    if SPEED[0] in done:
+        ratio = done[SPEED[0]]["tokens_per_second_ratio"]
+        target("training tokens per second, of the peer's", ratio, ">= 0.9", ratio >= 0.9)
     fewer, peer = cell("memgpt", tokens=0.7 * budget), cell("llama")
     if fewer and peer:
         gap = peer["validation"] - fewer["validation"]

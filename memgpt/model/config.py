@@ -169,6 +169,9 @@ class MemGPTConfig(PreTrainedConfig):
         layers = self.memory_layers or []
         if any(not 0 <= layer < self.num_hidden_layers for layer in layers):
             raise ValueError(f"memory_layers={layers} must lie within the {self.num_hidden_layers} layers, from 0")
+        for name, least in (("memory_heads", 1), ("memory_rows", 1), ("memory_dim", 1), ("memory_kernel", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
         if any(n < 1 for n in self.memory_ngrams or []):
             raise ValueError(f"memory_ngrams={self.memory_ngrams} must be 1 or more each")
 
