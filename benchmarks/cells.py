@@ -167,8 +167,14 @@ def pretrain(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     model = build(spec)
     data = PackedTokens(WORK / "tokens", "train", params.sequence_length)
     masked = spec["kind"] == "bert"
-    curve: list[list[float]] = []
     directory = WORK / "cells" / name
+    directory.mkdir(parents=True, exist_ok=True)
+    curve = directory / "curve.jsonl"  # a file, so that what was logged before a stop is kept
+
+    def log(numbers: dict[str, float], step: int) -> None:
+        with curve.open("a") as lines:
+            lines.write(json.dumps([step * params.batch_size * params.sequence_length, numbers["loss"]]) + "\n")
+
     train(
         model,
         data,
@@ -180,12 +186,12 @@ def pretrain(name: str, spec: dict[str, Any]) -> dict[str, Any]:
         decay_fraction=params.decay_fraction,
         optimizer=for_pretraining(model, params),
         loss=_Masked(params) if masked else Pretraining(params, steps, peers.VOCABULARY, 2),
-        log=lambda numbers, step: curve.append([step * params.batch_size * params.sequence_length, numbers["loss"]]),
+        log=log,
     )
     result: dict[str, Any] = {
         "multiply_adds": peers.multiply_adds(model),
         "stored": peers.stored(model),
-        "curve": [[tokens, round(loss, 4)] for tokens, loss in curve],
+        "curve": sorted({tokens: round(loss, 4) for tokens, loss in map(json.loads, curve.open())}.items()),
     }
     for split in ("validation", "wikitext2"):
         result[split] = round(held_out(model, split, masked, params.seed), 4)

@@ -287,10 +287,14 @@ def draw(done: dict[str, Any], summary: dict[str, Any], budget: float, frontier:
         title=f"Quality per cost, {frontier:g} M tokens (width beside each point)",
     )
     for kind in colours:
-        found = done.get(pretraining(kind, MAIN, budget, 1)[0])
-        if found:
-            tokens = [point[0] / MILLION for point in found["curve"]]
-            axes[1].plot(tokens, [point[1] for point in found["curve"]], color=colours[kind], label=names[kind])
+        for seed in SEEDS:
+            found = done.get(pretraining(kind, MAIN, budget, seed)[0])
+            if found:
+                tokens, losses = zip(*found["curve"], strict=True)
+                label = names[kind] if seed == SEEDS[0] else None
+                axes[1].plot(
+                    [t / MILLION for t in tokens], losses, color=colours[kind], label=label, linewidth=1, alpha=0.7
+                )
     axes[1].set(xlabel="million tokens", ylabel="training loss [nats per token]", title=f"Training, width {MAIN}")
     growth = summary["gap_by_tokens"]
     for text, style in (("validation", "o-"), ("wikitext2", "s--")):

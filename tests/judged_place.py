@@ -57,7 +57,7 @@ class Predictor:
         topic = None if isinstance(row, str) else row.get("topic")
         return {"label": names[place], "scores": {names[place]: 1.0}, "topic": topic, **EXTRA}
 
-def load(task, directory, device="cpu"):
+def load(task, directory, device="cpu", **settings):
     return Predictor(directory, device)
 """
 
