@@ -87,3 +87,10 @@ def test_scripts_are_executable() -> None:
     for script in [ROOT / ".ci" / "run", *Path(ROOT / "infra").glob("*.sh")]:
         assert os.access(script, os.X_OK), f"{script} is not executable"
         assert "set -euo pipefail" in script.read_text()
+
+
+def test_the_python_of_the_docs_works(pipeline: Pipeline) -> None:
+    text = (ROOT / "docs/core.md").read_text(encoding="utf-8")
+    code = "\n".join(found["text"] for found in FENCE.finditer(text) if found["kind"] == "python")
+    done = pipeline.run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
