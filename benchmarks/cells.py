@@ -21,7 +21,7 @@ import torch
 from product_key import ProductKeyMemory
 from seqeval.metrics import f1_score as entity_f1
 from sklearn.metrics import f1_score
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -31,7 +31,7 @@ from transformers import (
     set_seed,
 )
 
-from memgpt import atomic
+from memgpt import atomic, config
 from memgpt.config import Pretrain, Training
 from memgpt.model import (
     MemGPTForSequenceClassification,
@@ -47,9 +47,10 @@ from memgpt.training import train
 WORK = Path(".memgpt/benchmarks/core")  # texts as tokens, weights and checkpoints: not for git
 CELLS = Path(__file__).parent / "results" / "core"
 VALIDATION_ROWS = 640
+# What differs from the pipeline's own pretraining, in params.yaml.
 RECIPE = dict(
     init=None,
-    preset="tiny",
+    update="all",
     sequence_length=peers.CONTEXT,
     batch_size=16,
     learning_rate=2e-3,
@@ -161,8 +162,13 @@ def _masked_loss(model: PreTrainedModel, shown: torch.Tensor, labels: torch.Tens
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+def recipe(**changes: Any) -> Pretrain:
+    pipeline = config.load(Path(__file__).parents[1] / "params.yaml").pretrain.model_dump()
+    return Pretrain(**{**pipeline, **RECIPE, **changes})
+
+
 def pretrain(name: str, spec: dict[str, Any]) -> dict[str, Any]:
-    params = Pretrain(**{**RECIPE, "tokens": spec["tokens"], "seed": spec["seed"], **spec.get("recipe", {})})
+    params = recipe(tokens=spec["tokens"], seed=spec["seed"], **spec.get("recipe", {}))
     steps = params.tokens // (params.batch_size * params.sequence_length)
     model = build(spec)
     data = PackedTokens(WORK / "tokens", "train", params.sequence_length)
@@ -178,7 +184,7 @@ def pretrain(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     train(
         model,
         data,
-        stack,
+        default_collate,
         params,
         steps=steps,
         checkpoints=directory / "checkpoints",
@@ -190,7 +196,7 @@ def pretrain(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     )
     result: dict[str, Any] = {
         "multiply_adds": peers.multiply_adds(model),
-        "stored": peers.stored(model),
+        "stored": model.num_parameters(),
         "curve": sorted({tokens: round(loss, 4) for tokens, loss in map(json.loads, curve.open())}.items()),
     }
     for split in ("validation", "wikitext2"):
@@ -206,26 +212,20 @@ def held_out(model: PreTrainedModel, split: str, masked: bool, seed: int) -> flo
     rows = Subset(data, range(min(VALIDATION_ROWS, len(data))))
     losses = []
     with torch.autocast("cpu", torch.bfloat16):
-        for step, batch in enumerate(DataLoader(rows, batch_size=16, collate_fn=stack, drop_last=True)):
+        for step, batch in enumerate(DataLoader(rows, batch_size=16, drop_last=True)):
             if masked:
                 draw = torch.Generator().manual_seed(step)
                 shown, labels = mask(batch["input_ids"], batch["position_ids"], 0.15, 2, peers.VOCABULARY, draw)
                 losses.append(_masked_loss(model, shown, labels).item())
             else:
-                losses.append(next_token_loss(model, *(batch[k] for k in BATCH), 0.0).item())
+                ids, positions = batch["input_ids"], batch["position_ids"]
+                losses.append(next_token_loss(model, ids, positions, batch["labels"], 0.0).item())
     return float(np.mean(losses))
-
-
-BATCH = ("input_ids", "position_ids", "labels")
-
-
-def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def training_speed(spec: dict[str, Any], rounds: int = 12) -> dict[str, Any]:
     """Seconds of a training step of both models, taken in turn; the first steps, which compile, are not counted."""
-    params = Pretrain(**{**RECIPE, "tokens": 1, "seed": 1})
+    params = recipe()
     data = PackedTokens(WORK / "tokens", "train", params.sequence_length)
     seconds: dict[str, list[float]] = {"memgpt": [], "llama": []}
     trained = {}
@@ -233,7 +233,7 @@ def training_speed(spec: dict[str, Any], rounds: int = 12) -> dict[str, Any]:
         model = build({**spec, "kind": kind, "seed": 1}).train()
         trained[kind] = model, for_pretraining(model, params), Pretraining(params, rounds, peers.VOCABULARY, 2)
     for step in range(3 + rounds):
-        batch = stack([data[step * params.batch_size + row] for row in range(params.batch_size)])
+        batch = default_collate([data[step * params.batch_size + row] for row in range(params.batch_size)])
         for kind, (model, optimizer, loss) in trained.items():
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16):

@@ -1,8 +1,8 @@
 """Is a GPT with memory better than a plain GPT and a plain BERT of the same cost?
 
-    python benchmarks/core.py --quick            about 12 minutes: one seed, half a million tokens
+    python benchmarks/core.py --quick            one seed, half a million tokens, two widths
     python benchmarks/core.py --full [--jobs 2]  hours: three seeds at 4 M tokens, one at 10 M, four widths
-    python benchmarks/core.py --ablation         about 40 minutes: what each part of the memory brings
+    python benchmarks/core.py --ablation         what each part of the memory brings, a million tokens each
     python benchmarks/core.py --report           tables and pictures from the cells that are done
 
 Trained on the real text in MEMGPT_REAL_DATA. A cell (model, seed, budget) is a process of its own with one thread; it
@@ -339,7 +339,7 @@ def report(cells: list[tuple[str, Spec]], quick: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--quick", action="store_true", help="one seed, 0.5 M tokens, about 12 minutes")
+    mode.add_argument("--quick", action="store_true", help="one seed, 0.5 M tokens, two widths")
     mode.add_argument("--full", action="store_true", help="every cell that has no result yet")
     mode.add_argument("--ablation", action="store_true", help="the memory without each of its parts, 1 M tokens")
     mode.add_argument("--report", action="store_true", help="only tables and pictures of the full plan")

@@ -85,8 +85,3 @@ def multiply_adds(model: PreTrainedModel) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     seen = CONTEXT if model.config.model_type == "bert" else CONTEXT // 2
     return matrices + config.num_hidden_layers * 2 * config.num_attention_heads * width * seen
-
-
-def stored(model: PreTrainedModel) -> int:
-    """Parameters, memory tables included, tied ones once."""
-    return model.num_parameters()

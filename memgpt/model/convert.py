@@ -41,10 +41,8 @@ from memgpt.model.tokenizer import MASK, PAD, canonical_ids
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 _ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _BROKEN = (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError, SafetensorError)
-_CHECKED_TOKENS, _TOLERANCE = (
-    128,
-    1e-4,
-)  # a wrong mapping is off by about the size of the logits, rounding by 1e-6 of it
+_CHECKED_TOKENS = 128
+_TOLERANCE = 1e-4  # of the largest logit: a wrong mapping is off by about as much as it, rounding by 1e-6 of it
 
 _NAMES = [  # parts of a tensor's name there → here
     (r"^transformer\.", "model."),
