@@ -72,6 +72,7 @@ TUNING = dict(
     memory_learning_rate=1e-4,
     weight_decay=0.01,
     warmup_fraction=0.1,
+    decay_fraction=1.0,
     checkpoint_steps=1000,
 )
 
@@ -189,8 +190,7 @@ def pretrain(name: str, spec: dict[str, Any]) -> dict[str, Any]:
         steps=steps,
         checkpoints=directory / "checkpoints",
         title=name,
-        decay_fraction=params.decay_fraction,
-        optimizer=for_pretraining(model, params),
+        optimizer=None if masked else for_pretraining(model, params),  # BERT's shape wants AdamW throughout
         loss=_Masked(params) if masked else Pretraining(params, steps, peers.VOCABULARY, 2),
         log=log,
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -70,13 +70,15 @@ class Tokenize(Section):
 
 
 class Training(Section):
-    """What every training stage needs. Fractions are of the number of steps."""
+    """What every training stage needs. Fractions are of the number of steps: the learning rate rises over
+    `warmup_fraction`, stays, and falls to zero over the last `decay_fraction` (1: it falls from the top on)."""
 
     batch_size: Positive
     learning_rate: Rate
     memory_learning_rate: Rate
     weight_decay: NonNegative
     warmup_fraction: Fraction
+    decay_fraction: Fraction
     checkpoint_steps: Positive
     seed: int
 
@@ -91,7 +93,6 @@ class Pretrain(Training):
     sequence_length: Annotated[int, Field(ge=8)]
     tokens: Positive
     matrix_learning_rate: Rate
-    decay_fraction: Fraction
     masked_share_start: Fraction
     masked_share_end: Fraction
     mask_fraction: Annotated[float, Field(gt=0, lt=1)]
@@ -100,8 +101,24 @@ class Pretrain(Training):
     update_share: Annotated[float, Field(gt=0, le=1)]
     compile: bool
 
+    @model_validator(mode="after")
+    def _update_needs_a_start(self) -> "Pretrain":
+        if self.update == "memory" and self.init is None:
+            raise ValueError("update=memory needs pretrain.init, a MemGPT directory that has a memory")
+        return self
 
-class Multitask(Training):
+
+class Tuning(Training):
+    """Training on labelled data. ema_decay: 0, or of the moving average of the weights that is kept in place of the
+    last ones. adversarial: 0, or the length of the step on the embeddings against which is trained as well (FGM)."""
+
+    optimizer: Literal["adamw", "sgd", "adafactor"]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    adversarial: NonNegative
+
+
+class Multitask(Tuning):
     """mixing_temperature: a task is drawn in proportion to its examples to the power of one over this."""
 
     steps: Positive
@@ -110,14 +127,29 @@ class Multitask(Training):
     item_length: Annotated[int, Field(ge=8)]
     max_history: Positive
     similarity_temperature: Rate
-    dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
-class Finetune(Training):
+class Finetune(Tuning):
+    """tune: what is trained beside the head: all, backbone (all but the memory), memory (the rows that the data reads),
+    head (nothing else), or low-rank changes of the backbone's matrices, of rank `rank`, which are merged into them at
+    the end. patience: 0, or after how many epochs without a better validation score to stop; the best epoch is kept."""
+
     start: Literal["base", "multitask"]
+    tune: Literal["all", "backbone", "memory", "head", "lora", "adalora"]
+    rank: Positive
     epochs: Positive
+    patience: Annotated[int, Field(ge=0)]
+    batch_by_length: bool
     max_length: Annotated[int, Field(ge=8)]
-    dropout: Annotated[float, Field(ge=0, lt=1)]
+
+    @model_validator(mode="after")
+    def _adversarial_needs_embeddings(self) -> "Finetune":
+        if self.adversarial and self.tune not in ("all", "backbone"):
+            raise ValueError(
+                f"adversarial={self.adversarial} steps along the gradient of the token embeddings, which "
+                f"tune={self.tune} does not train; set one of the two back"
+            )
+        return self
 
 
 class FinetuneRecommendation(Finetune):
@@ -230,7 +262,7 @@ def override(document: Any, assignments: list[str], source: str = "--set") -> An
             if not isinstance(node, dict):
                 raise UserError(f"{source} {key}: no such section {'.'.join(parents[: depth + 1])!r} in params.yaml")
         node[last] = value
-        parse(document, source=f"{source} {key}")
+    parse(document, source)
     return document
 
 
@@ -284,6 +316,8 @@ def _explain(error: ValidationError) -> str:
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
+    if first["type"] == "value_error":  # keys that do not go together
+        return f"{key}: {first['ctx']['error']}"
     if first["type"] == "missing":
         return f"{key}: missing; add it (the committed params.yaml shows every key)"
     return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

@@ -1,31 +1,21 @@
-"""The optimizers of pretraining: Muon for matrices, AdamW for the rest, one number per row for the memory tables."""
+"""The optimizers: Muon and AdamW for pretraining, a choice for labelled data; row-wise Adagrad for memory tables."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from memgpt.config import Pretrain
+from memgpt.config import Pretrain, Training
 
 
 def for_pretraining(model: PreTrainedModel, params: Pretrain) -> "Chained":
     """Muon (Jordan 2024) for the matrices of the blocks, row-wise Adagrad for memory tables, AdamW for the rest.
 
-    The tables' gradients become sparse: a step then costs what it touches. torch's Muon takes each matrix by itself.
+    torch's Muon takes each matrix by itself.
     """
-    kinds: dict[str, list[torch.nn.Parameter]] = {"matrices": [], "tables": [], "rest": []}
-    tables, matrices = set(), set()
-    for module in model.modules():
-        if getattr(module, "_memory_table", False):
-            module.sparse = True
-            tables.add(module.weight)
-        elif isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            matrices.add(module.weight)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            kind = "tables" if parameter in tables else "matrices" if parameter in matrices else "rest"
-            kinds[kind].append(parameter)
+    kinds = _kinds(model)
     optimizers: list[torch.optim.Optimizer] = []
     if kinds["matrices"]:
         optimizers.append(
@@ -38,6 +28,44 @@ def for_pretraining(model: PreTrainedModel, params: Pretrain) -> "Chained":
     if kinds["tables"]:
         optimizers.append(RowAdagrad(kinds["tables"], lr=params.memory_learning_rate))
     return Chained(optimizers)
+
+
+def for_tuning(model: PreTrainedModel, params: Training, optimizer: str = "adamw") -> "Chained":
+    """adamw, sgd (Nesterov momentum 0.9) or adafactor; weight decay on matrices alone. Row-wise Adagrad for tables."""
+    kinds = _kinds(model)
+    groups = [
+        {"params": kinds["matrices"], "weight_decay": params.weight_decay},
+        {"params": kinds["rest"], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        choices: dict[str, Callable[..., torch.optim.Optimizer]] = {
+            "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.95), fused=True),
+            "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+            "adafactor": torch.optim.Adafactor,
+        }
+        optimizers.append(choices[optimizer](groups, lr=params.learning_rate))
+    if kinds["tables"]:
+        optimizers.append(RowAdagrad(kinds["tables"], lr=params.memory_learning_rate))
+    return Chained(optimizers)
+
+
+def _kinds(model: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
+    """What is trained, by kind. The tables' gradients become sparse: a step then costs what it touches."""
+    kinds: dict[str, list[torch.nn.Parameter]] = {"matrices": [], "tables": [], "rest": []}
+    tables, matrices = set(), set()
+    for module in model.modules():
+        if getattr(module, "_memory_table", False):
+            module.sparse = True
+            tables.add(module.weight)
+        elif isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            matrices.add(module.weight)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = "tables" if parameter in tables else "matrices" if parameter in matrices else "rest"
+            kinds[kind].append(parameter)
+    return kinds
 
 
 class RowAdagrad(torch.optim.Optimizer):

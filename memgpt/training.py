@@ -1,24 +1,28 @@
-"""The one training loop: transformers' `Trainer` with our parameter groups, schedule, checkpoints and progress."""
+"""The one training loop: transformers' `Trainer` with our optimizers, schedule, checkpoints and progress."""
 
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from safetensors.torch import load_model, save_model
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from memgpt import checkpoint
-from memgpt.config import Training
+from memgpt import checkpoint, tuning
+from memgpt.config import Training, Tuning
 from memgpt.errors import UserError
-from memgpt.optimizers import clip_gradients
+from memgpt.optimizers import clip_gradients, for_tuning
 
 Log = Callable[[dict[str, float], int], None]
 Loss = Callable[[PreTrainedModel, dict[str, Any], int], torch.Tensor]
+AfterEpoch = Callable[[PreTrainedModel, int], bool]
 
 
 def train(
@@ -30,19 +34,21 @@ def train(
     steps: int,
     checkpoints: Path,
     title: str,
-    decay_fraction: float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     loss: Loss | None = None,
     log: Log | None = None,
+    lengths: list[int] | None = None,
+    epoch_steps: int = 0,
+    after_epoch: AfterEpoch | None = None,
 ) -> PreTrainedModel:
-    """Train `model` in place for `steps` optimizer steps and return it.
+    """Train `model` in place for `steps` optimizer steps and return it, or its moving average.
 
     Continues from the newest whole checkpoint below `checkpoints`: weights, optimizer, schedule, random state and
     position in the data, so that a killed run ends with the bytes of an undisturbed one.
 
-    decay_fraction: share of the steps, at the end, over which the learning rate falls to zero; the rest after the
-    warm-up is constant. None: it falls from the end of the warm-up on.
-    optimizer: AdamW over `parameter_groups` if None. loss: of (model, batch, step); the model's own if None.
+    optimizer: by `params` if None. loss: of (model, batch, step); the model's own if None.
+    lengths: of the elements, to put those of similar length into a batch; None mixes them.
+    after_epoch: asked after every `epoch_steps` steps, with the model and the step, whether to go on.
     """
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -63,47 +69,32 @@ def train(
         max_grad_norm=1.0,
         use_cpu=not torch.cuda.is_available(),
     )
-    optimizer = optimizer or torch.optim.AdamW(parameter_groups(model, params), betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps, params.warmup_fraction, decay_fraction))
+    settings = params if isinstance(params, Tuning) else None
+    average = _Average(model, settings.ema_decay) if settings and settings.ema_decay else None
+    callbacks = [_AllocateRanks(), average, _Epochs(epoch_steps, after_epoch, average) if after_epoch else None]
+    optimizer = optimizer or for_tuning(model, params, settings.optimizer if settings else "adamw")
     trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
         data_collator=collate,
-        optimizers=(optimizer, schedule),
-        callbacks=[_MarkComplete(), _StopOnNaN(), _Progress(title, steps, log)],
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps, params))),
+        callbacks=[*filter(None, callbacks), _MarkComplete(), _StopOnNaN(), _Progress(title, steps, log)],
     )
     trainer.loss = loss
+    trainer.adversarial = settings.adversarial if settings else 0.0
+    trainer.lengths = lengths
     trainer.remove_callback(_printer())
     resume = checkpoint.latest(checkpoints)
     set_seed(params.seed)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return model.to("cpu").eval()
+    trained = average.model.module if average else model
+    return trained.to("cpu").eval()
 
 
-def parameter_groups(model: PreTrainedModel, params: Training) -> list[dict[str, Any]]:
-    """Matrices with weight decay; norms, biases and embeddings without; memory tables without, at their own rate."""
-    groups: dict[str, list[torch.nn.Parameter]] = {"decay": [], "plain": [], "memory": []}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.endswith("memory.table.weight"):
-            groups["memory"].append(parameter)
-        elif parameter.ndim < 2 or "embed_tokens" in name:
-            groups["plain"].append(parameter)
-        else:
-            groups["decay"].append(parameter)
-    settings = {
-        "decay": {"lr": params.learning_rate, "weight_decay": params.weight_decay},
-        "plain": {"lr": params.learning_rate, "weight_decay": 0.0},
-        "memory": {"lr": params.memory_learning_rate, "weight_decay": 0.0},
-    }
-    return [{"params": groups[name], **settings[name]} for name in groups if groups[name]]
-
-
-def _schedule(steps: int, warmup_fraction: float, decay_fraction: float | None) -> Callable[[int], float]:
-    warmup = max(1, round(steps * warmup_fraction))
-    decay = max(1, steps - warmup if decay_fraction is None else round(steps * decay_fraction))
+def _schedule(steps: int, params: Training) -> Callable[[int], float]:
+    warmup = max(1, round(steps * params.warmup_fraction))
+    decay = max(1, min(steps - warmup, round(steps * params.decay_fraction)))
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / decay))
@@ -128,6 +119,8 @@ class _Trainer(Trainer):
     """Batches reach the model as the collator made them, string arguments (`task`) included."""
 
     loss: Loss | None = None
+    adversarial = 0.0
+    lengths: list[int] | None = None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         if self.loss is not None:
@@ -135,8 +128,80 @@ class _Trainer(Trainer):
         outputs = model(**inputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """With `adversarial`, also the gradient at embeddings moved that far to where the loss rises (fast gradient
+        method, arXiv 1605.07725); the two are added."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.adversarial:
+            embeddings = model.get_input_embeddings().weight
+            before = embeddings.detach().clone()
+            with torch.no_grad():
+                embeddings.add_(embeddings.grad, alpha=self.adversarial / (embeddings.grad.norm().item() + 1e-12))
+            super().training_step(model, inputs, *args, **kwargs)
+            with torch.no_grad():
+                embeddings.copy_(before)
+        return loss
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        return _ByLength(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
+
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         return clip_gradients(model.parameters(), self.args.max_grad_norm)
+
+
+class _ByLength(Sampler):
+    """Elements of similar length next to each other, in an order of their own in each epoch."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=draw))
+
+
+class _Average(TrainerCallback):
+    """Exponential moving average of the weights, kept with every checkpoint."""
+
+    FILE = "average.safetensors"
+
+    def __init__(self, model: PreTrainedModel, decay: float):
+        self.model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            load_model(self.model, Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.model.update_parameters(model)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        save_model(self.model, str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE))
+
+
+class _AllocateRanks(TrainerCallback):
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        tuning.allocate_ranks(model, state.global_step)
+
+
+class _Epochs(TrainerCallback):
+    """Asks after each epoch whether to go on; before the checkpoint of that step, so that a resumed run asks too."""
+
+    def __init__(self, steps: int, ask: AfterEpoch, average: _Average | None):
+        self.steps, self.ask, self.average = steps, ask, average
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.steps == 0:
+            model = self.average.model.module if self.average else model
+            control.should_training_stop = not self.ask(model, state.global_step)
 
 
 class _MarkComplete(TrainerCallback):

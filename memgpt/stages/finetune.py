@@ -1,10 +1,12 @@
 """finetune@task: a task's head on the shared core, read in both directions. Writes models/<task>."""
 
+import json
+import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from memgpt import atomic, checkpoint, lineage, predict
+from memgpt import atomic, checkpoint, lineage, predict, tuning
 from memgpt.config import Config
 from memgpt.errors import UserError
 from memgpt.tasks import TABLES, judge
@@ -27,25 +29,85 @@ def run(config: Config, task: str, log: Log | None = None) -> dict[str, float]:
             f"data.{task}.uri: no training example in {tables}; give more rows "
             "(of a reader's items the last two are held out, and learning from the others takes two)"
         )
+    epoch_steps = -(-len(data) // params.batch_size)
+    steps = params.epochs * epoch_steps
+    model = tuning.prepare(model, params, steps)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoints = checkpoint.directory(f"finetune-{task}", settings, [parent, tables])
-    train(
+    epochs = _Epochs(task, tokenizer, checkpoints / "epochs", params.patience)
+    model = train(
         model,
         data,
         data.collate,
         params,
-        steps=params.epochs * -(-len(data) // params.batch_size),
+        steps=steps,
         checkpoints=checkpoints,
         title=f"finetune {task}",
+        lengths=data.lengths if params.batch_by_length else None,
+        epoch_steps=epoch_steps,
+        after_epoch=epochs if params.patience else None,
         log=log,
     )
     with atomic.replacing(MODELS / task) as directory:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        if task == "recommendation":
-            module.write_index(model, tokenizer, TABLES, directory)
-        rows = module.test_rows(TABLES, "validation")
-        predictions = predict.load(task, directory).predict([row["input"] for row in rows])
-        metrics = {f"validation_{name}": round(value, 6) for name, value in module.metrics(rows, predictions).items()}
+        if params.patience:
+            shutil.copytree(epochs.best, directory)
+        else:
+            save(model, task, tokenizer, directory)
+        metrics = {f"validation_{name}": round(value, 6) for name, value in validate(task, directory).items()}
+        metrics |= {"trainable_parameters": trainable, "steps": epochs.step if params.patience else steps}
         lineage.write(directory, f"finetune@{task}", [parent, tables], settings, parent, params.seed, metrics)
     checkpoint.discard(checkpoints)
     return metrics
+
+
+def save(model: PreTrainedModel, task: str, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Everything that predicting needs."""
+    model = tuning.whole(model)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if task == "recommendation":
+        judge(task).write_index(model, tokenizer, TABLES, directory)
+
+
+def validate(task: str, directory: Path) -> dict[str, float]:
+    module = judge(task)
+    rows = module.test_rows(TABLES, "validation")
+    return module.metrics(rows, predict.load(task, directory).predict([row["input"] for row in rows]))
+
+
+class _Epochs:
+    """Early stopping: the model directory of the best epoch, judged on validation as it would be served.
+
+    The scores are kept by step, so that a resumed run decides as an undisturbed one.
+    """
+
+    def __init__(self, task: str, tokenizer: PreTrainedTokenizerFast, directory: Path, patience: int):
+        self.task, self.tokenizer, self.patience = task, tokenizer, patience
+        self.best, self.scores = directory / "best", directory / "scores.json"
+
+    def __call__(self, model: PreTrainedModel, step: int) -> bool:
+        scores = {at: score for at, score in self._read().items() if at < step}
+        with atomic.replacing(self.scores.with_name("epoch")) as directory:
+            save(model, self.task, self.tokenizer, directory)
+        epoch = self.scores.with_name("epoch")
+        score = validate(self.task, epoch)[judge(self.task).PRIMARY]
+        if score > max(scores.values(), default=float("-inf")):
+            with atomic.replacing(self.best) as directory:
+                epoch.rename(directory)
+        scores[step] = score
+        atomic.write_json(self.scores, scores)
+        return len(scores) - 1 - list(scores.values()).index(max(scores.values())) < self.patience
+
+    @property
+    def step(self) -> int:
+        """Of the best epoch."""
+        scores = self._read()
+        return max(scores, key=scores.__getitem__)
+
+    def _read(self) -> dict[int, float]:
+        if not self.scores.exists():
+            return {}
+        return {
+            int(step): score
+            for step, score in sorted(json.loads(self.scores.read_text()).items(), key=lambda item: int(item[0]))
+        }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
 from memgpt import atomic, checkpoint, lineage
@@ -68,7 +68,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     stored, tables = model.num_parameters(), sum(p.numel() for n, p in model.named_parameters() if n.endswith(TABLE))
     size = f"{(stored - tables) / 1e6:.1f} M active parameters, {tables / 1e6:.1f} M in memory tables"
     print(f"pretrain: {params.init or params.preset}, {size}", file=sys.stderr)
-    usage = count_rows(model, DataLoader(data, batch_size=64, collate_fn=_stack)) if tables else None
+    usage = count_rows(model, DataLoader(data, batch_size=64)) if tables else None
     if params.update == "memory":
         _update_memory_only(model, usage, params)
     inputs = [TOKENIZER, TOKENS, *([parent] if parent else [])]
@@ -76,12 +76,11 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     train(
         model,
         data,
-        _stack,
+        default_collate,
         params,
         steps=steps,
         checkpoints=checkpoints,
         title="pretrain",
-        decay_fraction=params.decay_fraction,
         optimizer=for_pretraining(model, params),
         loss=Pretraining(params, steps, len(tokenizer), tokenizer.mask_token_id),
         log=log,
@@ -109,7 +108,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
 def held_out_loss(model: MemGPTForCausalLM, data: Dataset, batch_size: int) -> float:
     """Mean negative log-likelihood per predicted token, in nats."""
     total = count = 0.0
-    for batch in DataLoader(data, batch_size=batch_size, collate_fn=_stack):
+    for batch in DataLoader(data, batch_size=batch_size):
         predicted = batch["labels"].numel() - len(batch["labels"])
         total += model(**batch).loss.item() * predicted
         count += predicted
@@ -151,15 +150,11 @@ def _initial_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MemGPT
 
 
 def _update_memory_only(model: MemGPTForCausalLM, usage: torch.Tensor | None, params: Pretrain) -> None:
-    if params.init is None or usage is None:
-        raise UserError("pretrain.update=memory: needs pretrain.init, a MemGPT directory that has a memory")
+    if usage is None:
+        raise UserError(f"pretrain.update=memory: {params.init} has no memory to update")
     try:
-        rows = choose_rows(usage, load_usage(params.init), params.update_share)
+        rows = choose_rows(usage, load_usage(str(params.init)), params.update_share)
     except ValueError as error:
         raise UserError(f"pretrain.init={params.init}: {error}") from None
     restrict_to_memory(model, rows)
     print(f"pretrain: updating {int(rows.sum())} of {len(rows)} rows in each memory table", file=sys.stderr)
-
-
-def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

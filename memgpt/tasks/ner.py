@@ -65,6 +65,10 @@ class Training:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids, _ in self.rows]
+
     def __getitem__(self, place: int) -> tuple[list[int], list[int]]:
         return self.rows[place]
 

@@ -103,6 +103,10 @@ class Training:
     def __len__(self) -> int:
         return len(self.runs)
 
+    @property
+    def lengths(self) -> list[int]:
+        return [len(run) for run in self.runs]
+
     def __getitem__(self, index: int) -> list[int]:
         return self.runs[index]
 

@@ -58,6 +58,10 @@ class Training:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.ids]
+
     def __getitem__(self, place: int) -> tuple[list[int], int]:
         return self.ids[place], self.labels[place]
 

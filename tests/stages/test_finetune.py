@@ -1,0 +1,190 @@
+"""Fine-tuning on the tiny pipeline's tables: what each setting trains, keeps and resumes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Pipeline
+from safetensors.torch import load_file
+
+from memgpt import config, lineage, predict
+from memgpt.config import Tuning
+from memgpt.errors import UserError
+from memgpt.model import MemGPTConfig, MemGPTForSequenceClassification
+from memgpt.optimizers import RowAdagrad, for_tuning
+from memgpt.stages import finetune
+from memgpt.training import train
+
+ROOT = Path(__file__).parents[2]
+RUN = "from memgpt import config; from memgpt.stages import finetune; finetune.run(config.load(), 'sentiment')"
+SETTINGS = ["finetune.sentiment.epochs=1", "finetune.sentiment.max_length=16"]
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def place(pipeline: Pipeline, tmp_path: Path) -> Path:
+    """A folder with the pipeline's tables and core, in which a fine-tuning can run."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "data").symlink_to(pipeline.root / "data")
+    (tmp_path / "models/base").symlink_to(pipeline.root / "models/base")
+    write(tmp_path, [])
+    return tmp_path
+
+
+def write(place: Path, settings: list[str]) -> config.Config:
+    document = config.override(config.read(ROOT / "params.yaml"), [*SETTINGS, *settings])
+    config.write(document, place / "params.yaml")
+    return config.load(place / "params.yaml")
+
+
+def tuned(place: Path, *settings: str) -> Weights:
+    finetune.run(write(place, [f"finetune.sentiment.{setting}" for setting in settings]), "sentiment")
+    return load_file(place / "models/sentiment/model.safetensors")
+
+
+def changed(place: Path, weights: Weights) -> set[str]:
+    """Names of the trunk's weights that are not those of the core."""
+    before = load_file(place / "models/base/model.safetensors")
+    return {name for name in weights if name in before and not torch.equal(weights[name], before[name])}
+
+
+def is_memory(name: str) -> bool:
+    return ".memory." in name
+
+
+def is_table(name: str) -> bool:
+    return name.endswith("memory.table.weight")
+
+
+@pytest.mark.parametrize("tune", ["backbone", "memory", "head", "lora", "adalora"])
+def test_only_what_is_tuned_changes(place: Path, monkeypatch: pytest.MonkeyPatch, tune: str) -> None:
+    monkeypatch.chdir(place)
+    weights = tuned(place, f"tune={tune}", "memory_learning_rate=0.01")
+    names = changed(place, weights)
+    if tune == "head":
+        assert not names
+    elif tune == "memory":
+        assert names and all(map(is_table, names))
+        before = load_file(place / "models/base/model.safetensors")
+        for name in names:
+            rows = (weights[name] != before[name]).any(1)
+            assert rows.float().mean() < 0.9, "rows that the task's texts do not read keep their bits"
+    elif tune == "backbone":
+        assert names and not any(map(is_memory, names))
+        assert "model.embed_tokens.weight" in names
+    else:  # low rank
+        assert names and all(name.endswith("_proj.weight") for name in names), names
+    assert not any("lora" in name or "base_layer" in name for name in weights), "merged"
+    (answer,) = predict.load("sentiment", place / "models/sentiment").predict(["Profit rose."])
+    assert abs(sum(answer["scores"].values()) - 1) < 1e-4
+
+
+def test_a_low_rank_change_has_that_rank(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    weights = tuned(place, "tune=lora", "rank=2")
+    before = load_file(place / "models/base/model.safetensors")
+    for name in changed(place, weights):
+        assert torch.linalg.matrix_rank((weights[name] - before[name]).double(), rtol=1e-3) <= 2
+
+
+def test_killed_and_resumed_equals_undisturbed(place: Path) -> None:
+    """With everything switched on that keeps a state of its own."""
+    settings = "epochs=3 patience=1 ema_decay=0.9 adversarial=0.5 batch_by_length=true checkpoint_steps=5".split()
+    write(place, [f"finetune.sentiment.{setting}" for setting in settings])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", RUN], cwd=place, env=environment)
+
+    assert start().wait() == 0
+    undisturbed = lineage.weights_digest(place / "models/sentiment")
+    (place / "models/sentiment").rename(place / "before")
+    victim = start()
+    while len(list(place.glob(".memgpt/checkpoints/*/checkpoint-*/complete"))) < 2:
+        assert victim.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (place / "models/sentiment").exists()
+    assert start().wait() == 0
+    assert lineage.weights_digest(place / "models/sentiment") == undisturbed
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.1, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(finetune, "save", lambda model, task, tokenizer, directory: save_number(directory, model))
+    monkeypatch.setattr(finetune, "validate", lambda task, directory: {"macro_f1": next(scores)})
+    epochs = finetune._Epochs("sentiment", None, tmp_path / "epochs", patience=2)
+    assert [epochs(step, step) for step in (10, 20, 30, 40)] == [True, True, True, False]
+    assert epochs.step == 20
+    assert (epochs.best / "number").read_text() == "20"
+
+
+def save_number(directory: Path, number: object) -> None:
+    directory.mkdir()
+    (directory / "number").write_text(str(number))
+
+
+def test_against_the_embeddings_gradient_too(tmp_path: Path) -> None:
+    """One SGD step with `adversarial` is one along g(e) + g(e + ε·g/|g|)."""
+    torch.manual_seed(0)
+    shape = MemGPTConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, memory_layers=[])
+    model = MemGPTForSequenceClassification(shape)
+    rows = [{"input_ids": torch.arange(4) + i, "labels": torch.tensor(i % 2)} for i in range(4)]
+    batch = torch.utils.data.default_collate(rows)
+    reference = MemGPTForSequenceClassification(shape)
+    reference.load_state_dict(model.state_dict())
+    embeddings = reference.get_input_embeddings().weight
+    with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+        reference(**batch).loss.backward()
+        before = embeddings.detach().clone()
+        with torch.no_grad():
+            embeddings += 0.5 * embeddings.grad / embeddings.grad.norm()
+        reference(**batch).loss.backward()
+    with torch.no_grad():
+        embeddings.copy_(before)
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    params = tuning_params(optimizer="adafactor", adversarial=0.5)
+    torch.optim.SGD(reference.parameters(), lr=0.1).step()
+    step = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(
+        model, rows, torch.utils.data.default_collate, params, steps=1, checkpoints=tmp_path, title="t", optimizer=step
+    )
+    for name, weight in reference.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), weight, msg=name)
+
+
+def tuning_params(**changes: object) -> Tuning:
+    settings: dict[str, object] = dict.fromkeys(Tuning.model_fields, 0.0)
+    settings |= dict(batch_size=4, learning_rate=0.1, memory_learning_rate=0.1, checkpoint_steps=100, seed=0)
+    settings["optimizer"] = "adamw"
+    return Tuning(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+def test_each_optimizer_lowers_the_loss_and_tables_have_their_own(name: str) -> None:
+    torch.manual_seed(0)
+    shape = MemGPTConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, memory_rows=50)
+    model = MemGPTForSequenceClassification(shape)
+    optimizer = for_tuning(model, tuning_params(learning_rate=0.02), name)
+    assert isinstance(optimizer.optimizers[-1], RowAdagrad)
+    ids, labels = torch.arange(12).view(4, 3), torch.tensor([0, 1, 0, 1])
+    losses = []
+    for _ in range(20):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2, losses
+
+
+def test_settings_that_do_not_go_together_are_refused() -> None:
+    document = config.read(ROOT / "params.yaml")
+    with pytest.raises(UserError, match=r"finetune\.ner: adversarial=1\.0 .* tune=lora does not train"):
+        config.override(document, ["finetune.ner.adversarial=1.0", "finetune.ner.tune=lora"])
