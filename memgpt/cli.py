@@ -304,6 +304,45 @@ def convert(
     )
 
 
+@app.command(rich_help_panel=MODELS)
+def tune(
+    task: TaskName,
+    trials: Annotated[int, typer.Option(help="How many the study is to have in the end.", min=1)] = 20,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=RANGE", help="A key of finetune.TASK: low..high, or values a,b,c; may be repeated."),
+    ] = None,
+    range_test: Annotated[
+        bool, typer.Option("--range-test", help="Instead: the loss while the learning rate rises, one short run.")
+    ] = False,
+) -> None:
+    """Search for the settings of a fine-tuning that do best on validation; a stopped search goes on.
+
+    Ends with the best as options of `memgpt retrain`, and a picture in reports/plots.
+    Example: [bold]memgpt tune ner --trials 20 --space learning_rate=0.0002..0.005 --space batch_size=16,32[/]
+    """
+    config = _config()
+    _compute_with(config)
+    from memgpt import search
+
+    params, plots = getattr(config.finetune, task), Path("reports/plots")
+    if range_test:
+        points, rate = search.range_test(task, params)
+        search.draw_range(points, rate, plots / f"range_test_{task}.png")
+        print(f"the loss falls most steeply at a learning rate of {rate:.2g}; see {plots}/range_test_{task}.png")
+        return
+    ranges = search.parse_space(task, space or search.DEFAULT_SPACE)
+
+    def told(number: int, score: float | None, values: dict[str, Any]) -> None:
+        shown = ", ".join(f"{key} {value}" for key, value in values.items())
+        print(f"trial {number}: {'pruned' if score is None else f'{score:.4f}'}; {shown}", flush=True)
+
+    study = search.search(task, params, ranges, trials, told)
+    search.draw(study, plots / f"tune_{task}.png")
+    print(f"best on validation: {study.best_value:.4f}, trial {study.best_trial.number}; see {plots}/tune_{task}.png")
+    print(f"memgpt retrain {search.as_settings(task, study)}")
+
+
 # --- registry -----------------------------------------------------------------
 
 

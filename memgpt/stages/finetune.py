@@ -2,21 +2,32 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from memgpt import atomic, checkpoint, lineage, predict, tuning
-from memgpt.config import Config
+from memgpt.config import Config, Finetune
 from memgpt.errors import UserError
 from memgpt.tasks import TABLES, judge
 from memgpt.training import Log, train
 
 MODELS = Path("models")
+Watch = Callable[[float, int], None]
 
 
 def run(config: Config, task: str, log: Log | None = None) -> dict[str, float]:
-    params = getattr(config.finetune, task)
+    return fit(getattr(config.finetune, task), task, MODELS / task, log)
+
+
+def fit(
+    params: Finetune, task: str, target: Path, log: Log | None = None, watch: Watch | None = None
+) -> dict[str, float]:
+    """Fine-tune into the directory `target`; what it reached on validation.
+
+    watch: told the validation score of each epoch and its number, from 1; what it raises ends the training.
+    """
     settings = params.model_dump()
     parent, tables = MODELS / params.start, TABLES / task
     module = judge(task)
@@ -34,7 +45,7 @@ def run(config: Config, task: str, log: Log | None = None) -> dict[str, float]:
     model = tuning.prepare(model, params, steps)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoints = checkpoint.directory(f"finetune-{task}", settings, [parent, tables])
-    epochs = _Epochs(task, tokenizer, checkpoints / "epochs", params.patience)
+    epochs = _Epochs(task, tokenizer, checkpoints / "epochs", params.patience, watch)
     model = train(
         model,
         data,
@@ -45,10 +56,10 @@ def run(config: Config, task: str, log: Log | None = None) -> dict[str, float]:
         title=f"finetune {task}",
         lengths=data.lengths if params.batch_by_length else None,
         epoch_steps=epoch_steps,
-        after_epoch=epochs if params.patience else None,
+        after_epoch=epochs if params.patience or watch else None,
         log=log,
     )
-    with atomic.replacing(MODELS / task) as directory:
+    with atomic.replacing(target) as directory:
         if params.patience:
             shutil.copytree(epochs.best, directory)
         else:
@@ -81,8 +92,15 @@ class _Epochs:
     The scores are kept by step, so that a resumed run decides as an undisturbed one.
     """
 
-    def __init__(self, task: str, tokenizer: PreTrainedTokenizerFast, directory: Path, patience: int):
-        self.task, self.tokenizer, self.patience = task, tokenizer, patience
+    def __init__(
+        self,
+        task: str,
+        tokenizer: PreTrainedTokenizerFast,
+        directory: Path,
+        patience: int,
+        watch: Watch | None = None,
+    ):
+        self.task, self.tokenizer, self.patience, self.watch = task, tokenizer, patience, watch
         self.best, self.scores = directory / "best", directory / "scores.json"
 
     def __call__(self, model: PreTrainedModel, step: int) -> bool:
@@ -96,7 +114,10 @@ class _Epochs:
                 epoch.rename(directory)
         scores[step] = score
         atomic.write_json(self.scores, scores)
-        return len(scores) - 1 - list(scores.values()).index(max(scores.values())) < self.patience
+        if self.watch:
+            self.watch(score, len(scores))
+        since = len(scores) - 1 - list(scores.values()).index(max(scores.values()))
+        return not self.patience or since < self.patience
 
     @property
     def step(self) -> int:
@@ -107,7 +128,5 @@ class _Epochs:
     def _read(self) -> dict[int, float]:
         if not self.scores.exists():
             return {}
-        return {
-            int(step): score
-            for step, score in sorted(json.loads(self.scores.read_text()).items(), key=lambda item: int(item[0]))
-        }
+        scores = json.loads(self.scores.read_text(encoding="utf-8"))
+        return {int(step): scores[step] for step in sorted(scores, key=int)}

@@ -1,0 +1,218 @@
+"""Which settings of a fine-tuning do best on validation: a search with Optuna, and a range test of the learning rate.
+
+A study is kept in SQLite and goes on where it was stopped, the fine-tuning of a killed trial included. Validation
+decides; the test split is never read.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memgpt import atomic, config, tracking
+from memgpt.config import Finetune
+from memgpt.errors import UserError
+from memgpt.lineage import digest
+from memgpt.tasks import TABLES, judge
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+
+MODELS, STUDIES = Path("models"), Path(".memgpt/studies")
+DEFAULT_SPACE = [
+    "learning_rate=0.0002..0.005",
+    "memory_learning_rate=0.0001..0.1",
+    "dropout=0.0..0.3",
+    "batch_size=16,32",
+]
+Space = dict[str, tuple[float, float] | list[Any]]
+Told = Callable[[int, float | None, dict[str, Any]], None]
+
+
+def parse_space(task: str, assignments: list[str]) -> Space:
+    """`key=low..high`, the range of a rate or fraction, or `key=a,b,c`; keys of finetune.<task>.
+
+    Raises:
+        UserError: for anything else, and for a value that the setting does not take.
+    """
+    space: Space = {}
+    document = config.read()
+    for assignment in assignments:
+        key, _, text = assignment.partition("=")
+        values: list[Any] = []
+        for value in text.split("..") if ".." in text else text.split(","):
+            config.override(document, [f"finetune.{task}.{key}={value}"], source=f"--space {assignment}")
+            values.append(document["finetune"][task][key])
+        if ".." not in text:
+            space[key] = values
+        elif len(values) == 2 and all(isinstance(value, float) for value in values) and values[0] < values[1]:
+            space[key] = (float(values[0]), float(values[1]))
+        else:
+            raise UserError(
+                f"--space {assignment}: a range is low..high of a rate or fraction; else list the values: a,b,c"
+            )
+    return space
+
+
+def search(task: str, params: Finetune, space: Space, trials: int, told: Told) -> "Study":
+    """Go on until the study has `trials` trials that were finished or pruned (worse than the median after an epoch).
+
+    One study for each question: another space, other settings, data or core begin a new one. told: after each trial,
+    its number, its validation score (None: pruned) and its values.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    question = [params.model_dump(), space, digest(MODELS / params.start), digest(TABLES / task)]
+    name = f"{task}-{hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]}"
+    with tracking.locked(STUDIES / f"{name}.lock"), tracking.stage_run("tune", task, space) as parent:
+        study = optuna.create_study(
+            storage=f"sqlite:///{STUDIES / 'studies.db'}",
+            study_name=name,
+            load_if_exists=True,
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=params.seed),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
+        )
+        for left in study.get_trials(states=(TrialState.RUNNING,)):  # by a process that died: the lock is ours
+            study.tell(left.number, state=TrialState.FAIL)
+            study.enqueue_trial(left.params)
+        while len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))) < trials:
+            trial = study.ask()
+            values = {key: _suggest(trial, key, choice) for key, choice in space.items()}
+            tried = type(params)(**{**params.model_dump(), **values})
+            with tracking.stage_run("trial", task, values, parent=parent.id) as run:
+                score = _score(trial, task, tried)
+                if score is None:
+                    study.tell(trial, state=TrialState.PRUNED)
+                else:
+                    study.tell(trial, score)
+                    run.metrics({f"validation_{judge(task).PRIMARY}": score})
+            told(trial.number, score, values)
+        parent.metrics({f"best_validation_{judge(task).PRIMARY}": study.best_value})
+        parent.params({"best": _rounded(study.best_params)})
+    return study
+
+
+def as_settings(task: str, study: "Study") -> str:
+    """The best values as options of `memgpt retrain`."""
+    return " ".join(f"--set finetune.{task}.{key}={value}" for key, value in _rounded(study.best_params).items())
+
+
+def draw(study: "Study", target: Path) -> None:
+    """Score against each setting, a dot per trial."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    done = [trial for trial in study.get_trials() if trial.value is not None]
+    keys = sorted({key for trial in done for key in trial.params})
+    figure, axes = plt.subplots(
+        1, len(keys), figsize=(4 * len(keys), 3.5), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, key in zip(axes[0], keys, strict=True):
+        known = [trial for trial in done if key in trial.params]
+        scale = known[0].distributions[key]
+        values = [trial.params[key] if hasattr(scale, "log") else str(trial.params[key]) for trial in known]
+        axis.scatter(values, [trial.value for trial in known])
+        axis.set(xlabel=key, xscale="log" if getattr(scale, "log", False) else axis.get_xscale())
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("validation score")
+    with atomic.replacing(target) as aside:
+        figure.savefig(aside, format="png", dpi=100)
+    plt.close(figure)
+
+
+def range_test(task: str, params: Finetune, steps: int = 100) -> tuple[list[tuple[float, float]], float]:
+    """The loss while the learning rate rises from 1e-6 to 1 (Smith 2017, arXiv 1506.01186).
+
+    Returns (rate, smoothed loss) of each step until the loss has left its valley, and the rate at its steepest fall.
+    """
+    import numpy as np
+    import torch
+    from torch.utils.data import DataLoader, RandomSampler
+    from transformers import AutoTokenizer, set_seed
+
+    from memgpt import tuning
+    from memgpt.optimizers import clip_gradients, for_tuning
+
+    parent, settings, module = MODELS / params.start, params.model_dump(), judge(task)
+    set_seed(params.seed)
+    model = tuning.prepare(module.model(parent, TABLES, **settings), params, steps).train()
+    data = module.Training(TABLES, AutoTokenizer.from_pretrained(parent), **settings)
+    optimizer = for_tuning(model, params, params.optimizer)
+    rates = np.geomspace(1e-6, 1.0, steps)
+    rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[min(step, steps - 1)] / params.learning_rate)
+    draws = RandomSampler(data, replacement=True, num_samples=steps * params.batch_size)
+    losses: list[float] = []
+    average = 0.0
+    for step, batch in enumerate(DataLoader(data, params.batch_size, sampler=draws, collate_fn=data.collate)):
+        loss = model(**batch).loss
+        average = 0.9 * average + 0.1 * loss.item()
+        losses.append(average / (1 - 0.9 ** (step + 1)))
+        if not losses[-1] < 4 * min(losses):  # NaN too
+            break
+        loss.backward()
+        clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rise.step()
+    valley = int(np.nanargmin(losses)) + 1
+    slopes = np.gradient(losses[: max(2, valley)])
+    return [*zip(rates[: len(losses)].tolist(), losses, strict=True)], float(rates[int(np.argmin(slopes))])
+
+
+def draw_range(points: list[tuple[float, float]], suggestion: float, target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis.plot(*zip(*points, strict=True))
+    axis.axvline(suggestion, color="tab:red", linestyle="--", label=f"steepest fall: {suggestion:.2g}")
+    axis.set(xscale="log", xlabel="learning rate", ylabel="loss, smoothed")
+    axis.legend()
+    with atomic.replacing(target) as aside:
+        figure.savefig(aside, format="png", dpi=100)
+    plt.close(figure)
+
+
+def _suggest(trial: "Trial", key: str, choice: tuple[float, float] | list[Any]) -> Any:
+    if isinstance(choice, list):
+        return trial.suggest_categorical(key, choice)
+    low, high = choice
+    return _round(trial.suggest_float(key, low, high, log=low > 0 and high / low >= 10))
+
+
+def _round(value: Any) -> Any:
+    """Three digits: what is tried is what is printed."""
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: _round(value) for key, value in values.items()}
+
+
+def _score(trial: "Trial", task: str, params: Finetune) -> float | None:
+    """Of a fine-tuning with these settings on validation; None if it was pruned."""
+    from optuna import TrialPruned
+
+    from memgpt.stages import finetune
+
+    def watch(score: float, epoch: int) -> None:
+        trial.report(score, epoch)
+        if trial.should_prune():
+            raise TrialPruned
+
+    target = STUDIES / f"trial-{task}"
+    try:
+        return finetune.fit(params, task, target, watch=watch)[f"validation_{judge(task).PRIMARY}"]
+    except TrialPruned:
+        return None
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
