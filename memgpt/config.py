@@ -118,11 +118,28 @@ class Tuning(Training):
     adversarial: NonNegative
 
 
+class Augment(Section):
+    """Training rows to add, as shares of those there are: with words replaced by others that the core reads alike, with
+    words dropped or swapped, of parts of two rows."""
+
+    synonyms: NonNegative
+    word_edits: NonNegative
+    recombination: NonNegative
+
+
+class AugmentNER(Augment):
+    """mention_replacement: with other names of the same type."""
+
+    mention_replacement: NonNegative
+
+
 class Multitask(Tuning):
-    """mixing_temperature: a task is drawn in proportion to its examples to the power of one over this."""
+    """mixing_temperature: a task is drawn in proportion to its examples to the power of one over this. balancing: of
+    the tasks' losses: none, or by how uncertain each task is found to be (a learned weight for each)."""
 
     steps: Positive
     mixing_temperature: Annotated[float, Field(ge=1)]
+    balancing: Literal["none", "uncertainty"]
     max_length: Annotated[int, Field(ge=8)]
     item_length: Annotated[int, Field(ge=8)]
     max_history: Positive
@@ -132,13 +149,15 @@ class Multitask(Tuning):
 class Finetune(Tuning):
     """tune: what is trained beside the head: all, backbone (all but the memory), memory (the rows that the data reads),
     head (nothing else), or low-rank changes of the backbone's matrices, of rank `rank`, which are merged into them at
-    the end. patience: 0, or after how many epochs without a better validation score to stop; the best epoch is kept."""
+    the end. patience: 0, or after how many epochs without a better validation score to stop; the best epoch is kept.
+    soup: how many fine-tunings, with other seeds, to average as long as that helps on validation."""
 
     start: Literal["base", "multitask"]
     tune: Literal["all", "backbone", "memory", "head", "lora", "adalora"]
     rank: Positive
     epochs: Positive
     patience: Annotated[int, Field(ge=0)]
+    soup: Positive
     batch_by_length: bool
     max_length: Annotated[int, Field(ge=8)]
 
@@ -152,14 +171,22 @@ class Finetune(Tuning):
         return self
 
 
+class FinetuneNER(Finetune):
+    augment: AugmentNER
+
+
+class FinetuneSentiment(Finetune):
+    augment: Augment
+
+
 class FinetuneRecommendation(Finetune):
     max_history: Positive
     similarity_temperature: Rate
 
 
 class FinetuneTasks(Section):
-    ner: Finetune
-    sentiment: Finetune
+    ner: FinetuneNER
+    sentiment: FinetuneSentiment
     recommendation: FinetuneRecommendation
 
 

@@ -61,7 +61,7 @@ class MemGPTConfig(PreTrainedConfig):
     pooled_size: width of the two-tower vectors of recommendation.
     similarity_temperature: of the softmax over items in recommendation.
     window: subword tokens that the understanding tasks read at once; max_history: a reader's items that count.
-    task_labels: task → labels, for the multi-task class only.
+    task_labels: task → labels; task_balancing: a learned weight for each task's loss. For the multi-task class only.
     """
 
     model_type = "memgpt"
@@ -116,6 +116,7 @@ class MemGPTConfig(PreTrainedConfig):
     window: int = 128
     max_history: int = 10
     task_labels: dict[str, list[str]] | None = None
+    task_balancing: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.memory_layers is None:

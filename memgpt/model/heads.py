@@ -237,6 +237,8 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
                 "recommendation": InterestHead(config),
             }
         )
+        if config.task_balancing:
+            self.log_variance = nn.Parameter(torch.zeros(len(self.heads)))
         self.post_init()
 
     @can_return_tuple
@@ -272,6 +274,10 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
         else:
             logits = head(outputs.last_hidden_state, attention_mask)
             loss = None if labels is None else _cross_entropy(logits, labels, items)
+        if loss is not None and self.training and self.config.task_balancing:
+            # L / σ² + log σ with a learned σ for each task (Kendall et al. 2018, arXiv 1705.07115, equation 10).
+            log_variance = self.log_variance[list(self.heads).index(task)]
+            loss = loss * torch.exp(-log_variance) + log_variance / 2
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

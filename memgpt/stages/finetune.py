@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from memgpt import atomic, checkpoint, lineage, predict, tuning
@@ -18,21 +19,30 @@ Watch = Callable[[float, int], None]
 
 
 def run(config: Config, task: str, log: Log | None = None) -> dict[str, float]:
-    return fit(getattr(config.finetune, task), task, MODELS / task, log)
+    params = getattr(config.finetune, task)
+    if params.soup > 1:
+        return _soup(params, task, MODELS / task, log)
+    return fit(params, task, MODELS / task, log)
 
 
 def fit(
-    params: Finetune, task: str, target: Path, log: Log | None = None, watch: Watch | None = None
+    params: Finetune,
+    task: str,
+    target: Path,
+    log: Log | None = None,
+    watch: Watch | None = None,
+    head_seed: int | None = None,
 ) -> dict[str, float]:
     """Fine-tune into the directory `target`; what it reached on validation.
 
     watch: told the validation score of each epoch and its number, from 1; what it raises ends the training.
+    head_seed: of the head's first weights, which models that are to be averaged share; by default that of all else.
     """
     settings = params.model_dump()
     parent, tables = MODELS / params.start, TABLES / task
     module = judge(task)
     tokenizer = AutoTokenizer.from_pretrained(parent)
-    set_seed(params.seed)
+    set_seed(params.seed if head_seed is None else head_seed)
     model = module.model(parent, TABLES, **settings)
     data = module.Training(TABLES, tokenizer, **settings)
     if not len(data):
@@ -68,6 +78,38 @@ def fit(
         metrics |= {"trainable_parameters": trainable, "steps": epochs.step if params.patience else steps}
         lineage.write(directory, f"finetune@{task}", [parent, tables], settings, parent, params.seed, metrics)
     checkpoint.discard(checkpoints)
+    return metrics
+
+
+def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[str, float]:
+    """The average of fine-tunings with other seeds: best first, each taken in if the average gets better by it
+    (greedy soup, arXiv 2203.05482)."""
+    inputs, primary = [MODELS / params.start, TABLES / task], judge(task).PRIMARY
+    place = checkpoint.directory(f"soup-{task}", params.model_dump(), inputs)
+    scores: dict[Path, float] = {}
+    for seed in range(params.seed, params.seed + params.soup):
+        member = place / f"seed-{seed}"
+        if not member.exists():
+            fit(params.model_copy(update={"seed": seed}), task, member, log, head_seed=params.seed)
+        scores[member] = validate(task, member)[primary]
+    members = sorted(scores, key=lambda member: -scores[member])
+    best, score, taken = members[0], scores[members[0]], members[:1]
+    predictor, tokenizer = predict.load(task, best), AutoTokenizer.from_pretrained(best)
+    for member in members[1:]:
+        weights = [load_file(path / "model.safetensors") for path in (*taken, member)]
+        predictor.model.load_state_dict({name: sum(w[name] for w in weights) / len(weights) for name in weights[0]})
+        average = place / f"average-{member.name}"
+        with atomic.replacing(average) as directory:
+            save(predictor.model, task, tokenizer, directory)
+        reached = validate(task, average)[primary]
+        if reached > score:
+            best, score, taken = average, reached, [*taken, member]
+    with atomic.replacing(target) as directory:
+        shutil.copytree(best, directory)
+        metrics = {f"validation_{name}": round(value, 6) for name, value in validate(task, directory).items()}
+        metrics["members"] = len(taken)
+        lineage.write(directory, f"finetune@{task}", inputs, params.model_dump(), inputs[0], params.seed, metrics)
+    checkpoint.discard(place)
     return metrics
 
 

@@ -1,6 +1,7 @@
 """Named-entity recognition: tagged sentences → features, span F1, and a gazetteer to beat."""
 
 from collections import Counter, defaultdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,14 +47,24 @@ class Training:
     `max_length` is cut into windows."""
 
     def __init__(
-        self, tables: Path, tokenizer: "PreTrainedTokenizerFast", *, max_length: int, split: str = "train", **_: Any
+        self,
+        tables: Path,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        max_length: int,
+        split: str = "train",
+        augment: dict[str, float] | None = None,
+        seed: int = 0,
+        **_: Any,
     ):
+        from memgpt import augmentation
+
         index = {tag: place for place, tag in enumerate(labels(tables))}
         self.pad = tokenizer.pad_token_id
         self.rows: list[tuple[list[int], list[int]]] = []
-        for row in rows_of(tables, "ner", split):
-            if not row["tokens"]:
-                continue
+        rows = [row for row in rows_of(tables, "ner", split) if row["tokens"]]
+        synonyms = partial(augmentation.neighbours, Path(tokenizer.name_or_path), tokenizer)
+        for row in augmentation.ner(rows, augment or {}, seed, synonyms):
             pieces = encode_words(tokenizer, row["tokens"])
             for first, last in windows([len(piece) for piece in pieces], max_length):
                 ids = [*chain.from_iterable(pieces[first:last])][:max_length]

@@ -1,5 +1,6 @@
 """Sentiment: labelled texts → features, macro F1, and a bag of words to beat."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,21 @@ class Training:
     """Texts as subword ids, cut at `max_length`, with the index of their label."""
 
     def __init__(
-        self, tables: Path, tokenizer: "PreTrainedTokenizerFast", *, max_length: int, split: str = "train", **_: Any
+        self,
+        tables: Path,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        max_length: int,
+        split: str = "train",
+        augment: dict[str, float] | None = None,
+        seed: int = 0,
+        **_: Any,
     ):
+        from memgpt import augmentation
+
         index = {label: place for place, label in enumerate(labels(tables))}
-        rows = rows_of(tables, "sentiment", split)
+        synonyms = partial(augmentation.neighbours, Path(tokenizer.name_or_path), tokenizer)
+        rows = augmentation.sentiment(rows_of(tables, "sentiment", split), augment or {}, seed, synonyms)
         self.pad = tokenizer.pad_token_id
         texts = [row["text"] for row in rows]
         self.ids = [

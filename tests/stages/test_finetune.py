@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from memgpt import config, lineage, predict
 from memgpt.config import Tuning
 from memgpt.errors import UserError
-from memgpt.model import MemGPTConfig, MemGPTForSequenceClassification
+from memgpt.model import MemGPTConfig, MemGPTForMultiTask, MemGPTForSequenceClassification
 from memgpt.optimizers import RowAdagrad, for_tuning
 from memgpt.stages import finetune
 from memgpt.training import train
@@ -188,3 +188,42 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
     document = config.read(ROOT / "params.yaml")
     with pytest.raises(UserError, match=r"finetune\.ner: adversarial=1\.0 .* tune=lora does not train"):
         config.override(document, ["finetune.ner.adversarial=1.0", "finetune.ner.tune=lora"])
+
+
+def test_a_soup_is_no_worse_than_its_best_member(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    single = [
+        finetune.fit(finetune_params(place, seed), "sentiment", place / f"models/{seed}", head_seed=1)[
+            "validation_macro_f1"
+        ]
+        for seed in (1, 2)
+    ]
+    metrics = finetune.run(write(place, ["finetune.sentiment.soup=2"]), "sentiment")
+    assert metrics["validation_macro_f1"] >= max(single)
+    assert metrics["members"] in (1, 2)
+    assert not list(place.glob(".memgpt/checkpoints/*"))
+    first, second, soup = (
+        load_file(place / f"models/{name}/model.safetensors")["head.score.weight"] for name in ("1", "2", "sentiment")
+    )
+    if metrics["members"] == 2:
+        torch.testing.assert_close(soup, (first + second) / 2)
+
+
+def finetune_params(place: Path, seed: int) -> config.Finetune:
+    return write(place, [f"finetune.sentiment.seed={seed}"]).finetune.sentiment
+
+
+def test_an_uncertain_task_counts_less() -> None:
+    shape = MemGPTConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, memory_layers=[], task_balancing=True
+    )
+    model = MemGPTForMultiTask(shape).train()
+    batch = {"task": "sentiment", "input_ids": torch.arange(6).view(2, 3), "labels": torch.zeros(2, dtype=torch.long)}
+    plain = model.eval()(**batch).loss
+    with torch.no_grad():
+        model.log_variance.fill_(1.0)
+    assert model(**batch).loss == plain, "what is reported is the loss itself"
+    weighted = model.train()(**batch).loss
+    torch.testing.assert_close(weighted, plain * torch.exp(torch.tensor(-1.0)) + 0.5)
+    weighted.backward()
+    assert model.log_variance.grad.count_nonzero() == 1

@@ -1,0 +1,137 @@
+"""More training rows from those there are. Each kind makes `share` × rows new ones; the old ones stay as they are.
+
+After *An Analysis of Simple Data Augmentation for Named Entity Recognition* (arXiv 2010.11683) and *EDA* (arXiv
+1901.11196). Rows are those of the tables: {tokens, tags} for NER, {text, label, …} for sentiment.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from memgpt.predict.words import spans_from_tags
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Row = dict[str, Any]
+Synonyms = dict[str, list[str]]
+EDITED = 0.1  # share of a row's words that an edit or a synonym replaces
+
+
+def ner(rows: list[Row], shares: dict[str, float], seed: int, synonyms: Callable[[], Synonyms]) -> list[Row]:
+    """Sentences with other names of the same type in them, with edited words outside of names, or two joined.
+
+    shares: kind → how many rows to add, as a share of `rows`. synonyms: called if they are asked for.
+    """
+    mentions: dict[str, list[list[str]]] = defaultdict(list)
+    for row in rows:
+        for kind, first, last in spans_from_tags(row["tags"]):
+            mentions[kind].append(row["tokens"][first:last])
+    with_mentions = [row for row in rows if any(tag != "O" for tag in row["tags"])]
+
+    def replace_mentions(random: Random) -> Row:
+        row = random.choice(with_mentions)
+        tokens, tags, end = [], [], 0
+        for kind, first, last in spans_from_tags(row["tags"]):
+            mention = random.choice(mentions[kind])
+            tokens += [*row["tokens"][end:first], *mention]
+            tags += [*row["tags"][end:first], f"B-{kind}", *[f"I-{kind}"] * (len(mention) - 1)]
+            end = last
+        return {**row, "tokens": tokens + row["tokens"][end:], "tags": tags + row["tags"][end:]}
+
+    def edit(random: Random, words: Synonyms | None) -> Row:
+        row = random.choice(rows)
+        free = [index for index, tag in enumerate(row["tags"]) if tag == "O"]
+        edited = _edit([row["tokens"][index] for index in free], random, words)
+        tokens = list(row["tokens"])
+        for index, token in zip(free, edited, strict=True):
+            tokens[index] = token
+        kept = [index for index, token in enumerate(tokens) if token]
+        return {**row, "tokens": [tokens[i] for i in kept], "tags": [row["tags"][i] for i in kept]}
+
+    def join(random: Random) -> Row:
+        one, other = random.choice(rows), random.choice(rows)
+        return {**one, "tokens": one["tokens"] + other["tokens"], "tags": one["tags"] + other["tags"]}
+
+    makers = {"mention_replacement": replace_mentions} if with_mentions else {}
+    return _more(rows, shares, seed, synonyms, {**makers, "recombination": join}, edit)
+
+
+def sentiment(rows: list[Row], shares: dict[str, float], seed: int, synonyms: Callable[[], Synonyms]) -> list[Row]:
+    """Texts with edited words, or the first half of one and the second half of another with the same label."""
+    by_label: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_label[row["label"]].append(row)
+
+    def edit(random: Random, words: Synonyms | None) -> Row:
+        row = random.choice(rows)
+        return {**row, "text": " ".join(filter(None, _edit(row["text"].split(), random, words)))}
+
+    def join(random: Random) -> Row:
+        one = random.choice(rows)
+        other = random.choice(by_label[one["label"]])
+        head, tail = one["text"].split(), other["text"].split()
+        return {**one, "text": " ".join(head[: (len(head) + 1) // 2] + tail[len(tail) // 2 :])}
+
+    return _more(rows, shares, seed, synonyms, {"recombination": join}, edit)
+
+
+def neighbours(parent: Path, tokenizer: "PreTrainedTokenizerFast", count: int = 3) -> Synonyms:
+    """Word → those whose embedding in the core in `parent` points most nearly the same way: what was read in similar
+    places. Of words that are one token."""
+    import torch
+    from safetensors import safe_open
+
+    words = {
+        token[1:]: place for token, place in tokenizer.get_vocab().items() if token[0] == "Ġ" and token[1:].isalpha()
+    }
+    with safe_open(parent / "model.safetensors", "pt") as weights:
+        rows = weights.get_tensor("model.embed_tokens.weight")[list(words.values())].float()
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    names = list(words)
+    found: Synonyms = {}
+    for first in range(0, len(names), 1024):
+        nearest = (rows[first : first + 1024] @ rows.T).topk(count + 1).indices.tolist()
+        for name, places in zip(names[first:], nearest, strict=False):
+            found[name] = [names[place] for place in places if names[place] != name][:count]
+    return found
+
+
+def _more(
+    rows: list[Row],
+    shares: dict[str, float],
+    seed: int,
+    synonyms: Callable[[], Synonyms],
+    makers: dict[str, Callable[[Random], Row]],
+    edit: Callable[[Random, Synonyms | None], Row],
+) -> list[Row]:
+    made = list(rows)
+    for kind, share in shares.items():
+        random = Random(f"{seed} {kind}")
+        if share == 0 or not rows:
+            continue
+        if kind == "synonyms":
+            known = synonyms()
+            made += [edit(random, known) for _ in range(round(share * len(rows)))]
+        elif kind == "word_edits":
+            made += [edit(random, None) for _ in range(round(share * len(rows)))]
+        elif kind in makers:
+            made += [makers[kind](random) for _ in range(round(share * len(rows)))]
+    return made
+
+
+def _edit(words: list[str], random: Random, synonyms: Synonyms | None) -> list[str]:
+    """A tenth of the words, one at least, replaced by a synonym; without synonyms, dropped (empty) or swapped with the
+    next one. Of a single word nothing is dropped."""
+    words = list(words)
+    for _ in range(max(1, round(EDITED * len(words)))) if words else ():
+        place = random.randrange(len(words))
+        if synonyms is not None:
+            words[place] = random.choice(synonyms.get(words[place]) or [words[place]])
+        elif len(words) > 1 and random.random() < 0.5:
+            words[place] = ""
+        elif place + 1 < len(words):
+            words[place : place + 2] = words[place + 1], words[place]
+    return words
