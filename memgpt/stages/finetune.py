@@ -42,10 +42,14 @@ def run(config: Config, task: str, log: Log | None = None) -> dict[str, float]:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         if task == "recommendation":
-            module.write_index(model, tokenizer, TABLES, directory)
+            module.write_index(model, tokenizer, TABLES, directory, **settings)
         rows = module.test_rows(TABLES, "validation")
-        predictions = predict.load(task, directory).predict([row["input"] for row in rows])
-        metrics = {f"validation_{name}": round(value, 6) for name, value in module.metrics(rows, predictions).items()}
+        predictor = predict.load(task, directory)
+        predictions = predictor.predict([row["input"] for row in rows])
+        found = module.metrics(rows, predictions)
+        if hasattr(module, "apart"):
+            found |= module.apart(TABLES, rows, predictions, predictor)
+        metrics = {f"validation_{name}": round(value, 6) for name, value in found.items()}
         lineage.write(directory, f"finetune@{task}", [parent, tables], settings, parent, params.seed, metrics)
     checkpoint.discard(checkpoints)
     return metrics
