@@ -38,15 +38,15 @@ def test_equal_cost_means_no_more_multiply_adds_than_the_peer(width: int) -> Non
 
 @pytest.mark.parametrize(
     ("peer", "settings"),
-    [("item_knn", {}), ("ease", {"penalty": 1.0}), ("sasrec", {"epochs": 30, "learning_rate": 1e-2, "width": 32})],
+    [("item_knn", {}), ("ease", {"penalty": 1.0}), ("sasrec", {"epochs": 20, "learning_rate": 1e-2, "width": 32})],
 )
 def test_peers_of_recommendation_learn_which_items_go_together(peer: str, settings: dict) -> None:
     lines = [[5 * (reader % 4) + (reader + step) % 5 for step in range(4)] for reader in range(40)]
     score = getattr(peers_recommendation, peer)(lines, 20, **settings)
     for group in range(4):
-        best = np.argsort(-score([5 * group, 5 * group + 1]))[:5]
-        assert set(best) & set(range(5 * group, 5 * group + 5)) - {5 * group, 5 * group + 1}, "one that was not read"
-        assert set(best[:2]) <= set(range(5 * group, 5 * group + 5))
+        scores = score([5 * group, 5 * group + 1])
+        scores[[5 * group, 5 * group + 1]] = -np.inf
+        assert scores.argmax() // 5 == group
 
 
 def test_ease_minimises_what_it_says() -> None:

@@ -21,7 +21,7 @@ PICTURE = ("k", "recall")  # columns of what `picture` gives
 DEPTH = 50  # how deep a ranking is asked for
 _COLD = 5  # an item chosen, or a reader who chose, at most so often
 _REACH = 30  # items of a reader that are this far apart are still co-visited
-_NEIGHBOURS = 100  # of an item that are kept
+_NEIGHBOURS = 300  # of an item that are kept
 _SHRINKAGE = 3  # choices: how many it takes until two items' nearness is believed
 _CELLS = 20_000_000  # of readers × items, on which the weights are learned
 
@@ -156,7 +156,7 @@ def write_index(
 def behaviour(tables: Path) -> "dict[str, torch.Tensor]":
     """What readers did in train, as `memgpt.predict.recommendation.Index` keeps it.
 
-    Co-visitation of items a and b: over the readers who chose b after a, 1 / d² at a distance of d items, and half of
+    Co-visitation of items a and b: over the readers who chose b after a, 1 / d at a distance of d items, and half of
     that for a after b; over √(choices of a · choices of b), as the cosine of item-based filtering is, and a shrinkage
     (Sarwar et al. 2001; Koren 2008).
     """
@@ -176,7 +176,7 @@ def behaviour(tables: Path) -> "dict[str, torch.Tensor]":
         same = (reader[:-distance] == reader[distance:]) & (line[:-distance] != line[distance:])
         before, after = line[:-distance][same], line[distance:][same]
         pairs += [before * len(items) + after, after * len(items) + before]
-        weights += [np.full(len(before), 1 / distance**2), np.full(len(before), 0.5 / distance**2)]
+        weights += [np.full(len(before), 1 / distance), np.full(len(before), 0.5 / distance)]
     cells, inverse = np.unique(np.concatenate(pairs), return_inverse=True)
     values = np.bincount(inverse, np.concatenate(weights), len(cells))
     rows, columns = np.divmod(cells, len(items))
