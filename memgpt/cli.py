@@ -343,6 +343,33 @@ def tune(
     print(f"memgpt retrain {search.as_settings(task, study)}")
 
 
+@app.command(rich_help_panel=MODELS)
+def index(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A recommendation model's directory.")],
+    items: Annotated[Path, typer.Argument(metavar="ITEMS", help="A file of items: id, title, description, tags.")],
+) -> None:
+    """Add new items to what a recommendation model can offer, without training it.
+
+    Items that it knows already stay as they are. Example: [bold]memgpt index models/recommendation new-items.csv[/]
+    """
+    from memgpt import tables
+
+    if not (directory / "items.json").is_file():
+        raise UserError(f"{directory}: no recommendation model; `memgpt finetune recommendation` makes one")
+    arrived = tables.read_items(items)
+    _compute_with(_config())
+    import shutil
+
+    from memgpt import atomic
+    from memgpt.predict.recommendation import Predictor, extend_index
+
+    with atomic.replacing(directory) as aside:
+        shutil.copytree(directory, aside)
+        predictor = Predictor(aside)
+        added = extend_index(predictor.model, predictor.tokenizer, arrived, aside)
+    print(f"index {directory}: {added} items added, {len(arrived) - added} known already")
+
+
 # --- registry -----------------------------------------------------------------
 
 

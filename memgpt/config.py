@@ -180,8 +180,11 @@ class FinetuneSentiment(Finetune):
 
 
 class FinetuneRecommendation(Finetune):
+    """rerank: learn on validation how to weigh the match of texts against popularity, recency and co-visitation."""
+
     max_history: Positive
     similarity_temperature: Rate
+    rerank: bool
 
 
 class FinetuneTasks(Section):

@@ -36,7 +36,7 @@ _WHAT = {
         '`params={"separator": " "}`.'
     ),
     "sentiment": "Sentiment: text, or `{text, topic}` → `{label, scores, topic}`.",
-    "recommendation": "Recommendation: `{history: [id | text], k, candidates?}` → `[{item_id, title, score}]`.",
+    "recommendation": "Recommendation: `{history: [id|text], k, candidates?, rerank?}` → `[{item_id, title, score}]`.",
 }
 
 

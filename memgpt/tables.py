@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from memgpt import config
 from memgpt.errors import UserError
 from memgpt.overlap import normalise
-from memgpt.sources import formats
+from memgpt.sources import formats, naming
 from memgpt.sources.formats import Rows
 from memgpt.sources.naming import WHOLE, Part
 
@@ -376,6 +376,29 @@ def _recommendation(read: list[Rows], source: config.Source) -> Built:
     tables = {"items": _table("items", records["items"])}
     tables |= {split: _table("interactions", rows) for split, rows in leave_last_out(records["interactions"]).items()}
     return Built(tables, None, columns, sorted(licences))
+
+
+def read_items(path: Path) -> list[dict[str, Any]]:
+    """Rows of the items table from a file in any of the formats.
+
+    Raises:
+        UserError: naming the file and row of an item without id or title, or with the id of another.
+    """
+    if not path.is_file() or not naming.data_format(path.name):
+        raise UserError(f"{path}: no such file, or not one of .{', .'.join(naming.FORMATS)}, each also .gz")
+    rows = formats.read(Part("items", str(path), path))
+    found = _columns("recommendation", "items", rows, {})
+    items = list(_items(rows, found))
+    first: dict[str, int] = {}
+    for index, item in enumerate(items):
+        for column in REQUIRED["items"]:
+            if not (item[column] or "").strip():
+                raise UserError(f"{rows.at(index)}: column {found[column]!r} is empty; give every item one")
+        if (other := first.setdefault(item["item_id"], index)) != index:
+            raise UserError(
+                f"{rows.at(index)}: item id {item['item_id']!r} is also that of {rows.at(other)}; each needs its own"
+            )
+    return items
 
 
 def _items(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:

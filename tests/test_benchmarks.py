@@ -3,12 +3,14 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import cells
 import core
 import peers
+import peers_recommendation
 
 
 def test_its_recipe_and_every_change_of_it_are_valid() -> None:
@@ -32,3 +34,33 @@ def test_every_cell_that_starts_from_another_finds_it_in_the_plan() -> None:
 def test_equal_cost_means_no_more_multiply_adds_than_the_peer(width: int) -> None:
     ours, peer = (peers.multiply_adds(model) for model in (peers.memgpt(width, rows=64), peers.llama(width)))
     assert 0.96 * peer < ours <= peer
+
+
+@pytest.mark.parametrize(
+    ("peer", "settings"),
+    [("item_knn", {}), ("ease", {"penalty": 1.0}), ("sasrec", {"epochs": 20, "learning_rate": 1e-2, "width": 32})],
+)
+def test_peers_of_recommendation_learn_which_items_go_together(peer: str, settings: dict) -> None:
+    lines = [[5 * (reader % 4) + (reader + step) % 5 for step in range(4)] for reader in range(40)]
+    score = getattr(peers_recommendation, peer)(lines, 20, **settings)
+    for group in range(4):
+        scores = score([5 * group, 5 * group + 1])
+        scores[[5 * group, 5 * group + 1]] = -np.inf
+        assert scores.argmax() // 5 == group
+
+
+def test_ease_minimises_what_it_says() -> None:
+    """Off the diagonal, the gradient of |X - XB|² + λ|B|² is zero where B's diagonal is held at zero."""
+    random = np.random.default_rng(0)
+    lines = [random.choice(12, 5, replace=False).tolist() for _ in range(30)]
+    score = peers_recommendation.ease(lines, 12, penalty=2.0)
+    weights = np.stack([score([item]) for item in range(12)])
+    read = peers_recommendation._readers(lines, 12)
+    gradient = read.T @ (read @ weights - read) + 2.0 * weights
+    np.fill_diagonal(gradient, 0)
+    assert np.abs(np.diag(weights)).max() == 0
+    assert np.abs(gradient).max() < 1e-4
+
+
+def test_popularity_counts() -> None:
+    assert peers_recommendation.popularity([[0, 1], [1]], 3)([2]).tolist() == [1, 2, 0]

@@ -17,7 +17,20 @@ from memgpt import cli, config
 from memgpt.errors import UserError
 
 STAGES = ["snapshot", "ingest", "validate", "tokenize", "pretrain", "multitask", "finetune", "evaluate"]
-COMMANDS = [*STAGES, "convert", "tune", "retrain", "promote", "rollback", "verify", "predict", "explain", "usage", "ui"]
+COMMANDS = [
+    *STAGES,
+    "convert",
+    "tune",
+    "index",
+    "retrain",
+    "promote",
+    "rollback",
+    "verify",
+    "predict",
+    "explain",
+    "usage",
+    "ui",
+]
 
 
 def memgpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

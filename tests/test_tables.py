@@ -265,6 +265,20 @@ def test_a_mapped_column_of_one_of_the_two_files_suffices() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("1,Heat", r"new.csv line 3: item id '1' is also that of .*new.csv line 2"),
+        (",Heat", r"new.csv line 3: column 'item_id' is empty"),
+        ("2,", r"new.csv line 3: column 'title' is empty"),
+    ],
+)
+def test_new_items_that_cannot_be_told_apart_are_named(line: str, match: str) -> None:
+    Path("new.csv").write_text(f"item_id,title\n1,Toy\n{line}\n")
+    with pytest.raises(UserError, match=match):
+        tables.read_items(Path("new.csv"))
+
+
 def test_the_last_of_each_user_is_left_out_ties_by_item() -> None:
     def click(user: str, item: str, time: int) -> dict:
         return {"user_id": user, "item_id": item, "timestamp": time}

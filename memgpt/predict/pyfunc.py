@@ -49,11 +49,13 @@ class Opinion(Record):
 
 
 class Reader(Record):
-    """history, oldest first, and candidates (null: every known item) hold item ids or texts of items never seen."""
+    """history, oldest first, and candidates (null: every known item) hold item ids or texts of items never seen.
+    rerank=False ranks by the texts alone."""
 
     history: list[str]
     k: int = Field(default=10, ge=1)
     candidates: list[str] | None = None
+    rerank: bool = True
 
 
 class Suggestion(Record):

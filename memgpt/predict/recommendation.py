@@ -1,11 +1,11 @@
-"""What a reader has read → what to offer next, by what the items say.
+"""What a reader has read → what to offer next: by what the items say, and by what readers did with them.
 
-A model directory holds its item index: `items.json` (ids, titles and how often each was chosen) and
-`items.safetensors` (their vectors), so that items are encoded once; `build_index` renews both without training.
+A model directory holds its item index, so that items are encoded once and can be added without training: `items.json`
+(ids, titles, how often each was chosen, the weights of the ranking) and `items.safetensors` (the tensors of `Index`).
 """
 
 import json
-import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,41 @@ from memgpt.model.residency import Residency, load
 from memgpt.predict.batching import batch_size, by_length, pad
 
 INDEX, VECTORS = "items.json", "items.safetensors"
+SIGNALS = ("match", "popularity", "recency", "follows", "covisits")
+LATEST = 10  # items of a history whose neighbours count
+
+
+@dataclass
+class Index:
+    """The catalogue of N items.
+
+    vectors [N, P]: what the items say. counts: how often each was chosen in train. idle [N]: days since it last was;
+    the median for an item that never was, which says nothing about it. starts [N + 1], columns, values: the rows of a
+    sparse matrix of co-visitation, how near and how often readers of the row's item chose the column's.
+    weights: of the `SIGNALS`, learned on validation; None ranks by the texts alone.
+    """
+
+    ids: list[str]
+    titles: list[str]
+    counts: list[int]
+    vectors: torch.Tensor
+    idle: torch.Tensor
+    starts: torch.Tensor
+    columns: torch.Tensor
+    values: torch.Tensor
+    weights: dict[str, float] | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> "Index":
+        parts: dict[str, Any] = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        parts.update(load_file(directory / VECTORS))
+        return cls(**parts)
+
+    def write(self, directory: Path) -> None:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        named = {name: value for name, value in vars(self).items() if name not in tensors}
+        save_file(tensors, directory / VECTORS)
+        (directory / INDEX).write_text(json.dumps(named, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
 
 def item_text(title: str, description: str = "", tags: str = "") -> str:
@@ -53,16 +88,52 @@ def build_index(
     items: list[dict[str, str]],
     counts: dict[str, int],
     directory: Path,
+    behaviour: dict[str, Any] | None = None,
 ) -> None:
-    """Write the index of `items` ({item_id, title, description, tags}) into a model directory."""
-    vectors = item_vectors(model, tokenizer, [item_text(i["title"], i["description"], i["tags"]) for i in items])
-    save_file({"vectors": vectors}, directory / VECTORS)
-    index = {
-        "ids": [item["item_id"] for item in items],
-        "titles": [item["title"] for item in items],
-        "counts": [counts.get(item["item_id"], 0) for item in items],
+    """Write the index of `items` ({item_id, title, description, tags}) into a model directory.
+
+    behaviour: idle, starts, columns and values of `Index`; nothing is known of it if None.
+    """
+    nothing: dict[str, Any] = {
+        "idle": torch.zeros(len(items)),
+        "starts": torch.zeros(len(items) + 1, dtype=torch.long),
+        "columns": torch.zeros(0, dtype=torch.int32),
+        "values": torch.zeros(0),
     }
-    (directory / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    Index(
+        ids=[item["item_id"] for item in items],
+        titles=[item["title"] for item in items],
+        counts=[counts.get(item["item_id"], 0) for item in items],
+        vectors=_vectors_of(model, tokenizer, items),
+        **(behaviour or nothing),
+    ).write(directory)
+
+
+def extend_index(
+    model: MemGPTForRecommendation, tokenizer: PreTrainedTokenizerFast, items: list[dict[str, str]], directory: Path
+) -> int:
+    """Add those of `items` whose id the index in a model directory does not have; returns how many.
+
+    Nobody has chosen them yet: they are offered for what they say. What is there keeps its vectors and its places.
+    """
+    index = Index.read(directory)
+    known = set(index.ids)
+    new = [item for item in items if item["item_id"] not in known]
+    if new:
+        index.ids += [item["item_id"] for item in new]
+        index.titles += [item["title"] for item in new]
+        index.counts += [0] * len(new)
+        index.vectors = torch.cat([index.vectors, _vectors_of(model, tokenizer, new)])
+        index.idle = torch.cat([index.idle, index.idle.median().expand(len(new))])
+        index.starts = torch.cat([index.starts, index.starts[-1:].expand(len(new))])
+        index.write(directory)
+    return len(new)
+
+
+def _vectors_of(
+    model: MemGPTForRecommendation, tokenizer: PreTrainedTokenizerFast, items: list[dict[str, str]]
+) -> torch.Tensor:
+    return item_vectors(model, tokenizer, [item_text(i["title"], i["description"], i["tags"]) for i in items])
 
 
 class Predictor:
@@ -71,45 +142,90 @@ class Predictor:
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self.model = load(MemGPTForRecommendation, directory, memory).to(device).eval()
         self.device = device
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        self.ids, self.titles = index["ids"], index["titles"]
-        self.vectors = load_file(directory / VECTORS)["vectors"]
-        self.popularity = torch.tensor(index["counts"], dtype=torch.float)
-        self.place = {item: place for place, item in enumerate(self.ids)}
+        self.index = Index.read(directory)
+        self.place = {item: place for place, item in enumerate(self.index.ids)}
+        self.chosen = torch.tensor(self.index.counts, dtype=torch.float)
 
     @torch.no_grad()
     def predict(self, inputs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-        """Per reader {history: [item id | text], k, candidates?: [item id | text]}: the best k items, as
+        """Per reader {history: [item id | text], k, candidates?: [item id | text], rerank?}: the best k items, as
         {item_id, title, score}.
 
         History runs from oldest to newest. A string that is no known id is read as the text of a new item. Without
         candidates the whole index competes, less what the reader has read; candidates compete as given, each once.
-        A reader without history gets what most readers chose.
+        rerank=False ranks by the texts alone. A reader without history gets what most readers chose.
         """
         new = self._encode_new(inputs)
         answers = []
         for row in inputs:
-            history = list(row["history"])
-            scores, names = self._candidates(row.get("candidates"), new)
-            if history:
-                latest = torch.stack([self._vector(item, new) for item in history[-self.model.config.max_history :]])
-                latest = latest[None].to(self.device, self.model.dtype)
-                interest = self.model.head.encode_reader(latest)[0, -1].float().cpu()
-                ratings = scores @ interest
+            history, candidates = list(row["history"]), row.get("candidates")
+            names = self.index.ids if candidates is None else list(dict.fromkeys(candidates))
+            weights = self.index.weights if row.get("rerank", True) else None
+            if not history:
+                ratings = torch.log1p(self._of_items(self.chosen, candidates, 0.0)) - torch.log1p(self.chosen.sum())
+            elif weights is None:
+                ratings = self._similarity(history, candidates, new)
             else:
-                chosen = torch.tensor([self._chosen(item) for item, _ in names])
-                ratings = torch.log1p(chosen) - math.log1p(float(self.popularity.sum()))
-            seen = set(history) if row.get("candidates") is None else set()
-            order = torch.sort(ratings, descending=True, stable=True).indices.tolist()
+                ratings = self.signals(history, candidates, new) @ torch.tensor([weights[name] for name in SIGNALS])
+            seen = set(history) if candidates is None else set()
             best: list[dict[str, Any]] = []
-            for place in order:
+            for place in torch.sort(ratings, descending=True, stable=True).indices.tolist():
                 if len(best) == int(row.get("k", 10)):
                     break
-                item, title = names[place]
-                if item is None or item not in seen:
-                    best.append({"item_id": item, "title": title, "score": round(ratings[place].item(), 6)})
+                if names[place] not in seen:
+                    known = self.place.get(names[place])
+                    item_id, title = (None, names[place]) if known is None else (names[place], self.index.titles[known])
+                    best.append({"item_id": item_id, "title": title, "score": round(ratings[place].item(), 6)})
             answers.append(best)
         return answers
+
+    @torch.no_grad()
+    def signals(
+        self,
+        history: list[str],
+        candidates: list[str] | None = None,
+        new: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """What speaks for each of C candidates, by default the whole index: [C, len(SIGNALS)], in their order.
+
+        new: vectors of the texts in history and candidates that are no known ids.
+        """
+        idle = self._of_items(self.index.idle, candidates, self.index.idle.median().item() if self.place else 0.0)
+        near = torch.zeros(2, len(self.place))
+        for distance, item in enumerate(reversed(history[-LATEST:]), start=1):
+            if item in self.place:
+                row = slice(*self.index.starts[self.place[item] : self.place[item] + 2].tolist())
+                near[1].index_add_(0, self.index.columns[row], self.index.values[row] / distance)
+            if distance == 1:
+                near[0] = near[1]
+        return torch.stack(
+            [
+                self._similarity(history, candidates, new or {}) / self.model.config.similarity_temperature,
+                torch.log1p(self._of_items(self.chosen, candidates, 0.0)),
+                -torch.log1p(idle),
+                *(self._of_items(torch.log1p(100 * one), candidates, 0.0) for one in near),
+            ],
+            dim=1,
+        )
+
+    def _similarity(
+        self, history: list[str], candidates: list[str] | None, new: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Cosine of the reader's interest and each candidate's text [C]."""
+        latest = torch.stack([self._vector(item, new) for item in history[-self.model.config.max_history :]])
+        latest = latest[None].to(self.device, self.model.dtype)
+        interest = self.model.head.encode_reader(latest)[0, -1].float().cpu()
+        if candidates is None:
+            return self.index.vectors @ interest
+        vectors = [self._vector(item, new) for item in dict.fromkeys(candidates)]
+        return torch.stack(vectors) @ interest if vectors else interest[:0]
+
+    def _of_items(self, values: torch.Tensor, candidates: list[str] | None, otherwise: float) -> torch.Tensor:
+        """values [N] of the candidates [C]; `otherwise` where one is no known id."""
+        if candidates is None:
+            return values
+        places = [self.place.get(item) for item in dict.fromkeys(candidates)]
+        return torch.tensor([otherwise if place is None else values[place].item() for place in places])
 
     def _encode_new(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         texts = sorted(
@@ -123,21 +239,4 @@ class Predictor:
         return dict(zip(texts, item_vectors(self.model, self.tokenizer, texts), strict=True)) if texts else {}
 
     def _vector(self, item: str, new: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.vectors[self.place[item]] if item in self.place else new[item]
-
-    def _chosen(self, item: str | None) -> float:
-        return self.popularity[self.place[item]].item() if item is not None else 0.0
-
-    def _candidates(
-        self, candidates: list[str] | None, new: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, list[tuple[str | None, str]]]:
-        """Vectors [C, P] and (id or None, title) of what competes."""
-        if candidates is None:
-            return self.vectors, list(zip(self.ids, self.titles, strict=True))
-        candidates = list(dict.fromkeys(candidates))
-        names: list[tuple[str | None, str]] = [
-            (item, self.titles[self.place[item]]) if item in self.place else (None, item) for item in candidates
-        ]
-        if not names:
-            return self.vectors[:0], []
-        return torch.stack([self._vector(item, new) for item in candidates]), names
+        return self.index.vectors[self.place[item]] if item in self.place else new[item]

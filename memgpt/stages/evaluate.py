@@ -17,12 +17,15 @@ MODELS, METRICS, PLOTS = Path("models"), Path("reports/metrics"), Path("reports/
 def run(config: Config, model: str) -> dict[str, float]:
     params, module = config.evaluate, judge(model)
     rows = module.test_rows(TABLES)
-    predictions = predict.load(model, MODELS / model).predict([row["input"] for row in rows])
+    predictor = predict.load(model, MODELS / model)
+    predictions = predictor.predict([row["input"] for row in rows])
     baseline = module.baseline(TABLES, rows)
     ours, theirs = module.statistics(rows, predictions), module.statistics(rows, baseline)
     low, high = bootstrap.interval(ours, module.score, params.bootstrap, params.seed)
     gain, gain_low, gain_high = bootstrap.paired(ours, theirs, module.score, params.bootstrap, params.seed)
     metrics = module.metrics(rows, predictions)
+    if hasattr(module, "apart"):
+        metrics |= module.apart(TABLES, rows, predictions, predictor)
     for name, chosen in module.slices(rows, TABLES).items():
         if chosen.any():
             metrics[f"{module.PRIMARY}_{name}"] = float(module.score(ours[chosen].sum(0)))

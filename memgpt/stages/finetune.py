@@ -55,7 +55,7 @@ def fit(
     model = tuning.prepare(model, params, steps)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoints = checkpoint.directory(f"finetune-{task}", settings, [parent, tables])
-    epochs = _Epochs(task, tokenizer, checkpoints / "epochs", params.patience, watch)
+    epochs = _Epochs(task, params, tokenizer, checkpoints / "epochs", watch)
     model = train(
         model,
         data,
@@ -73,7 +73,7 @@ def fit(
         if params.patience:
             shutil.copytree(epochs.best, directory)
         else:
-            save(model, task, tokenizer, directory)
+            save(model, task, params, tokenizer, directory)
         metrics = {f"validation_{name}": round(value, 6) for name, value in validate(task, directory).items()}
         metrics |= {"trainable_parameters": trainable, "steps": epochs.step if params.patience else steps}
         lineage.write(directory, f"finetune@{task}", [parent, tables], settings, parent, params.seed, metrics)
@@ -100,7 +100,7 @@ def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[st
         predictor.model.load_state_dict({name: sum(w[name] for w in weights) / len(weights) for name in weights[0]})
         average = place / f"average-{member.name}"
         with atomic.replacing(average) as directory:
-            save(predictor.model, task, tokenizer, directory)
+            save(predictor.model, task, params, tokenizer, directory)
         reached = validate(task, average)[primary]
         if reached > score:
             best, score, taken = average, reached, [*taken, member]
@@ -113,19 +113,26 @@ def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[st
     return metrics
 
 
-def save(model: PreTrainedModel, task: str, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+def save(
+    model: PreTrainedModel, task: str, params: Finetune, tokenizer: PreTrainedTokenizerFast, directory: Path
+) -> None:
     """Everything that predicting needs."""
     model = tuning.whole(model)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     if task == "recommendation":
-        judge(task).write_index(model, tokenizer, TABLES, directory)
+        judge(task).write_index(model, tokenizer, TABLES, directory, **params.model_dump())
 
 
 def validate(task: str, directory: Path) -> dict[str, float]:
     module = judge(task)
     rows = module.test_rows(TABLES, "validation")
-    return module.metrics(rows, predict.load(task, directory).predict([row["input"] for row in rows]))
+    predictor = predict.load(task, directory)
+    predictions = predictor.predict([row["input"] for row in rows])
+    found = module.metrics(rows, predictions)
+    if hasattr(module, "apart"):
+        found |= module.apart(TABLES, rows, predictions, predictor)
+    return found
 
 
 class _Epochs:
@@ -137,18 +144,18 @@ class _Epochs:
     def __init__(
         self,
         task: str,
+        params: Finetune,
         tokenizer: PreTrainedTokenizerFast,
         directory: Path,
-        patience: int,
         watch: Watch | None = None,
     ):
-        self.task, self.tokenizer, self.patience, self.watch = task, tokenizer, patience, watch
+        self.task, self.params, self.tokenizer, self.watch = task, params, tokenizer, watch
         self.best, self.scores = directory / "best", directory / "scores.json"
 
     def __call__(self, model: PreTrainedModel, step: int) -> bool:
         scores = {at: score for at, score in self._read().items() if at < step}
         with atomic.replacing(self.scores.with_name("epoch")) as directory:
-            save(model, self.task, self.tokenizer, directory)
+            save(model, self.task, self.params, self.tokenizer, directory)
         epoch = self.scores.with_name("epoch")
         score = validate(self.task, epoch)[judge(self.task).PRIMARY]
         if score > max(scores.values(), default=float("-inf")):
@@ -159,7 +166,7 @@ class _Epochs:
         if self.watch:
             self.watch(score, len(scores))
         since = len(scores) - 1 - list(scores.values()).index(max(scores.values()))
-        return not self.patience or since < self.patience
+        return not self.params.patience or since < self.params.patience
 
     @property
     def step(self) -> int:

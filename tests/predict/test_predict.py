@@ -198,6 +198,32 @@ def test_the_item_index_is_no_pickle_and_can_be_renewed(shop, shape) -> None:
     shutil.rmtree(renewed)
 
 
+def test_new_items_are_added_without_training(shop, tmp_path, monkeypatch) -> None:
+    """`memgpt index`: what is there stays bit for bit, what arrives can be recommended."""
+    from typer.testing import CliRunner
+
+    from memgpt import cli
+
+    monkeypatch.setattr(cli, "_compute_with", lambda config: None)
+    before = load_file(shop / "items.safetensors")["vectors"]
+    weights = (shop / "model.safetensors").read_bytes()
+    new = tmp_path.parent / "new-items.csv"
+    new.write_text("item_id,title,tags\ni1,another text,\nx,Norvale Systems of the bank,a|b\n")
+    done = CliRunner().invoke(cli.app, ["index", str(shop), str(new)])
+    assert "1 items added, 1 known already" in done.output
+    after = load_file(shop / "items.safetensors")["vectors"]
+    assert torch.equal(after[:5], before)
+    assert (shop / "model.safetensors").read_bytes() == weights
+    text = "Norvale Systems of the bank a, b"
+    offered, as_text = predict.load("recommendation", shop).predict(
+        [{"history": ["i0"]}, {"history": ["i0"], "candidates": [text]}]
+    )
+    scores = {item["item_id"]: (item["title"], item["score"]) for item in offered}
+    assert scores["x"] == ("Norvale Systems of the bank", as_text[0]["score"])
+    again = CliRunner().invoke(cli.app, ["index", str(shop), str(new)])
+    assert "0 items added, 2 known already" in again.output
+
+
 def test_batches_hold_every_row_once_and_respect_their_size() -> None:
     rows = [[0] * n for n in (5, 1, 9, 3, 3, 40, 0)]
     batches = list(by_length(rows, tokens=12))

@@ -117,9 +117,13 @@ def test_killed_and_resumed_equals_undisturbed(place: Path) -> None:
 
 def test_the_best_epoch_is_kept_and_patience_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.1, 0.5, 0.4, 0.3])
-    monkeypatch.setattr(finetune, "save", lambda model, task, tokenizer, directory: save_number(directory, model))
+    monkeypatch.setattr(
+        finetune, "save", lambda model, task, params, tokenizer, directory: save_number(directory, model)
+    )
     monkeypatch.setattr(finetune, "validate", lambda task, directory: {"macro_f1": next(scores)})
-    epochs = finetune._Epochs("sentiment", None, tmp_path / "epochs", patience=2)
+    document = config.override(config.read(ROOT / "params.yaml"), ["finetune.sentiment.patience=2"])
+    params = config.parse(document).finetune.sentiment
+    epochs = finetune._Epochs("sentiment", params, None, tmp_path / "epochs")
     assert [epochs(step, step) for step in (10, 20, 30, 40)] == [True, True, True, False]
     assert epochs.step == 20
     assert (epochs.best / "number").read_text() == "20"
@@ -193,9 +197,7 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
 def test_a_soup_is_no_worse_than_its_best_member(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     single = [
-        finetune.fit(finetune_params(place, seed), "sentiment", place / f"models/{seed}", head_seed=1)[
-            "validation_macro_f1"
-        ]
+        finetune.fit(seeded(place, seed), "sentiment", place / f"models/{seed}", head_seed=1)["validation_macro_f1"]
         for seed in (1, 2)
     ]
     metrics = finetune.run(write(place, ["finetune.sentiment.soup=2"]), "sentiment")
@@ -209,7 +211,7 @@ def test_a_soup_is_no_worse_than_its_best_member(place: Path, monkeypatch: pytes
         torch.testing.assert_close(soup, (first + second) / 2)
 
 
-def finetune_params(place: Path, seed: int) -> config.Finetune:
+def seeded(place: Path, seed: int) -> config.Finetune:
     return write(place, [f"finetune.sentiment.seed={seed}"]).finetune.sentiment
 
 

@@ -146,6 +146,72 @@ def test_popularity_leaves_out_what_was_read(shop: Path) -> None:
     assert recommendation.slices(rows, shop)["cold"].all()
 
 
+@pytest.fixture
+def trained(shop: Path) -> Path:
+    """An untrained model's directory with the index of a shop where a song is followed by the next one of its album."""
+    from memgpt.model import MemGPTConfig, MemGPTForRecommendation, MemGPTTokenizer
+
+    items = [{"item_id": f"i{n}", "title": f"Song {n}", "description": "", "tags": ""} for n in range(30)]
+    put(shop, "recommendation", "items", items)
+    splits: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
+    for user in range(60):
+        for time in range(5):
+            split = "test" if time == 4 else "validation" if time == 3 else "train"
+            item = f"i{(user * 7 + time) % 30}"
+            splits[split].append({"user_id": f"u{user}", "item_id": item, "timestamp": time * 86400})
+    for split, rows in splits.items():
+        put(shop, "recommendation", split, rows)
+    tokenizer = MemGPTTokenizer.train(["Song"], 300, 1)
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, memory_rows=31)
+    model = MemGPTForRecommendation(MemGPTConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape)).eval()
+    directory = shop / "model"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    recommendation.write_index(model, tokenizer, shop, directory, rerank=True)
+    return directory
+
+
+def test_ranking_by_behaviour_is_learned_beside_the_texts(shop: Path, trained: Path) -> None:
+    from memgpt import predict
+
+    predictor = predict.load("recommendation", trained)
+    rows = recommendation.test_rows(shop)
+    predictions = predictor.predict([row["input"] for row in rows])
+    ranked = recommendation.metrics(rows, predictions)
+    apart = recommendation.apart(shop, rows, predictions, predictor)
+    assert predictor.index.weights["follows"] > 0
+    assert ranked["ndcg_at_10"] > 0.9 > 0.5 > apart["text_ndcg_at_10"], "the texts of an untrained model say nothing"
+    assert 0 < apart["coverage_at_10"] <= 1
+    (stranger,) = predictor.predict([{"history": ["no known song"], "k": 3, "candidates": ["i1", "a new song"]}])
+    assert {item["item_id"] for item in stranger} == {"i1", None}
+
+
+def test_co_visitation_falls_with_distance_and_half_of_it_goes_back(shop: Path) -> None:
+    found = recommendation.behaviour(shop)
+    row = slice(found["starts"][0], found["starts"][1])
+    assert found["columns"][row].tolist() == [1]  # i0, then i1, by both readers
+    assert found["values"][row].tolist() == pytest.approx([2 / (2 + 3)])
+    back = slice(found["starts"][1], found["starts"][2])
+    assert found["values"][back].tolist() == pytest.approx([1 / (2 + 3)])
+    assert found["starts"][-1] == len(found["values"])
+
+
+def test_coverage_and_novelty_by_hand(shop: Path, trained: Path) -> None:
+    from memgpt import predict
+
+    predictor = predict.load("recommendation", trained)
+    offered = [[{"item_id": "i1", "title": "", "score": 0.0}], [{"item_id": "i1", "title": "", "score": 0.0}]]
+    rows = recommendation.test_rows(shop)[:2]
+    chosen = recommendation.counts(shop)["i1"]
+    apart = recommendation.apart(shop, rows, offered, predictor)
+    assert apart["coverage_at_10"] == pytest.approx(1 / 30)
+    assert apart["novelty_at_10"] == pytest.approx(np.log2(60 / chosen))
+
+
+def test_cold_readers_have_hardly_read(shop: Path) -> None:
+    assert recommendation.slices(recommendation.test_rows(shop), shop)["cold_readers"].all()
+
+
 def test_base_score_is_bits_over_bytes_and_the_trigrams_beat_chance(tmp_path: Path) -> None:
     text = "the bank fell and the bank rose again. " * 50
     put(tmp_path, "corpus", "train", [{"id": "1", "text": text, "source": ""}])
