@@ -144,7 +144,8 @@ def _stage(verb: str, item: str | None = None, *, torch: bool = False, **extra: 
         _compute_with(config)
     began = time.monotonic()
     metrics = import_module(f"memgpt.stages.{verb}").run(config, *([item] if item else []), **extra)
-    numbers = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+    judged = [name for name in ("value", "ci_low", "ci_high", "baseline", "before") if name in metrics]
+    numbers = ", ".join(f"{name} {metrics[name]:.6g}" for name in judged or metrics)
     print(f"{verb}{f' {item}' if item else ''}: done in {time.monotonic() - began:.1f} s; {numbers}", flush=True)
     return metrics
 
