@@ -417,19 +417,30 @@ def _registered(name: str, version: str, inputs: list[Any]) -> list[Any]:
 
 @app.command(rich_help_panel=LOOK)
 def explain(
-    text: Annotated[str, typer.Argument(help="What the model reads.")],
-    model: Annotated[Path, typer.Option(metavar="DIR", help="A model directory.")] = Path("models/base"),
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per token and layer.")] = False,
+    model: ModelName,
+    texts: Annotated[list[str], typer.Argument(help="Texts; for recommendation what a reader read, oldest first.")],
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="The model's directory. Default: models/MODEL.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per answer, or token and layer.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Draw it too, as a page in this file; not for base.")] = None,
 ) -> None:
-    """Show which n-grams' memory spoke for each token, and how loudly.
+    """Show which tokens and which memory entries moved an answer (integrated gradients).
 
-    gate: what the context let through, 0 to 1. strength: what the memory added, against what was there.
-    Example: [bold]memgpt explain "Ada Brandt of Norvale Systems"[/]
+    For base: which n-grams' memory spoke for each token. gate: what the context let through, 0 to 1. strength: what
+    the memory added, against what was there. Example: [bold]memgpt explain sentiment "Orders fell again."[/]
     """
+    if model == "base" and html:
+        raise UserError("--html: base gives no answer to draw; leave it out, or explain a task")
     _compute_with(_config())
     from memgpt import inside
 
-    inside.explain(model, text, as_json)
+    folder = directory or Path("models") / model
+    if model != "base":
+        inside.attribute(model, folder, texts, as_json, html)
+        return
+    for text in texts:
+        inside.explain(folder, text, as_json)
 
 
 @app.command(rich_help_panel=LOOK)

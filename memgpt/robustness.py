@@ -5,7 +5,7 @@ Every number is a share or a difference of the primary metric, by name:
 
 drop_CHANGE         score on the rows as they are, less that on the changed ones, with its paired 95 % interval
 flips_names, _numbers         ner: share of sentences whose entities' places or types change when every name is replaced
-                              by another of its type and length, or every digit by another
+                              by another of its type and length, or every digit outside of names by another
 flips_, shift_, gap_GROUPS    sentiment: the same text said by members of two groups: share of other labels, mean total
                               variation of the probabilities, and the largest difference between two groups' mean
                               probability of a label; shift_GROUPS_same: the shift between two members of one group
@@ -175,7 +175,11 @@ def _ner(predict: Predict, rows: list[Row], answers: list[Any], random: np.rando
         return words
 
     def renumbered(row: Row) -> list[str]:
-        return [re.sub(r"\d", lambda _: str(random.integers(1, 10)), word) for word in row["input"]]
+        pairs = zip(row["input"], row["tags"], strict=True)  # a number in a name may be what it is known by
+        return [re.sub(r"\d", digit, word) if tag == "O" else word for word, tag in pairs]
+
+    def digit(_: re.Match[str]) -> str:
+        return str(random.integers(1, 10))
 
     return {
         f"flips_{name}": _flips(predict, rows, answers, list(map(change, rows)))
