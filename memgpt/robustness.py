@@ -1,7 +1,7 @@
 """How far a score can be trusted: what small changes of the input do to it, what must not change an answer and does,
 and a bias probe. Behavioural testing after CheckList (Ribeiro et al. 2020, arXiv 2005.04118).
 
-Every number is a share or a difference of the primary metric, by name:
+Every number but robustness_n, the rows it was measured on, is a share or a difference of the primary metric:
 
 drop_CHANGE         score on the rows as they are, less that on the changed ones, with its paired 95 % interval
 flips_names, _numbers         ner: share of sentences whose entities' places or types change when every name is replaced
@@ -122,7 +122,7 @@ def measure(
         rows, predict = _as_texts(rows, predict, tables)
     answers = predict([row["input"] for row in rows])
     plain = judging.statistics(rows, answers)
-    numbers: dict[str, float] = {}
+    numbers: dict[str, float] = {"robustness_n": float(len(rows))}
     for name, change in CHANGES.items():
         random = np.random.default_rng(seed)
         changed = [changed_row(model, row, change, random) for row in rows]
