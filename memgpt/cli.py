@@ -443,6 +443,31 @@ def explain(
         inside.explain(folder, text, as_json)
 
 
+@app.command("suggest-labels", rich_help_panel=LOOK)
+def suggest_labels(
+    task: Annotated[Literal["ner", "sentiment"], typer.Argument(help="Whose labels.")],
+    file: Annotated[Path, typer.Argument(help="Unlabelled rows: .txt, .jsonl, .csv or .parquet, each also .gz.")],
+    count: Annotated[int, typer.Option(help="How many.", min=1)] = 20,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="The model's directory. Default: models/TASK.")
+    ] = None,
+) -> None:
+    """List the unlabelled rows most worth labelling, uncertain and unlike one another; one line of JSON per row.
+
+    Example: [bold]memgpt suggest-labels sentiment unlabelled.jsonl --count 50[/]
+    """
+    import json
+
+    folder = directory or Path("models") / task
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model there; `memgpt retrain` or `dvc repro` makes it")
+    _compute_with(_config())
+    from memgpt import suggest
+
+    for row in suggest.suggest(task, folder, file, count):
+        print(json.dumps(row, ensure_ascii=False))
+
+
 @app.command(rich_help_panel=LOOK)
 def usage(
     model: Annotated[Path, typer.Option(metavar="DIR", help="A model directory.")] = Path("models/base"),

@@ -17,7 +17,19 @@ from memgpt import cli, config
 from memgpt.errors import UserError
 
 STAGES = ["snapshot", "ingest", "validate", "tokenize", "pretrain", "multitask", "finetune", "evaluate"]
-COMMANDS = [*STAGES, "convert", "retrain", "promote", "rollback", "verify", "predict", "explain", "usage", "ui"]
+COMMANDS = [
+    *STAGES,
+    "convert",
+    "retrain",
+    "promote",
+    "rollback",
+    "verify",
+    "predict",
+    "explain",
+    "suggest-labels",
+    "usage",
+    "ui",
+]
 
 
 def memgpt(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
