@@ -144,7 +144,8 @@ def _stage(verb: str, item: str | None = None, *, torch: bool = False, **extra: 
         _compute_with(config)
     began = time.monotonic()
     metrics = import_module(f"memgpt.stages.{verb}").run(config, *([item] if item else []), **extra)
-    numbers = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+    judged = [name for name in ("value", "ci_low", "ci_high", "baseline", "before") if name in metrics]
+    numbers = ", ".join(f"{name} {metrics[name]:.6g}" for name in judged or metrics)
     print(f"{verb}{f' {item}' if item else ''}: done in {time.monotonic() - began:.1f} s; {numbers}", flush=True)
     return metrics
 
@@ -482,19 +483,55 @@ def _registered(name: str, version: str, inputs: list[Any]) -> list[Any]:
 
 @app.command(rich_help_panel=LOOK)
 def explain(
-    text: Annotated[str, typer.Argument(help="What the model reads.")],
-    model: Annotated[Path, typer.Option(metavar="DIR", help="A model directory.")] = Path("models/base"),
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per token and layer.")] = False,
+    model: ModelName,
+    texts: Annotated[list[str], typer.Argument(help="Texts; for recommendation what a reader read, oldest first.")],
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="The model's directory. Default: models/MODEL.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per answer, or token and layer.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Draw it too, as a page in this file; not for base.")] = None,
 ) -> None:
-    """Show which n-grams' memory spoke for each token, and how loudly.
+    """Show which tokens and which memory entries moved an answer (integrated gradients).
 
-    gate: what the context let through, 0 to 1. strength: what the memory added, against what was there.
-    Example: [bold]memgpt explain "Ada Brandt of Norvale Systems"[/]
+    For base: which n-grams' memory spoke for each token. gate: what the context let through, 0 to 1. strength: what
+    the memory added, against what was there. Example: [bold]memgpt explain sentiment "Orders fell again."[/]
     """
+    if model == "base" and html:
+        raise UserError("--html: base gives no answer to draw; leave it out, or explain a task")
     _compute_with(_config())
     from memgpt import inside
 
-    inside.explain(model, text, as_json)
+    folder = directory or Path("models") / model
+    if model != "base":
+        inside.attribute(model, folder, texts, as_json, html)
+        return
+    for text in texts:
+        inside.explain(folder, text, as_json)
+
+
+@app.command("suggest-labels", rich_help_panel=LOOK)
+def suggest_labels(
+    task: Annotated[Literal["ner", "sentiment"], typer.Argument(help="Whose labels.")],
+    file: Annotated[Path, typer.Argument(help="Unlabelled rows: .txt, .jsonl, .csv or .parquet, each also .gz.")],
+    count: Annotated[int, typer.Option(help="How many.", min=1)] = 20,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="The model's directory. Default: models/TASK.")
+    ] = None,
+) -> None:
+    """List the unlabelled rows most worth labelling, uncertain and unlike one another; one line of JSON per row.
+
+    Example: [bold]memgpt suggest-labels sentiment unlabelled.jsonl --count 50[/]
+    """
+    import json
+
+    folder = directory or Path("models") / task
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model there; `memgpt retrain` or `dvc repro` makes it")
+    _compute_with(_config())
+    from memgpt import suggest
+
+    for row in suggest.suggest(task, folder, file, count):
+        print(json.dumps(row, ensure_ascii=False))
 
 
 @app.command(rich_help_panel=LOOK)

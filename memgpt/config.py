@@ -194,8 +194,14 @@ class FinetuneTasks(Section):
 
 
 class Evaluate(Section):
+    """robustness: how many test rows are asked again with changes, 0 for none. mistakes: how many of the worst are
+    written down. before: whether the pretrained core is measured too, untouched."""
+
     bootstrap: Positive
     seed: int
+    robustness: Annotated[int, Field(ge=0)]
+    mistakes: Annotated[int, Field(ge=0)]
+    before: bool
 
 
 class Gate(Section):

@@ -1,9 +1,11 @@
-"""A look inside a model's memory, for people: what `memgpt explain` and `memgpt usage` read and print."""
+"""A look inside a model, for people: what `memgpt explain` and `memgpt usage` read, print and draw."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,9 +14,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
+from memgpt import atomic
 from memgpt.errors import UserError
 from memgpt.model import inspection
 
+if TYPE_CHECKING:
+    from memgpt.attribution import Attribution
+
+_TOP = 8  # n-grams of the memory that are listed
 _CHUNK = 1 << 16  # tokens that are looked up at once
 _BAR = 8  # characters of the loudest
 
@@ -28,6 +35,96 @@ def explain(directory: Path, text: str, as_json: bool) -> None:
     except ValueError as error:
         raise UserError(f"{directory}: {error}") from None
     _print(records, _explanation(records), as_json)
+
+
+def attribute(task: str, directory: Path, texts: list[str], as_json: bool, html: Path | None) -> None:
+    """Print what moved the answer of a task's model, and draw it to `html`, a page that needs no other file."""
+    from memgpt import attribution
+
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory}: no model there; `memgpt retrain` or `dvc repro` makes it")
+    try:
+        found = attribution.explain(task, directory, texts)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if html:
+        atomic.write_text(html, _page(found))
+    if as_json:
+        for each in found:
+            print(json.dumps(dataclasses.asdict(each), ensure_ascii=False))
+        return
+    console = _console()
+    if not found:
+        console.print("nothing found: no answer to explain")
+    for each in found:
+        console.print(Text(each.answer, "bold"), Text(_sum(each)), sep="  ")
+        largest = _largest(each)
+        line = Text()
+        for token, share in zip(each.tokens, each.shares, strict=True):
+            line.append(token, _sign(share / largest)).append(f"{share:+.{_digits(each)}f} ", "dim")
+        console.print(line)
+        table = _table("memory", "share", "")
+        for entry in _loudest(each):
+            style = _sign(entry.share / largest)
+            bar = Text("█" * round(_BAR * abs(entry.share) / largest), style)
+            table.add_row(Text(json.dumps(entry.text, ensure_ascii=False), style), f"{entry.share:+.4f}", bar)
+        console.print(table)
+
+
+def _sum(each: "Attribution") -> str:
+    memory = sum(entry.share for entry in each.memory)
+    tokens, show = sum(each.shares), f"+.{_digits(each)}f"
+    return (
+        f"{each.unit} {each.score:{show[1:]}} = {each.start:{show}} without words {tokens:{show}} tokens "
+        f"{memory:{show}} memory"
+    )
+
+
+def _digits(each: "Attribution") -> int:
+    return 2 if each.unit == "log-odds" else 4
+
+
+def _largest(each: "Attribution") -> float:
+    return max(map(abs, [*each.shares, *(entry.share for entry in each.memory)]), default=0.0) or 1.0
+
+
+def _loudest(each: "Attribution") -> list[Any]:
+    return sorted(each.memory, key=lambda entry: -abs(entry.share))[:_TOP]
+
+
+def _sign(share: float) -> str:
+    """Blue speaks for the answer, red against it; told apart by the colour-blind too."""
+    strength = "bold " if abs(share) > 0.5 else "" if abs(share) > 0.15 else "dim "
+    return f"{strength}{'blue' if share > 0 else 'red'}"
+
+
+def _page(found: list["Attribution"]) -> str:
+    def mark(text: str, share: float, largest: float) -> str:
+        hue = "37, 99, 235" if share > 0 else "220, 38, 38"
+        colour = f"rgba({hue}, {min(1.0, abs(share) / largest) * 0.75:.2f})"
+        return f'<span style="background: {colour}" title="{share:+.4f}">{escape(text)}</span>'
+
+    parts = []
+    for each in found:
+        largest = _largest(each)
+        tokens = " ".join(mark(*pair, largest) for pair in zip(each.tokens, each.shares, strict=True))
+        rows = "".join(
+            f"<tr><td>{mark(entry.text, entry.share, largest)}</td><td>{entry.share:+.4f}</td></tr>"
+            for entry in _loudest(each)
+        )
+        table = f"<table><tr><th>memory</th><th>share</th></tr>{rows}</table>" if rows else ""
+        parts.append(f"<h2>{escape(each.answer)}</h2><p>{escape(_sum(each))}</p><p class=text>{tokens}</p>{table}")
+    body = "\n".join(parts) or "<p>Nothing found: no answer to explain.</p>"
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Why</title>
+<style>body {{ font: 16px/1.7 sans-serif; max-width: 48rem; margin: 2rem auto }} span {{ padding: .15em .2em }}
+.text {{ font-size: 1.2em }} td, th {{ text-align: left; padding-right: 2rem }}</style>
+<h1>What moved the answer</h1>
+<p>Integrated gradients: <span style="background: rgba(37, 99, 235, .5)">for</span> the answer,
+<span style="background: rgba(220, 38, 38, .5)">against</span> it; memory: n-grams that were looked up.</p>
+{body}
+</html>
+"""
 
 
 def usage(directory: Path, tokens: Path, split: str, limit: int, as_json: bool) -> None:
@@ -74,16 +171,20 @@ def _print(records: list[dict[str, Any]], table: Table, as_json: bool) -> None:
         for record in records:
             print(json.dumps(record, ensure_ascii=False))
         return
+    _console().print(table)
+
+
+def _console() -> Console:
     console = Console(highlight=False)
-    if not console.is_terminal:  # a file or another program: no line is broken
-        console = Console(highlight=False, width=400)
-    console.print(table)
+    return console if console.is_terminal else Console(highlight=False, width=400)  # elsewhere no line is broken
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("token", "", "n-grams") else "right", no_wrap=True)
+        table.add_column(
+            column, justify="left" if column in ("token", "", "n-grams", "memory") else "right", no_wrap=True
+        )
     return table
 
 

@@ -29,15 +29,6 @@ EXAMPLES: dict[str, list[Any]] = {
         }
     ],
 }
-_WHAT = {
-    "base": "Language model: text → `{nats, tokens, bytes, bits_per_byte}`.",
-    "ner": (
-        "Named entities: text → `[{text, type, score, start, end}]`. For text that is already split into words pass "
-        '`params={"separator": " "}`.'
-    ),
-    "sentiment": "Sentiment: text, or `{text, topic}` → `{label, scores, topic}`.",
-    "recommendation": "Recommendation: `{history: [id|text], k, candidates?, rerank?}` → `[{item_id, title, score}]`.",
-}
 
 
 def requirements() -> list[str]:
@@ -92,58 +83,3 @@ def save(model: str, directory: Path, card: str, target: Path, run_id: str) -> N
     saved.run_id, saved.artifact_path = run_id, "model"
     _save_example(saved, EXAMPLES[model], str(target))
     saved.save(str(target / "MLmodel"))
-
-
-def card(model: str, report: dict[str, Any], tags: dict[str, str], sources: dict[str, dict[str, Any]]) -> str:
-    """The model card. sources: name → manifest of the tables that the model learned from."""
-    licences = "\n".join(
-        f"| {name} | `{manifest['source']}` | {manifest['licence'] or 'not stated'} "
-        f"| {'**no**' if manifest['non_commercial'] else 'yes'} |"
-        for name, manifest in sources.items()
-    )
-    synthetic = any(str(manifest["source"]).startswith("sample://") for manifest in sources.values())
-    others = "\n".join(
-        f"| {name} | {value:.4f} |"
-        for name, value in sorted(report.items())
-        if isinstance(value, int | float) and name not in {"value", "ci_low", "ci_high", "baseline", "n"}
-    )
-    restricted = tags["non_commercial"] == "true"
-    interval = f"{report['ci_low']:.4f} to {report['ci_high']:.4f}"
-    changes = " with uncommitted changes" if tags["dirty"] == "true" else ""
-    return f"""---
-library_name: mlflow
-tags: [memgpt{", non-commercial" if restricted else ""}]
----
-# memgpt-{model}
-
-{_WHAT[model]} A MemGPT: a memory-augmented GPT for language tasks.
-
-```python
-import mlflow
-model = mlflow.pyfunc.load_model("models:/memgpt-{model}@champion")
-```
-
-## Data
-| source | from | licence | commercial use |
-|---|---|---|---|
-{licences}
-{_restriction(restricted)}{_SYNTHETIC if synthetic else ""}
-## Test metrics
-`{report["primary"]}` {report["value"]:.4f}, 95 % interval {interval}, on {report["n"]:g} examples;
-simple baseline {report["baseline"]:.4f}.
-
-| metric | value |
-|---|---|
-{others}
-
-## Lineage
-Commit `{tags["commit"]}`{changes}, weights `{tags["weights"][:16]}`,
-sources lock `{tags["sources_lock"][:16]}`; the whole is in `lineage.json` beside this file and in the version's tags.
-"""
-
-
-_SYNTHETIC = "\nSome of this is generated text: the numbers below say nothing about quality on real text.\n"
-
-
-def _restriction(restricted: bool) -> str:
-    return "\n**Not for commercial use**: a source's licence forbids it.\n" if restricted else ""

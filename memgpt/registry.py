@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from memgpt import lineage, packaging, tracking
+from memgpt import card, lineage, packaging, tracking
 from memgpt.config import SOURCES
 from memgpt.errors import UserError
 
@@ -43,6 +43,7 @@ ORIGIN = ("commit", "dirty", "flow_run", "mlflow_run")
 REQUIRED = (*CONTENT, "content", *ORIGIN)
 _LINEAGE = {"stage", "inputs", "params", "parent", "seed", "versions", "metrics"}  # keys of lineage.json
 _REPORT = {"primary", "value", "ci_low", "ci_high", "n", "baseline"}
+_DESCRIPTION = 4900  # characters: MLflow's column has 5,000, and databases other than SQLite enforce it
 _PRODUCTS = (":!dvc.lock", ":!reports", ":!models", ":!data")  # what the pipeline writes makes no commit dirty
 
 
@@ -62,6 +63,7 @@ class Candidate:
     directory: Path
     report: dict[str, Any]
     sources: dict[str, dict[str, Any]]
+    story: dict[str, Any]
     tags: dict[str, str]
 
     @property
@@ -110,7 +112,10 @@ def candidate(model: str, root: Path = Path()) -> Candidate:
         "flow_run": os.environ.get("PREFECT__FLOW_RUN_ID") or "none",
     }
     digest = hashlib.sha256(_compact(content).encode()).hexdigest()
-    return Candidate(model, directory, report, sources, {**content, "content": digest, **origin})
+    for source, manifest in sources.items():  # as it was when the model learned, where its lineage says so
+        tables = root / "data" / "tables" / source
+        manifest["sha256"] = story["inputs"].get(f"data/tables/{source}") or lineage.digest(tables)
+    return Candidate(model, directory, report, sources, story, {**content, "content": digest, **origin})
 
 
 def commit_at_start(root: Path) -> tuple[str, bool]:
@@ -182,15 +187,27 @@ def register(client: "MlflowClient", candidate: Candidate) -> str:
     with tracking.stage_run("register", candidate.model, {"model": str(candidate.directory)}) as run:
         run.metrics({key: value for key, value in candidate.report.items() if isinstance(value, int | float)})
         tags = {**candidate.tags, "mlflow_run": run.id}
-        card = packaging.card(candidate.model, candidate.report, tags, candidate.sources)
+        text = card.write(candidate.model, candidate.report, tags, candidate.sources, candidate.story)
         with tempfile.TemporaryDirectory() as folder:
             packaged = Path(folder) / "model"
-            packaging.save(candidate.model, candidate.directory, card, packaged, run.id)
+            packaging.save(candidate.model, candidate.directory, text, packaged, run.id)
             client.log_artifacts(run.id, str(packaged), "model")
+        client.log_text(run.id, text, "model_card.md")
     made = client.create_model_version(
-        name(candidate.model), f"runs:/{run.id}/model", run.id, tags=tags, description=card
+        name(candidate.model), f"runs:/{run.id}/model", run.id, tags=tags, description=_description(text)
     )
     return str(made.version)
+
+
+def _description(text: str) -> str:
+    """A card without its front matter, as far as the registry's column holds it."""
+    body = text.split("---\n", 2)[2]
+    if len(body) <= _DESCRIPTION:
+        return body
+    return (
+        body[:_DESCRIPTION].rpartition("\n")[0]
+        + "\n\n… the rest is in the artifact model_card.md of the version's run."
+    )
 
 
 def challenge(client: "MlflowClient", model: str, version: str) -> None:

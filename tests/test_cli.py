@@ -28,6 +28,7 @@ COMMANDS = [
     "verify",
     "predict",
     "explain",
+    "suggest-labels",
     "usage",
     "ui",
 ]

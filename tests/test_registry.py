@@ -79,7 +79,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for model in MODELS:
             build(model, root / "models" / model)
             report = {"primary": "f1", "value": 0.5, "ci_low": 0.4, "ci_high": 0.6, "n": 9, "baseline": 0.1}
-            atomic.write_json(root / f"reports/metrics/{model}.json", {**report, "recall": 0.25})
+            more = {"recall": 0.25, "f1_rare": 0.31, "f1_rare_ci_low": 0.2, "f1_rare_ci_high": 0.4, "f1_rare_n": 7}
+            robust = {
+                "drop_typos": 0.33,
+                "drop_typos_ci_low": 0.3,
+                "drop_typos_ci_high": 0.36,
+                "before": 0.15,
+                "robustness_n": 5,
+            }
+            atomic.write_json(root / f"reports/metrics/{model}.json", {**report, **more, **robust})
             version = registry.register(client, registry.candidate(model))
             client.set_registered_model_alias(registry.name(model), registry.CHAMPION, version)
     return root
@@ -138,9 +146,28 @@ def test_the_card_says_what_matters(root: Path, monkeypatch: pytest.MonkeyPatch)
         "0.4000 to 0.6000",
         "0123abc",
         "@champion",
+        "| f1_rare | 0.3100 | 0.2000 to 0.4000 | 7 |",
+        "| drop_typos | 0.3300 | 0.3000 to 0.3600 | 5 |",
+        "| before | 0.1500 |",
+        "Loses 0.33 of its score by this change of the input: typos",
+        "Stage `finetune@ner`, seed 1",
+        lineage.digest(root / "data/tables/ner")[:16],
     ):
         assert part in card
     assert registry.version_tags(tracking.client(), "ner", "1")["non_commercial"] == "true"
+
+
+def test_the_hub_can_read_the_card_and_the_registry_shows_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import ModelCard
+
+    for model in MODELS:
+        path = files(root, model, monkeypatch) / "artifacts/model/README.md"
+        [result] = ModelCard.load(path).data.eval_results
+        assert (result.metric_type, result.metric_value) == ("f1", 0.5)
+        version = tracking.client().get_model_version(registry.name(model), "1")
+        assert version.description.startswith(f"# memgpt-{model}")
+        assert len(version.description) <= 5000
+        assert "model_card.md" in [file.path for file in tracking.client().list_artifacts(version.run_id)]
 
 
 CONSUMER = """

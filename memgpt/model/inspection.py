@@ -54,7 +54,7 @@ def explain(
         rows = rows[:, hash_.lead :]
         loudness = hidden[0].norm(dim=-1)
         gate = memory.gate(hidden, memory.look_up(rows))[0, :, 0]
-        parts = {n: (part[0].norm(dim=-1) * gate / loudness).tolist() for n, part in _parts(memory, rows, hash_.ngrams)}
+        parts = {n: (part[0].norm(dim=-1) * gate / loudness).tolist() for n, part in values(memory, rows, hash_.ngrams)}
         strength = (added[0].norm(dim=-1) / loudness).tolist()
         for place in range(1, len(ids)):
             reach = [(i, n) for i, n in enumerate(hash_.ngrams) if n <= place + 1]
@@ -79,7 +79,7 @@ def explain(
     return sorted(records, key=lambda record: (record["position"], record["layer"]))
 
 
-def _parts(memory: KnowledgeMemory, rows: torch.Tensor, ngrams: tuple[int, ...]) -> Iterable[tuple[int, torch.Tensor]]:
+def values(memory: KnowledgeMemory, rows: torch.Tensor, ngrams: tuple[int, ...]) -> Iterable[tuple[int, torch.Tensor]]:
     """Each order's share of the value before the convolution, [B, T, D]: W_v is linear, so they sum to it."""
     entries = memory.look_up(rows).chunk(len(ngrams), dim=-1)
     weights = memory.value.weight.chunk(len(ngrams), dim=-1)

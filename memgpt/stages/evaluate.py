@@ -1,17 +1,21 @@
-"""evaluate@model: the test split, with an interval, beside a simple baseline; a table and a picture of it.
+"""evaluate@model: the test split, with an interval, beside a simple baseline and the core before fine-tuning; slices,
+robustness, the worst mistakes, a table and a picture.
 
-Reads models/<model> and the tables; writes reports/metrics/<model>.json and reports/plots/<model>.{csv,png}.
+Reads models/<model>, models/base and the tables; writes reports/metrics/<model>.json, reports/mistakes/<model>.jsonl
+and reports/plots/<model>.{csv,png}. A number NAME of the report has its 95 % interval in NAME_ci_low and NAME_ci_high.
 """
 
+import json
 from pathlib import Path
 
 import pandas as pd
 
-from memgpt import atomic, bootstrap, pictures, predict
+from memgpt import atomic, bootstrap, mistakes, pictures, predict, probe, robustness
 from memgpt.config import Config
 from memgpt.tasks import TABLES, judge
 
 MODELS, METRICS, PLOTS = Path("models"), Path("reports/metrics"), Path("reports/plots")
+MISTAKES = Path("reports/mistakes")
 
 
 def run(config: Config, model: str) -> dict[str, float]:
@@ -28,7 +32,24 @@ def run(config: Config, model: str) -> dict[str, float]:
         metrics |= module.apart(TABLES, rows, predictions, predictor)
     for name, chosen in module.slices(rows, TABLES).items():
         if chosen.any():
-            metrics[f"{module.PRIMARY}_{name}"] = float(module.score(ours[chosen].sum(0)))
+            key, part = f"{module.PRIMARY}_{name}", ours[chosen]
+            bounds = bootstrap.interval(part, module.score, params.bootstrap, params.seed)
+            metrics |= {key: float(module.score(part.sum(0))), f"{key}_n": float(chosen.sum())}
+            metrics |= {f"{key}_ci_low": bounds[0], f"{key}_ci_high": bounds[1]}
+    if params.before and model != "base":
+        start = module.statistics(rows, probe.before(model, MODELS / "base", TABLES, rows))
+        tuned = bootstrap.paired(ours, start, module.score, params.bootstrap, params.seed)
+        metrics["before"] = float(module.score(start.sum(0)))
+        metrics |= dict(zip(("tuning", "tuning_ci_low", "tuning_ci_high"), tuned, strict=True))
+    metrics |= robustness.measure(
+        model,
+        predictor.predict,
+        robustness.sample(rows, params.robustness, params.seed),
+        module,
+        TABLES,
+        resamples=params.bootstrap,
+        seed=params.seed,
+    )
     numbers = {
         **metrics,
         "value": metrics[module.PRIMARY],
@@ -48,5 +69,8 @@ def run(config: Config, model: str) -> dict[str, float]:
         table.to_csv(aside, index=False, lineterminator="\n")
     calibration = module.reliability(rows, predictions) if hasattr(module, "reliability") else None
     pictures.draw(PLOTS / f"{model}.png", title, table, calibration)
+    wrong = mistakes.worst(model, rows, predictions, ours, TABLES, params.mistakes)
+    lines = "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in wrong)
+    atomic.write_text(MISTAKES / f"{model}.jsonl", lines)
     atomic.write_json(METRICS / f"{model}.json", {"primary": module.PRIMARY, **numbers})
     return numbers

@@ -5,10 +5,13 @@ and Training. `tables` is always the root of the tables, data/tables.
 """
 
 import json
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 TABLES = Path("data/tables")
 
@@ -27,3 +30,9 @@ def rows_of(tables: Path, source: str, table: str) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     return pq.read_table(tables / source / f"{table}.parquet").to_pylist()
+
+
+def by_length(lengths: Sequence[int]) -> dict[str, np.ndarray]:
+    """The slices short and long: rows of at most the median length, and the others."""
+    long = np.array(lengths) > np.median(lengths) if len(lengths) else np.zeros(0, dtype=bool)
+    return {"short": ~long, "long": long}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memgpt.predict.words import encode_words, joined_words, spans_from_tags, windows
-from memgpt.tasks import manifest, rows_of
+from memgpt.tasks import by_length, manifest, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PRIMARY = "f1"
 PICTURE = ("actual", "predicted")  # columns of what `picture` gives
+_RARE = 2  # times that train has a rare entity, at most
 
 
 def labels(tables: Path) -> list[str]:
@@ -159,15 +160,17 @@ def baseline(tables: Path, rows: list[dict[str, Any]]) -> list[list[dict[str, An
 
 
 def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
-    """unseen: sentences with an entity whose words were never an entity in train."""
-    known = set()
+    """unseen, rare: sentences with an entity whose words were never, or once or twice, an entity in train; short,
+    long: by the number of words."""
+    known: Counter[tuple[str, ...]] = Counter()
     for row in rows_of(tables, "ner", "train"):
-        known |= {tuple(row["tokens"][first:last]) for _, first, last in spans_from_tags(row["tags"])}
-    unseen = [
-        any(tuple(row["input"][first:last]) not in known for _, first, last in spans_from_tags(row["tags"]))
-        for row in rows
-    ]
-    return {"unseen": np.array(unseen, dtype=bool)}
+        known.update(tuple(row["tokens"][first:last]) for _, first, last in spans_from_tags(row["tags"]))
+    seen = [[known[tuple(row["input"][a:b])] for _, a, b in spans_from_tags(row["tags"])] for row in rows]
+    return {
+        "unseen": np.array([0 in counts for counts in seen], dtype=bool),
+        "rare": np.array([any(0 < count <= _RARE for count in counts) for counts in seen], dtype=bool),
+        **by_length([len(row["input"]) for row in rows]),
+    }
 
 
 def picture(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

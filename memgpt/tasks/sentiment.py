@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memgpt.tasks import manifest, rows_of
+from memgpt.tasks import by_length, manifest, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -155,9 +155,12 @@ def baseline(tables: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
-    """One per topic, where texts have one."""
+    """One per topic, where texts have one; short, long: by the number of letters."""
     topics = [row["input"]["topic"] for row in rows]
-    return {f"topic_{name}": np.array([topic == name for topic in topics]) for name in sorted({t for t in topics if t})}
+    return {
+        **{f"topic_{name}": np.array([topic == name for topic in topics]) for name in sorted({t for t in topics if t})},
+        **by_length([len(row["input"]["text"]) for row in rows]),
+    }
 
 
 def picture(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,205 @@
+"""Why a prediction was made: what each token, and each entry of the memory, added to its score.
+
+Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) by captum, from a text of mask tokens, whose memory is
+silent, to the text itself. The embeddings and the outputs of the memory layers are varied together and each as an input
+of its own, since the memory is addressed by token ids and no gradient reaches those. Shares therefore add up to what
+the text as a whole moved the score (completeness), and a memory layer's share is that of the n-grams it read.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.attr import LayerIntegratedGradients
+from torch import nn
+
+from memgpt import predict
+from memgpt.model.inspection import values
+from memgpt.model.memory import KnowledgeMemory
+from memgpt.predict.words import encode_rows, split_words
+
+_BATCH = 16  # points of the path at once
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The n-gram `text` whose last token is at `position`; share: what its memory moved, all layers together."""
+
+    text: str
+    n: int
+    position: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """One prediction. score = start + sum of `shares` + sum of `memory`, but for `error`.
+
+    tokens, shares: a text's tokens and what the embedding of each moved; memory: what each memory entry moved.
+    score, start: of the prediction for the text, and for the text of masks; `unit` says what it counts.
+    """
+
+    answer: str
+    unit: str
+    score: float
+    start: float
+    tokens: list[str]
+    shares: list[float]
+    memory: list[Entry]
+
+    @property
+    def error(self) -> float:
+        return self.score - self.start - sum(self.shares) - sum(entry.share for entry in self.memory)
+
+
+def explain(task: str, directory: Path, texts: list[str], steps: int = 64) -> list[Attribution]:
+    """Attributions of what the model of a task in `directory` answers.
+
+    ner: one per entity found, of its words' mean log-odds of being of its type. sentiment: one per text, of the
+    log-odds of its label. recommendation: texts are a reader's history, oldest first, as texts or item ids (an id
+    stands for its title); one per text, of its part in the similarity to the item offered first, the other texts given.
+    A text is read up to the model's window.
+
+    Raises:
+        ValueError: for an empty text.
+    """
+    if not all(text.strip() for text in texts):
+        raise ValueError("text: is empty; give at least one word")
+    predictor: Any = predict.load(task, directory)
+    if task == "ner":
+        return [each for text in texts for each in _ner(predictor, text, steps)]
+    if task == "sentiment":
+        return [_sentiment(predictor, text, steps) for text in texts]
+    return _recommendation(predictor, texts, steps)
+
+
+def _sentiment(predictor: Any, text: str, steps: int) -> Attribution:
+    model = predictor.model
+    ids = _encode(predictor, text)
+    answer = predictor.predict([text])[0]["label"]
+    label = model.config.label2id[answer]
+
+    def score(input_ids: torch.Tensor) -> torch.Tensor:
+        return _log_odds(model(input_ids=input_ids).logits, [label])
+
+    return _attribute(predictor, ids, score, steps, answer, "log-odds")
+
+
+def _ner(predictor: Any, text: str, steps: int) -> list[Attribution]:
+    model, places = predictor.model, split_words(text)
+    (words,) = encode_rows(predictor.tokenizer, [[text[a:b] for a, b in places]])
+    ids = [*chain.from_iterable(words)][: model.config.window]
+    found = []
+    for entity in predictor.predict([text])[0]:
+        inside = [i for i, (start, end) in enumerate(places) if entity["start"] <= start and end <= entity["end"]]
+        firsts = [sum(map(len, words[:i])) for i in inside]
+        if firsts[-1] >= len(ids):
+            continue
+        tags = [model.config.label2id[f"{mark}-{entity['type']}"] for mark in "BI"]
+
+        def score(input_ids: torch.Tensor, firsts: list[int] = firsts, tags: list[int] = tags) -> torch.Tensor:
+            return _log_odds(model(input_ids=input_ids).logits[:, firsts], tags).mean(1)
+
+        found.append(_attribute(predictor, ids, score, steps, f"{entity['text']}: {entity['type']}", "log-odds"))
+    return found
+
+
+def _recommendation(predictor: Any, history: list[str], steps: int) -> list[Attribution]:
+    model = predictor.model
+    best = predictor.predict([{"history": history, "k": 1}])[0]
+    if not best:
+        return []
+    target = predictor.vectors[predictor.place[best[0]["item_id"]]]
+    texts = [predictor.titles[predictor.place[item]] if item in predictor.place else item for item in history]
+    texts = texts[-model.config.max_history :]
+    rows = [_encode(predictor, text) for text in texts]
+    with torch.no_grad():
+        vectors = torch.cat([model.encode_item(torch.tensor([ids])) for ids in rows])
+    found = []
+    for place, ids in enumerate(rows):
+
+        def score(input_ids: torch.Tensor, place: int = place) -> torch.Tensor:
+            read = vectors.expand(len(input_ids), -1, -1).clone()
+            read[:, place] = model.encode_item(input_ids)
+            return model.head.encode_reader(read)[:, -1] @ target
+
+        found.append(_attribute(predictor, ids, score, steps, best[0]["title"], "similarity"))
+    return found
+
+
+def _encode(predictor: Any, text: str) -> list[int]:
+    ids = predictor.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return ids[: predictor.model.config.window]
+
+
+def _log_odds(logits: torch.Tensor, labels: list[int]) -> torch.Tensor:
+    """log p / (1 - p) of being one of the labels, [..., L] → [...]: unlike p it still moves where the model is sure."""
+    others = [label for label in range(logits.shape[-1]) if label not in labels]
+    return logits[..., labels].logsumexp(-1) - logits[..., others].logsumexp(-1)
+
+
+def _attribute(
+    predictor: Any,
+    ids: list[int],
+    score: Callable[[torch.Tensor], torch.Tensor],
+    steps: int,
+    answer: str,
+    unit: str,
+) -> Attribution:
+    """score: input_ids [B, T] → [B]."""
+    model, tokenizer = predictor.model, predictor.tokenizer
+    backbone, config = model.model, model.config
+    blank = config.pad_token_id if config.mask_token_id is None else config.mask_token_id
+    text = torch.tensor([ids], device=model.device)
+    masks = torch.full_like(text, blank)
+    layers = [backbone.embed_tokens, *(layer.memory for layer in backbone.layers if layer.memory is not None)]
+    heard: dict[nn.Module, tuple[Any, ...]] = {}
+    with torch.no_grad():
+        start = score(masks).item()
+        hooks = [layer.register_forward_hook(lambda m, i, o: heard.__setitem__(m, (*i, o))) for layer in layers]
+        try:
+            end = score(text).item()
+        finally:
+            for hook in hooks:
+                hook.remove()
+    # Mean gradients along the path: shares of any part of an input are its product with these.
+    with warnings.catch_warnings():  # it warns that layers may depend on each other, which here is meant
+        warnings.filterwarnings("ignore", message="Multiple layers provided")
+        gradients = LayerIntegratedGradients(score, layers, multiply_by_inputs=False).attribute(
+            text, baselines=masks, n_steps=steps, internal_batch_size=min(_BATCH, steps)
+        )
+    slope = dict(zip(layers, gradients, strict=True))
+    with torch.no_grad():
+        embedded = heard[backbone.embed_tokens][-1] - backbone.embed_tokens(masks)
+        shares = (embedded * slope[backbone.embed_tokens])[0].sum(-1).tolist()
+        entries: dict[tuple[int, int], float] = defaultdict(float)
+        for layer in layers[1:]:
+            for n, moved in _entries(layer, backbone.ngram_hash, heard[layer], slope[layer]):
+                for place, share in enumerate(moved.tolist()):
+                    if place >= n - 1:
+                        entries[place, n] += share
+    memory = [
+        Entry(tokenizer.decode(ids[place - n + 1 : place + 1]).strip(), n, place, share)
+        for (place, n), share in sorted(entries.items())
+    ]
+    return Attribution(answer, unit, end, start, [tokenizer.decode([i]) for i in ids], shares, memory)
+
+
+def _entries(
+    memory: KnowledgeMemory, ngram_hash: Any, heard: tuple[torch.Tensor, ...], slope: torch.Tensor
+) -> list[tuple[int, torch.Tensor]]:
+    """n → what the n-gram ending at each position moved [T]: gate and convolution are linear in what was read, so an
+    entry's share is exact, with what the convolution carries on to later positions."""
+    hidden, rows, position_ids, _ = heard
+    gate = memory.gate(hidden, memory.look_up(rows[:, ngram_hash.lead :]))
+    pull = gate * slope  # of the convolved values, [1, T, D]
+    felt = pull.clone()
+    for back in range(1, memory.lead + 1):
+        reached = pull * memory.taps[back - 1] * (position_ids >= back)[..., None]
+        felt[:, : felt.shape[1] - back] += reached[:, back:]
+    return [(n, (part[0, ngram_hash.lead :] * felt[0]).sum(-1)) for n, part in values(memory, rows, ngram_hash.ngrams)]

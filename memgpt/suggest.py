@@ -1,0 +1,129 @@
+"""Active learning: the unlabelled rows most worth labelling, uncertain to the model and unlike one another.
+
+The most uncertain rows are clustered by the model's own features, weighted by their uncertainty, and each cluster is
+represented by its most uncertain row: *Diverse mini-batch active learning* (Zhdanov 2019, arXiv 1901.05954).
+"""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from memgpt import predict
+from memgpt.errors import UserError
+from memgpt.predict.batching import batch_size, by_length, pad
+from memgpt.predict.words import encode_rows, split_words
+from memgpt.sources import formats, naming
+from memgpt.tables import USUAL
+
+_POOL = 10  # uncertain rows to choose from, for each that is asked for
+_LEAST_SURE = 3  # words of a sentence that speak for it
+
+
+def suggest(task: str, directory: Path, path: Path, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """At most `count` rows of the file as {text | tokens, uncertainty, prediction, stands_for, reason, from}, the most
+    uncertain first.
+
+    uncertainty: 1 − the largest probability; of ner, mean over the words that are least sure. stands_for: how many
+    of the uncertain rows are most like this one, itself among them. Equal rows are taken once.
+
+    Raises:
+        UserError: if the file cannot be read, or has no column of texts (for ner also: of tokens).
+    """
+    column, rows, places = _read(task, path)
+    predictor: Any = predict.load(task, directory)
+    uncertainty, features = _ask(predictor, task, rows)
+    pool = np.argsort(-uncertainty, kind="stable")[: _POOL * count]
+    chosen, sizes = _diverse(uncertainty[pool], features[pool], count, seed)
+    best = pool[chosen]
+    answers = predictor.predict([rows[i] for i in best])
+    return [
+        {
+            column: rows[i],
+            "uncertainty": round(float(uncertainty[i]), 6),
+            "prediction": answer,
+            "stands_for": int(size),
+            "reason": _reason(task, float(uncertainty[i]), int(size)),
+            "from": places[i],
+        }
+        for i, answer, size in zip(best, answers, sizes, strict=True)
+    ]
+
+
+def _read(task: str, path: Path) -> tuple[str, list[Any], list[str]]:
+    """(name of the column, its values less repeated and empty ones, where each stands)."""
+    if not path.is_file():
+        raise UserError(f"{path}: not found; name a file of unlabelled rows")
+    if not naming.data_format(path.name):
+        raise UserError(f"{path}: not a format that is read; formats are .{', .'.join(naming.FORMATS)}, each also .gz")
+    read = formats.read(naming.Part(naming.WHOLE, str(path), path))
+    usual = {"text": USUAL["sentiment"]["text"], **({"tokens": USUAL["ner"]["tokens"]} if task == "ner" else {})}
+    for column, names in reversed(usual.items()):
+        name = next((name for name in names if name in read.frame), None)
+        if name is None:
+            continue
+        found: dict[Any, int] = {}
+        for place, value in enumerate(read.frame[name]):
+            whole = all(isinstance(word, str) for word in value) if isinstance(value, list) else isinstance(value, str)
+            if not whole or isinstance(value, list) != (column == "tokens"):
+                wanted = "a list of words" if column == "tokens" else "a text"
+                raise UserError(f"{read.at(place)}: {name} is not {wanted}")
+            if any(word.strip() for word in value):
+                found.setdefault(tuple(value) if column == "tokens" else value, place)
+        if not found:
+            raise UserError(f"{path}: {name} holds no text")
+        rows = [list(value) if column == "tokens" else value for value in found]
+        return column, rows, [read.at(place) for place in found.values()]
+    raise UserError(f"{path}: no column of texts; call one {' or '.join(chain(*usual.values()))}")
+
+
+@torch.no_grad()
+def _ask(predictor: Any, task: str, rows: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Uncertainty [N] and features [N, D] of each row, read up to the model's window."""
+    model, tokenizer, window = predictor.model, predictor.tokenizer, predictor.model.config.window
+    words = [row if isinstance(row, list) else [row[a:b] for a, b in split_words(row)] for row in rows]
+    if task == "ner":
+        encoded = encode_rows(tokenizer, words)
+        ids = [[*chain.from_iterable(pieces)][:window] for pieces in encoded]
+    else:
+        ids = [
+            row[:window]
+            for row in tokenizer(rows, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        ]
+    uncertainty, features = np.zeros(len(rows)), np.zeros((len(rows), model.config.hidden_size))
+    with tqdm(total=len(rows), desc="suggest-labels", unit="row", disable=None, leave=False) as progress:
+        for batch in by_length(ids, batch_size(model)):
+            arguments = pad([ids[i] for i in batch], tokenizer.pad_token_id, predictor.device)
+            outputs = model(**arguments, output_hidden_states=True)
+            kept = arguments["attention_mask"][..., None]
+            features[batch] = ((outputs.hidden_states[-1] * kept).sum(1) / kept.sum(1)).float().cpu().numpy()
+            doubt = 1 - outputs.logits.float().softmax(-1).amax(-1).cpu().numpy()
+            for row, i in enumerate(batch):
+                if task == "ner":
+                    firsts = np.cumsum([0, *(len(piece) for piece in encoded[i][:-1])])
+                    uncertainty[i] = np.sort(doubt[row, firsts[firsts < len(ids[i])]])[-_LEAST_SURE:].mean()
+                else:
+                    uncertainty[i] = doubt[row]
+            progress.update(len(batch))
+    return uncertainty, features
+
+
+def _diverse(uncertainty: np.ndarray, features: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The most uncertain member of each of `count` clusters, the most uncertain first, and the clusters' sizes."""
+    from sklearn.cluster import KMeans
+
+    count = min(count, len(np.unique(features, axis=0)))
+    clusters = KMeans(count, n_init=1, random_state=seed).fit(features, sample_weight=uncertainty + 1e-6).labels_
+    members = [np.flatnonzero(clusters == cluster) for cluster in np.unique(clusters)]
+    best = sorted((int(own[uncertainty[own].argmax()]), len(own)) for own in members)
+    best.sort(key=lambda pair: -uncertainty[pair[0]])
+    return np.array([place for place, _ in best]), np.array([size for _, size in best])
+
+
+def _reason(task: str, uncertainty: float, size: int) -> str:
+    unsure = "its least sure words have" if task == "ner" else "the likeliest label has"
+    like = f"; {size - 1} more uncertain rows are like it" if size > 1 else "; no other uncertain row is like it"
+    return f"{unsure} probability {1 - uncertainty:.2f}{like}"

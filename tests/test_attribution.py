@@ -1,0 +1,138 @@
+"""What moved a prediction: shares add up, the memory's part is exact, and a planted cause is found."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from memgpt import attribution, cli
+from memgpt.model import (
+    MemGPTConfig,
+    MemGPTForRecommendation,
+    MemGPTForSequenceClassification,
+    MemGPTForTokenClassification,
+    MemGPTTokenizer,
+)
+from memgpt.predict.recommendation import build_index
+
+TEXT = "The bank raised its rates. Ada Brandt kept hers."
+ITEMS = [{"item_id": f"i{n}", "title": f"Rates story {n}", "description": "", "tags": ""} for n in range(4)]
+KINDS = {
+    "sentiment": (MemGPTForSequenceClassification, ["negative", "neutral", "positive"]),
+    "ner": (MemGPTForTokenClassification, ["O", "B-PER", "I-PER"]),
+    "recommendation": (MemGPTForRecommendation, ["a", "b"]),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model per task, with random weights in the memory too, so that it has something to say."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = MemGPTTokenizer.train([TEXT] * 4, vocab_size=300)
+    for task, (kind, labels) in KINDS.items():
+        torch.manual_seed(0)
+        config = MemGPTConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            memory_rows=997,
+            memory_dim=4,
+            memory_ngrams=[1, 2],
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+        )
+        model = kind(config).eval()
+        for layer in model.model.layers:
+            if layer.memory is not None:
+                torch.nn.init.normal_(layer.memory.table.weight[1:])
+                torch.nn.init.normal_(layer.memory.taps)
+        if task == "ner":
+            torch.nn.init.constant_(model.head.score.bias[1:2], 3.0)  # finds something everywhere
+        model.save_pretrained(root / task)
+        tokenizer.save_pretrained(root / task)
+        if task == "recommendation":
+            build_index(model, tokenizer, ITEMS, {}, root / task)
+    return root
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_shares_add_up_to_the_score(models: Path, task: str) -> None:
+    texts = ["i1", TEXT] if task == "recommendation" else [TEXT]
+    found = attribution.explain(task, models / task, texts, steps=100)
+    assert found
+    for each in found:
+        assert len(each.tokens) == len(each.shares)
+        moved = sum(map(abs, each.shares)) + sum(abs(entry.share) for entry in each.memory)
+        assert abs(each.error) < 0.01 * moved
+        assert sum(abs(entry.share) for entry in each.memory) > 0.05 * moved
+        assert {entry.n for entry in each.memory} == {1, 2}
+
+
+def test_the_memorys_share_is_of_the_entries_that_were_read(models: Path) -> None:
+    """A table emptied of all but one n-gram's rows leaves all of the memory's share to that n-gram."""
+    from memgpt import predict
+
+    predictor = predict.load("sentiment", models / "sentiment")
+    ids = predictor.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    rows = predictor.model.model.ngram_hash(torch.tensor([ids]), torch.arange(len(ids))[None])[0, :, :]
+    heads, place = predictor.model.config.memory_heads, 3
+    kept = rows[predictor.model.model.ngram_hash.lead + place, heads:]  # of the 2-gram ending there
+    for layer in predictor.model.model.layers:
+        if layer.memory is not None:
+            table = layer.memory.table.weight.data
+            empty = torch.zeros_like(table)
+            empty[kept] = table[kept]
+            layer.memory.table.weight.data = empty
+    found = attribution._sentiment(predictor, TEXT, steps=100)
+    shares = {(entry.n, entry.position): entry.share for entry in found.memory}
+    assert abs(shares[2, place]) > 0
+    assert sum(map(abs, shares.values())) == pytest.approx(abs(shares[2, place]))
+    assert abs(found.error) < 0.01 * (sum(map(abs, found.shares)) + abs(shares[2, place]))
+
+
+def test_a_planted_cause_has_the_largest_share(models: Path) -> None:
+    """The score made to follow one token's embedding alone."""
+    from memgpt import predict
+
+    predictor = predict.load("sentiment", models / "sentiment")
+    ids = predictor.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    direction = predictor.model.model.embed_tokens.weight[ids[4]].detach()
+    found = attribution._attribute(
+        predictor,
+        ids,
+        lambda input_ids: (
+            predictor.model.model.embed_tokens(input_ids)[:, 4] @ direction
+            + 0.0 * predictor.model(input_ids=input_ids).logits.sum(-1)  # runs all layers
+        ),
+        16,
+        "",
+        "",
+    )
+    assert found.shares[4] > 0.9 * sum(map(abs, found.shares)) > 0
+    assert abs(found.error) < 1e-4 * found.shares[4]
+
+
+def test_an_answer_is_printed_and_drawn(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_config", lambda: None)
+    monkeypatch.setattr(cli, "_compute_with", lambda _: None)
+    page = tmp_path / "why.html"
+    command = ["explain", "sentiment", "<b>Rates</b> rose", "--dir", str(models / "sentiment"), "--html", str(page)]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    assert "log-odds" in done.output
+    drawn = page.read_text()
+    assert "<b>" not in drawn  # what a text says is never markup
+    assert "&lt;" in drawn
+    assert not re.search(r"(src|href)=", drawn)  # self-contained
+    printed = CliRunner().invoke(cli.app, [*command[:5], "--json"]).stdout
+    assert json.loads(printed)["answer"] in KINDS["sentiment"][1]
+
+
+def test_an_empty_text_is_refused(models: Path) -> None:
+    with pytest.raises(ValueError, match="text: is empty"):
+        attribution.explain("ner", models / "ner", [" "])
