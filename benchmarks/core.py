@@ -13,17 +13,14 @@ same order with the same optimizer, schedule and precision; see `cells.RECIPE` a
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import runner
 from cells import CELLS, WORK, prepare
-from tqdm import tqdm
 
 from memgpt.atomic import write_json
 
@@ -122,39 +119,8 @@ def report_ablations() -> None:
 
 
 def run(cells: list[tuple[str, Spec]], jobs: int) -> None:
-    """Every cell that has no result yet, `jobs` at a time; one that starts from another waits for it."""
-    source = Path(os.environ.get("MEMGPT_REAL_DATA", ""))
-    prepare(source)
-    waiting = [(name, spec) for name, spec in cells if not (CELLS / f"{name}.json").exists()]
-    running: set[str] = set()
-    with tqdm(total=len(waiting), desc="cells", unit="cell") as bar, ThreadPoolExecutor(jobs) as pool:
-
-        def one(name: str, spec: Spec) -> None:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-            command = [sys.executable, str(HERE / "cells.py"), name, json.dumps(spec)]
-            log = WORK / f"logs/{name}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as lines:
-                status = subprocess.run(command, env=environment, stderr=lines).returncode
-            running.discard(name)
-            bar.update()
-            if status:
-                tqdm.write(f"{name} failed, see {log}", file=sys.stderr)
-
-        while waiting:
-            ready = next((cell for cell in waiting if _can_start(cell[1])), None)
-            if ready is None and not running:
-                raise SystemExit(f"cells that could not start, since the one before failed: {[n for n, _ in waiting]}")
-            if ready is None or len(running) >= jobs:
-                time.sleep(0.5)
-                continue
-            waiting.remove(ready)
-            running.add(ready[0])
-            pool.submit(one, *ready)
-
-
-def _can_start(spec: Spec) -> bool:
-    return "start" not in spec or (CELLS / f"{spec['start']}.json").exists()
+    prepare(Path(os.environ.get("MEMGPT_REAL_DATA", "")))
+    runner.run(cells, jobs, HERE / "cells.py", CELLS, WORK / "logs")
 
 
 # --- what the cells say

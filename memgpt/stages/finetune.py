@@ -19,10 +19,7 @@ Watch = Callable[[float, int], None]
 
 
 def run(config: Config, task: str, log: Log | None = None) -> dict[str, float]:
-    params = getattr(config.finetune, task)
-    if params.soup > 1:
-        return _soup(params, task, MODELS / task, log)
-    return fit(params, task, MODELS / task, log)
+    return fit(getattr(config.finetune, task), task, MODELS / task, log)
 
 
 def fit(
@@ -38,6 +35,8 @@ def fit(
     watch: told the validation score of each epoch and its number, from 1; what it raises ends the training.
     head_seed: of the head's first weights, which models that are to be averaged share; by default that of all else.
     """
+    if params.soup > 1:
+        return _soup(params, task, target, log)
     settings = params.model_dump()
     parent, tables = MODELS / params.start, TABLES / task
     module = judge(task)
@@ -90,7 +89,7 @@ def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[st
     for seed in range(params.seed, params.seed + params.soup):
         member = place / f"seed-{seed}"
         if not member.exists():
-            fit(params.model_copy(update={"seed": seed}), task, member, log, head_seed=params.seed)
+            fit(params.model_copy(update={"seed": seed, "soup": 1}), task, member, log, head_seed=params.seed)
         scores[member] = validate(task, member)[primary]
     members = sorted(scores, key=lambda member: -scores[member])
     best, score, taken = members[0], scores[members[0]], members[:1]

@@ -131,8 +131,8 @@ def metrics(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> di
     return result
 
 
-def baseline(tables: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A bag of words and word pairs with logistic regression."""
+def baseline(tables: Path, rows: list[dict[str, Any]], strength: float = 10.0) -> list[dict[str, Any]]:
+    """A bag of words and word pairs with logistic regression, of inverse regularisation `strength`."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -140,7 +140,7 @@ def baseline(tables: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     train = rows_of(tables, "sentiment", "train")
     classifier = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]"),
-        LogisticRegression(C=10.0, max_iter=1000),
+        LogisticRegression(C=strength, max_iter=1000),
     )
     classifier.fit([row["text"] for row in train], [row["label"] for row in train])
     names = [str(name) for name in classifier.classes_]

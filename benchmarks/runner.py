@@ -1,0 +1,47 @@
+"""Runs the cells of a benchmark: a process with one thread each, several at a time, none that has a result already."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def run(cells: list[tuple[str, dict[str, Any]]], jobs: int, script: Path, results: Path, logs: Path) -> None:
+    """`script NAME SPEC` writes `results/NAME.json`. A cell waits for those that its spec names in `start` (one) and
+    `after` (a list)."""
+    waiting = [(name, spec) for name, spec in cells if not (results / f"{name}.json").exists()]
+    running: set[str] = set()
+    with tqdm(total=len(waiting), desc="cells", unit="cell") as bar, ThreadPoolExecutor(jobs) as pool:
+
+        def one(name: str, spec: dict[str, Any]) -> None:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+            log = logs / f"{name}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a") as lines:
+                command = [sys.executable, str(script), name, json.dumps(spec)]
+                status = subprocess.run(command, env=environment, stdout=lines, stderr=lines).returncode
+            running.discard(name)
+            bar.update()
+            if status:
+                tqdm.write(f"{name} failed, see {log}", file=sys.stderr)
+
+        def can_start(spec: dict[str, Any]) -> bool:
+            before = [*spec.get("after", ()), *([spec["start"]] if "start" in spec else ())]
+            return all((results / f"{name}.json").exists() for name in before)
+
+        while waiting:
+            ready = next((cell for cell in waiting if can_start(cell[1])), None)
+            if ready is None and not running:
+                raise SystemExit(f"cells that could not start, since the one before failed: {[n for n, _ in waiting]}")
+            if ready is None or len(running) >= jobs:
+                time.sleep(0.5)
+                continue
+            waiting.remove(ready)
+            running.add(ready[0])
+            pool.submit(one, *ready)

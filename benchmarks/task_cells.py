@@ -1,0 +1,344 @@
+"""One cell of the benchmark of the tasks: a system on a data set, with settings and a seed, and what it reached.
+
+Data go through the product's own ingestion into a folder per set, and every neural model through its training loop,
+decoding and judges: the peers differ in the model alone.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cells
+import numpy as np
+import peers_recommendation
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    PreTrainedModel,
+    set_seed,
+)
+
+from memgpt import atomic, config, predict
+from memgpt.config import Finetune
+from memgpt.model import MemGPTForCausalLM
+from memgpt.predict import ner
+from memgpt.predict.batching import by_length, pad
+from memgpt.predict.words import joined_words, spans_from_tags
+from memgpt.stages import finetune, multitask
+from memgpt.tasks import TABLES, judge, recommendation, rows_of
+from memgpt.training import train
+
+ROOT = Path(__file__).parents[1]
+WORK = Path(".memgpt/benchmarks/tasks").resolve()
+cells.WORK = cells.WORK.resolve()
+RESULTS = Path(__file__).parent / "results" / "tasks"
+CORE, BERT = "memgpt-128-4M-1", "bert-128-4M-1"  # cells of benchmarks/core.py
+Spec = dict[str, Any]
+Answers = list[Any]
+Ask = Callable[[list[Any]], Answers]
+SETS = {
+    "wnut17": ("ner", "ner/wnut17"),
+    "wikigold": ("ner", "ner/wikigold"),
+    "sec_filings": ("ner", "ner/sec_filings"),
+    "financial_phrasebank": ("sentiment", "sentiment/financial_phrasebank"),
+    "sst2": ("sentiment", "sentiment/sst2"),
+    "movielens": ("recommendation", "recommendation/ml_latest_small"),
+}
+# Epochs of every neural model on a set; what else differs from params.yaml.
+SETTINGS: dict[str, Spec] = {
+    "wnut17": {"epochs": 5},
+    "wikigold": {"epochs": 10},
+    "sec_filings": {"epochs": 10},
+    "financial_phrasebank": {"epochs": 5},
+    "sst2": {"epochs": 1, "batch_size": 32, "max_length": 64},
+    "movielens": {"max_length": 24},
+}
+
+
+def prepare(name: str, source: Path) -> Path:
+    """The folder of a data set, or of several whose names are joined by +: tables as the product ingests them, and the
+    pretrained cores."""
+    place = WORK / "sets" / name
+    if (place / "complete").exists():
+        return place
+    place.mkdir(parents=True, exist_ok=True)
+    parts = [SETS[part] for part in name.split("+")]
+    uris = [f"data.{task}.uri={(source / folder).resolve()}" for task, folder in parts]
+    config.write(config.override(config.read(ROOT / "params.yaml"), uris), place / "params.yaml")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in (["snapshot"], *(["ingest", task] for task, _ in parts)):
+        subprocess.run([sys.executable, "-m", "memgpt.cli", *command], cwd=place, env=environment, check=True)
+    for folder, cell in (("base", CORE), ("bert", BERT)):
+        with atomic.replacing(place / "models" / folder) as aside:
+            shutil.copytree(cells.WORK / "tokenizer", aside)
+            shutil.copytree(cells.WORK / "cells" / cell / "model", aside, dirs_exist_ok=True)
+    (place / "complete").touch()
+    return place
+
+
+def settings(task: str, spec: Spec) -> Finetune:
+    """finetune.<task> of params.yaml with what the set and the cell change."""
+    document = config.read(ROOT / "params.yaml")
+    changes = {**SETTINGS.get(spec["set"], {}), **spec.get("changes", {}), "seed": spec["seed"]}
+    config.override(document, [f"finetune.{task}.{key}={json.dumps(value)}" for key, value in changes.items()])
+    return getattr(config.parse(document).finetune, task)
+
+
+# --- the systems: from a spec to a function that answers a task's inputs, and numbers of the training
+
+
+def memgpt(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
+    """By the product's own stage."""
+    began = time.perf_counter()
+    metrics = finetune.fit(settings(task, spec), task, target)
+    told = {"minutes": round((time.perf_counter() - began) / 60, 2)}
+    told |= {name: metrics[name] for name in ("trainable_parameters", "members") if name in metrics}
+    predictor = predict.load(task, target)
+    if not spec.get("rerank", True):
+        return (lambda inputs: predictor.predict([{**row, "rerank": False} for row in inputs])), told
+    return predictor.predict, told
+
+
+def bert(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
+    params, module = settings(task, spec), judge(task)
+    names = module.labels(TABLES)
+    kind = {"ner": BertForTokenClassification, "sentiment": BertForSequenceClassification}[task]
+    set_seed(params.seed)
+    model = kind.from_pretrained(
+        "models/bert",
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        hidden_dropout_prob=params.dropout,
+        attention_probs_dropout_prob=params.dropout,
+    )
+    model.config.window = params.max_length
+    tokenizer = AutoTokenizer.from_pretrained("models/bert")
+    data = module.Training(TABLES, tokenizer, **params.model_dump())
+    steps = params.epochs * math.ceil(len(data) / params.batch_size)
+    began = time.perf_counter()
+    train(model, data, data.collate, params, steps=steps, checkpoints=target, title=target.name)
+    told = {"minutes": round((time.perf_counter() - began) / 60, 2)}
+    if task == "ner":
+        return _TagsOf(model, tokenizer).predict, told
+    return _labels_of(model, tokenizer), told
+
+
+class _TagsOf(ner.Predictor):
+    """The product's windows and decoding around another model."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any):
+        self.model, self.tokenizer, self.device = model, tokenizer, "cpu"
+
+
+def _labels_of(model: PreTrainedModel, tokenizer: Any) -> Ask:
+    @torch.no_grad()
+    def ask(inputs: list[Any]) -> Answers:
+        rows = tokenizer([row["text"] for row in inputs], add_special_tokens=False)["input_ids"]
+        rows = [row[: model.config.window] for row in rows]
+        answers: Answers = [None] * len(rows)
+        for batch in by_length(rows):
+            logits = model(**pad([rows[i] for i in batch], tokenizer.pad_token_id)).logits
+            for i, scores in zip(batch, logits.softmax(-1).tolist(), strict=True):
+                named = {model.config.id2label[place]: score for place, score in enumerate(scores)}
+                answers[i] = {"label": max(named, key=named.__getitem__), "scores": named, "topic": None}
+        return answers
+
+    return ask
+
+
+def crf(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
+    """A conditional random field on features of a word and its neighbours, by hand (sklearn-crfsuite)."""
+    from sklearn_crfsuite import CRF
+
+    rows = rows_of(TABLES, "ner", "train")
+    model = CRF(algorithm="lbfgs", max_iterations=100, all_possible_transitions=True, **spec["changes"])
+    model.fit([_features(row["tokens"]) for row in rows], [row["tags"] for row in rows])
+
+    def ask(inputs: list[Any]) -> Answers:
+        answers = []
+        for words, tags in zip(inputs, model.predict([_features(words) for words in inputs]), strict=True):
+            places = joined_words(words)
+            answers.append(
+                [
+                    {"type": kind, "start": places[first][0], "end": places[last - 1][1]}
+                    for kind, first, last in spans_from_tags(tags)
+                ]
+            )
+        return answers
+
+    return ask, {}
+
+
+def _features(words: list[str]) -> list[dict[str, Any]]:
+    own = [
+        {
+            "lower": word.lower(),
+            "prefix2": word[:2],
+            "prefix3": word[:3],
+            "suffix2": word[-2:],
+            "suffix3": word[-3:],
+            "shape": "".join("X" if c.isupper() else "x" if c.islower() else "9" if c.isdigit() else c for c in word)[
+                :8
+            ],
+            "title": word.istitle(),
+            "upper": word.isupper(),
+            "digit": any(c.isdigit() for c in word),
+        }
+        for word in words
+    ]
+    features = []
+    for place, mine in enumerate(own):
+        seen = {"bias": 1.0, **mine}
+        for offset in (-2, -1, 1, 2):
+            if 0 <= place + offset < len(own):
+                theirs = own[place + offset]
+                seen |= {f"{offset}:{key}": theirs[key] for key in ("lower", "shape", "title", "suffix3")}
+            else:
+                seen[f"{offset}:edge"] = True
+        features.append(seen)
+    return features
+
+
+def bag(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
+    """TF-IDF of words and word pairs with logistic regression: the product's own baseline, with a C of its own."""
+    module = judge("sentiment")
+    return (lambda inputs: module.baseline(TABLES, [{"input": row} for row in inputs], **spec["changes"])), {}
+
+
+def collaborative(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
+    """popularity, item_knn, ease or sasrec of benchmarks/peers_recommendation.py."""
+    items = [item["item_id"] for item in rows_of(TABLES, "recommendation", "items")]
+    place = {item: index for index, item in enumerate(items)}
+    lines = [[place[item] for item in line] for line in recommendation.histories(TABLES, "train").values()]
+    seeded = {"seed": spec["seed"]} if spec["system"] == "sasrec" else {}
+    score = getattr(peers_recommendation, spec["system"])(lines, len(items), **spec.get("changes", {}), **seeded)
+
+    def ask(inputs: list[Any]) -> Answers:
+        answers = []
+        for row in inputs:
+            history = [place[item] for item in row["history"]]
+            scores = np.array(score(history), dtype=np.float64)
+            scores[history] = -np.inf
+            best = np.argsort(-scores, kind="stable")[: row["k"]]
+            answers.append([{"item_id": items[i], "score": float(scores[i])} for i in best])
+        return answers
+
+    return ask, {}
+
+
+SYSTEMS = {"memgpt": memgpt, "bert": bert, "crf": crf, "bag_of_words": bag} | dict.fromkeys(
+    ("popularity", "item_knn", "ease", "sasrec"), collaborative
+)
+
+
+# --- cells
+
+
+def compare(name: str, spec: Spec, target: Path) -> Spec:
+    """One system, judged on validation; or, final, on test with the changes that did best in the trials `after`."""
+    task = SETS[spec["set"]][0]
+    if spec.get("test") and spec.get("after"):
+        tried = [json.loads((RESULTS / f"{trial}.json").read_text()) for trial in spec["after"]]
+        best = max(tried, key=lambda trial: trial["validation"])
+        spec = {**spec, "changes": {**best["spec"].get("changes", {}), **spec.get("changes", {})}}
+    ask, told = SYSTEMS[spec["system"]](task, spec, target)
+    return {"changes": spec.get("changes", {}), **told, **judged(task, ask, name, bool(spec.get("test")))}
+
+
+def judged(task: str, ask: Ask, name: str, test: bool) -> Spec:
+    """The primary metric on validation or test. What each test example adds to it is kept outside git, for pairs."""
+    module, split = judge(task), "test" if test else "validation"
+    rows = module.test_rows(TABLES, split)
+    answers = ask([row["input"] for row in rows])
+    sums = module.statistics(rows, answers)
+    if test:
+        with atomic.replacing(WORK / "statistics" / f"{name}.npy") as aside, aside.open("wb") as file:
+            np.save(file, sums)
+    extra = {}
+    if task == "sentiment":
+        extra["calibration_error"] = round(module.metrics(rows, answers)["expected_calibration_error"], 4)
+    return {split: round(float(module.score(sums.sum(0))), 4), "n": len(rows), **extra}
+
+
+def joint(name: str, spec: Spec, target: Path) -> Spec:
+    """The multi-task stage; then each task as it is there, tuned from there, and tuned from the core alone."""
+    document = config.read("params.yaml")
+    assignments = [f"multitask.{key}={json.dumps(value)}" for key, value in spec["changes"].items()]
+    config.override(document, [*assignments, f"multitask.seed={spec['seed']}"])
+    multitask.run(config.parse(document))
+    found: Spec = {}
+    for part in spec["set"].split("+"):
+        task = SETS[part][0]
+        directory = target / task
+        _from_joint(task, Path("models/multitask"), directory, settings(task, {**spec, "set": part, "changes": {}}))
+        found[f"{task}_joint"] = finetune.validate(task, directory)[judge(task).PRIMARY]
+        for start, label in (("base", "single"), ("multitask", "joint_then_tuned")):
+            params = settings(task, {**spec, "set": part, "changes": {"start": start}})
+            metrics = finetune.fit(params, task, target / f"{task}-{label}")
+            found[f"{task}_{label}"] = metrics[f"validation_{judge(task).PRIMARY}"]
+    return {key: round(value, 4) for key, value in found.items()}
+
+
+def forgetting(name: str, spec: Spec, target: Path) -> Spec:
+    """A task tuned from the joint model in one way; then the other tasks, whose heads stayed, and the core's own loss
+    on held-out text, both on the changed trunk."""
+    part = spec["part"]
+    task = SETS[part][0]
+    params = settings(task, {**spec, "set": part, "changes": {**spec["changes"], "start": "multitask"}})
+    began = time.perf_counter()
+    metrics = finetune.fit(params, task, target)
+    found = {
+        "minutes": round((time.perf_counter() - began) / 60, 2),
+        "trainable_parameters": metrics["trainable_parameters"],
+        "validation": metrics[f"validation_{judge(task).PRIMARY}"],
+    }
+    trunk = {key: value for key, value in load_file(target / "model.safetensors").items() if key.startswith("model.")}
+    core = MemGPTForCausalLM.from_pretrained("models/base")
+    found["text_loss_before"] = cells.held_out(core, "validation", False, 1)
+    core.load_state_dict(trunk, strict=False)
+    found["text_loss_after"] = cells.held_out(core, "validation", False, 1)
+    for other in spec["set"].split("+"):
+        if other == part:
+            continue
+        their = SETS[other][0]
+        theirs = settings(their, {**spec, "set": other, "changes": {}})
+        for label, state in (("before", None), ("after", trunk)):
+            directory = target / f"{their}-{label}"
+            _from_joint(their, Path("models/multitask"), directory, theirs, state)
+            found[f"{their}_{label}"] = finetune.validate(their, directory)[judge(their).PRIMARY]
+    return {key: round(value, 4) for key, value in found.items()}
+
+
+def _from_joint(task: str, source: Path, directory: Path, params: Finetune, trunk: Any = None) -> None:
+    """A task's model directory from the joint model's trunk, or another, and its head."""
+    model = judge(task).model(source, TABLES, **params.model_dump()).eval()
+    if trunk is not None:
+        model.load_state_dict(trunk, strict=False)
+    finetune.save(model, task, params, AutoTokenizer.from_pretrained(source), directory)
+
+
+KINDS = {"compare": compare, "joint": joint, "forgetting": forgetting}
+
+
+def run(name: str, spec: Spec) -> None:
+    """Run a cell in this process and write its JSON."""
+    torch.set_num_threads(1)
+    os.chdir(WORK / "sets" / spec["set"])
+    target = WORK / "models" / name
+    result = KINDS[spec.get("kind", "compare")](name, spec, target)
+    shutil.rmtree(target, ignore_errors=True)
+    atomic.write_json(RESULTS / f"{name}.json", {"spec": spec, **result})
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,214 @@
+"""Is each task as good as what a user would pick instead? Same data, same steps, same machine.
+
+    python benchmarks/tasks.py --quick            a set per task, one seed, no trials (under 20 minutes)
+    python benchmarks/tasks.py --full [--jobs 2]  every set, trials on validation, three seeds, tuning and regularisers
+    python benchmarks/tasks.py --report           tables from the cells that are done
+
+Needs the real data sets in MEMGPT_REAL_DATA and the pretrained cells memgpt-128-4M-1 and bert-128-4M-1 of
+benchmarks/core.py. Settings are chosen on validation, peers with at least as many trials as ours; a test split is read
+once, by the final cells. "beats": the paired 95 % interval of the difference is above 0; "matches": it holds 0.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import numpy as np
+import runner
+from task_cells import RESULTS, SETS, WORK, prepare
+
+from memgpt import bootstrap
+from memgpt.atomic import write_json
+from memgpt.tasks import judge
+
+HERE = Path(__file__).parent
+SEEDS = (1, 2, 3)
+RESAMPLES = 1000
+Cells = list[tuple[str, dict[str, Any]]]
+# Values that are tried on validation, by system. Ours has as many as each peer, or fewer.
+RATES = [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)]
+TRIALS: dict[str, list[dict[str, Any]]] = {
+    "memgpt": RATES,
+    "bert": RATES,
+    "crf": [{"c1": c1, "c2": c2} for c1 in (0.01, 0.1, 0.5) for c2 in (0.01, 0.1)],
+    "bag_of_words": [{"strength": c} for c in (0.3, 1.0, 3.0, 10.0, 30.0)],
+    "item_knn": [{"neighbours": k} for k in (20, 50, 100, 300)],
+    "ease": [{"penalty": penalty} for penalty in (100, 250, 500, 1000, 2000)],
+    "sasrec": RATES,
+    "popularity": [],
+}
+PEERS = {
+    "ner": ("bert", "crf"),
+    "sentiment": ("bert", "bag_of_words"),
+    "recommendation": ("popularity", "item_knn", "ease", "sasrec"),
+}
+SEEDED = ("memgpt", "bert", "sasrec")
+TRIO = "wikigold+financial_phrasebank+movielens"  # one set per task, for what concerns several
+METHODS = ("all", "backbone", "memory", "head", "lora", "adalora")
+REGULARISERS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "no dropout": {"dropout": 0.0},
+    "dropout 0.3": {"dropout": 0.3},
+    "early stopping": {"patience": 2},
+    "moving average": {"ema_decay": 0.98},
+    "adversarial": {"adversarial": 1.0},
+    "synonyms": {"augment.synonyms": 1.0},
+    "word edits": {"augment.word_edits": 1.0},
+    "recombination": {"augment.recombination": 1.0},
+    "mention replacement": {"augment.mention_replacement": 1.0},
+    "soup of three": {"soup": 3},
+}
+
+
+def compared(name: str, seeds: tuple[int, ...], trials: bool) -> Cells:
+    """All systems on a set: trials on validation, then the final ones on test."""
+    cells: Cells = []
+    for system in ("memgpt", *PEERS[SETS[name][0]]):
+        base = {"set": name, "system": system}
+        tried = TRIALS[system] if trials else []
+        names = []
+        for number, changes in enumerate(tried):
+            names.append(f"{name}-{system}-trial{number}")
+            cells.append((names[-1], {**base, "seed": 1, "changes": changes}))
+        middle = TRIALS[system][len(TRIALS[system]) // 2 :][:1]
+        final = {"after": names} if names else {"changes": middle[0] if middle else {}}
+        for seed in seeds if system in SEEDED else seeds[:1]:
+            cells.append((f"{name}-{system}-{seed}", {**base, "seed": seed, "test": True, **final}))
+    if SETS[name][0] == "recommendation":
+        for seed in seeds:
+            spec = dict(next(spec for cell, spec in cells if cell == f"{name}-memgpt-{seed}"))
+            cells.append((f"{name}-memgpt_text-{seed}", {**spec, "rerank": False}))
+    return cells
+
+
+def regularised(name: str, seeds: tuple[int, ...]) -> Cells:
+    return [
+        (
+            f"{name}-{label.replace(' ', '_')}-{seed}",
+            {"set": name, "system": "memgpt", "seed": seed, "changes": changes},
+        )
+        for label, changes in REGULARISERS.items()
+        if label != "mention replacement" or SETS[name][0] == "ner"
+        for seed in seeds
+    ]
+
+
+def plan(quick: bool) -> Cells:
+    """Every cell, trials before what waits for them."""
+    if quick:
+        return [
+            cell for name in ("wikigold", "financial_phrasebank", "movielens") for cell in compared(name, (1,), False)
+        ]
+    cells = [cell for name in SETS for cell in compared(name, SEEDS, True)]
+    for seed in SEEDS:
+        spec = {"kind": "joint", "set": TRIO, "seed": seed, "changes": {"steps": 600}}
+        cells.append((f"joint-plain-{seed}", spec))
+        cells.append((f"joint-balanced-{seed}", {**spec, "changes": {**spec["changes"], "balancing": "uncertainty"}}))
+    for part in TRIO.split("+"):
+        spec = {"kind": "forgetting", "set": TRIO, "part": part, "seed": 1, "after": ["joint-plain-1"]}
+        cells += [(f"tune-{part}-{method}", {**spec, "changes": {"tune": method}}) for method in METHODS]
+    for name in ("wikigold", "financial_phrasebank"):
+        cells += regularised(name, SEEDS[:2])
+    return cells
+
+
+def run(cells: Cells, jobs: int) -> None:
+    source = Path(os.environ.get("MEMGPT_REAL_DATA", ""))
+    if not (source / "ner").is_dir():
+        raise SystemExit(f"{source}: no data sets; set MEMGPT_REAL_DATA to the folder that holds them")
+    for name in sorted({spec["set"] for _, spec in cells}):
+        prepare(name, source)
+    runner.run(cells, jobs, HERE / "task_cells.py", RESULTS, WORK / "logs")
+
+
+# --- what the cells say
+
+
+def results(cells: Cells) -> dict[str, Any]:
+    found = {}
+    for name, spec in cells:
+        path = RESULTS / f"{name}.json"
+        if path.exists() and (cell := json.loads(path.read_text()))["spec"] == spec:
+            found[name] = cell
+    return found
+
+
+def compare(done: dict[str, Any], name: str) -> dict[str, Any]:
+    """Each system on a set's test split, over its seeds, and ours minus each peer's, paired by example."""
+    module = judge(SETS[name][0])
+    sums: dict[str, list[np.ndarray]] = {}
+    for cell, result in done.items():
+        spec = result["spec"]
+        if spec["set"] == name and spec.get("test"):
+            label = "memgpt_text" if spec.get("rerank") is False else spec["system"]
+            sums.setdefault(label, []).append(np.load(WORK / "statistics" / f"{cell}.npy"))
+    table: dict[str, Any] = {}
+    for system, seeds in sums.items():
+        total = np.mean(seeds, axis=0)
+        low, high = bootstrap.interval(total, module.score, RESAMPLES, 1)
+        row = {"score": float(module.score(total.sum(0))), "ci_low": low, "ci_high": high, "seeds": len(seeds)}
+        if system != "memgpt" and "memgpt" in sums:
+            ours = np.mean(sums["memgpt"], axis=0)
+            gain, low, high = bootstrap.paired(ours, total, module.score, RESAMPLES, 1)
+            verdict = "beats" if low > 0 else "matches" if high >= 0 else "below"
+            row |= {"gain": gain, "gain_ci_low": low, "gain_ci_high": high, "verdict": verdict}
+        table[system] = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+    return table
+
+
+def report(cells: Cells, quick: bool) -> None:
+    done = results(cells)
+    summary: dict[str, Any] = {"cells": {"done": len(done), "planned": len(cells)}}
+    summary["compared"] = {name: table for name in SETS if (table := compare(done, name))}
+    for key, kind in (("joint", "joint"), ("tuning", "forgetting")):
+        summary[key] = {
+            name: {key: value for key, value in cell.items() if key != "spec"}
+            for name, cell in done.items()
+            if cell["spec"].get("kind") == kind
+        }
+    summary["regularisers"] = {}
+    for name in ("wikigold", "financial_phrasebank"):
+        for label, changes in REGULARISERS.items():
+            same = [
+                done[cell]["validation"]
+                for cell, spec in regularised(name, SEEDS)
+                if spec["changes"] == changes and cell in done
+            ]
+            if same:
+                summary["regularisers"][f"{name}, {label}"] = {
+                    "validation": round(float(np.mean(same)), 4),
+                    "seeds": len(same),
+                }
+    write_json(HERE / "results" / ("tasks_quick.json" if quick else "tasks.json"), summary)
+    for name, table in summary["compared"].items():
+        for system, row in table.items():
+            line = f"{name:22} {system:14} {row['score']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+            if "gain" in row:
+                interval = f"[{row['gain_ci_low']:+.3f}, {row['gain_ci_high']:+.3f}]"
+                line += f"  memgpt {row['verdict']}: {row['gain']:+.3f} {interval}"
+            print(f"{line}  ({row['seeds']} seeds)")
+    for key in ("joint", "tuning", "regularisers"):
+        for name, row in summary[key].items():
+            print(f"{key:12} {name:40} {json.dumps(row)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--quick", action="store_true", help="a set per task, one seed, no trials")
+    mode.add_argument("--full", action="store_true", help="every cell that has no result yet")
+    mode.add_argument("--report", action="store_true", help="only the tables of the full plan")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
+    arguments = parser.parse_args()
+    cells = plan(arguments.quick)
+    if not arguments.report:
+        run(cells, arguments.jobs)
+    report(cells, arguments.quick)
+
+
+if __name__ == "__main__":
+    main()
