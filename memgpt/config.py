@@ -120,6 +120,12 @@ class Finetune(Training):
     dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
+class FinetuneSentiment(Finetune):
+    """class_balance: a text's loss is weighted by how frequent its label is, to the power of minus this."""
+
+    class_balance: Fraction
+
+
 class FinetuneRecommendation(Finetune):
     max_history: Positive
     similarity_temperature: Rate
@@ -127,7 +133,7 @@ class FinetuneRecommendation(Finetune):
 
 class FinetuneTasks(Section):
     ner: Finetune
-    sentiment: Finetune
+    sentiment: FinetuneSentiment
     recommendation: FinetuneRecommendation
 
 

@@ -56,7 +56,7 @@ class Predictor:
         jobs = [
             (text, first, last)
             for text, words in enumerate(lengths)
-            for first, last in (windows(words, size) if len(words) else [])
+            for first, last in (windows(words.tolist(), size) if len(words) else [])
         ]
         rows = [[*chain.from_iterable(encoded[text][first:last])][:size] for text, first, last in jobs]
         scores = [np.zeros((len(words), count)) for words in encoded]

@@ -38,6 +38,7 @@ def run(config: Config, task: str, log: Log | None = None) -> dict[str, float]:
         title=f"finetune {task}",
         log=log,
     )
+    extra = module.calibrate(model, tokenizer, TABLES, params.max_length) if task == "sentiment" else {}
     with atomic.replacing(MODELS / task) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -45,7 +46,8 @@ def run(config: Config, task: str, log: Log | None = None) -> dict[str, float]:
             module.write_index(model, tokenizer, TABLES, directory)
         rows = module.test_rows(TABLES, "validation")
         predictions = predict.load(task, directory).predict([row["input"] for row in rows])
-        metrics = {f"validation_{name}": round(value, 6) for name, value in module.metrics(rows, predictions).items()}
+        found = {f"validation_{name}": value for name, value in module.metrics(rows, predictions).items()}
+        metrics = {name: round(value, 6) for name, value in (found | extra).items()}
         lineage.write(directory, f"finetune@{task}", [parent, tables], settings, parent, params.seed, metrics)
     checkpoint.discard(checkpoints)
     return metrics

@@ -47,6 +47,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     model = MemGPTForMultiTask.from_pretrained(
         BASE,
         task_labels={task: judge(task).labels(TABLES) for task in ("ner", "sentiment")},
+        topics=judge("sentiment").topics(TABLES),
         dropout=params.dropout,
         window=params.max_length,
         max_history=params.max_history,

@@ -193,6 +193,49 @@ def test_sentiment_keeps_the_topic(shape, tmp_path) -> None:
         assert answer["label"] == max(answer["scores"], key=answer["scores"].get)
 
 
+def test_sentiment_predicts_the_topics_that_it_learnt(shape, tmp_path) -> None:
+    names = {0: "negative", 1: "positive"}
+    model = made(shape, MemGPTForSequenceClassification, tmp_path, id2label=names, topics=["banking", "energy", "food"])
+    with torch.no_grad():
+        model.head.topic.weight.zero_()
+        model.head.topic.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    model.save_pretrained(tmp_path)
+    answers = predict.load("sentiment", tmp_path).predict([TEXT, {"text": TEXT, "topic": "food"}])
+    assert [(answer["topic"], answer["predicted_topic"]) for answer in answers] == [
+        (None, "energy"),
+        ("food", "energy"),
+    ]
+
+
+def test_the_label_temperature_is_saved_and_softens_the_scores(shape, tmp_path) -> None:
+    model = made(shape, MemGPTForSequenceClassification, tmp_path, num_labels=3)
+    (sharp,) = predict.load("sentiment", tmp_path).predict([TEXT])
+    model.config.label_temperature = 2.0
+    model.save_pretrained(tmp_path)
+    (soft,) = predict.load("sentiment", tmp_path).predict([TEXT])
+    expected = np.sqrt(list(sharp["scores"].values()))
+    assert list(soft["scores"].values()) == pytest.approx(expected / expected.sum(), abs=1e-4)
+    assert "predicted_topic" not in soft
+
+
+LONG = "Ada Brandt of Norvale Systems fell. " * 2778  # 100,000 characters
+
+
+@pytest.mark.parametrize("text", ["", "   ", LONG])
+def test_empty_and_very_long_texts_get_an_answer_of_their_own(shape, tmp_path, text: str) -> None:
+    made(shape, MemGPTForSequenceClassification, tmp_path / "sentiment", num_labels=3)
+    tagger(shape, tmp_path / "ner")
+    labelled = predict.load("sentiment", tmp_path / "sentiment").predict([TEXT, text, TEXT])
+    assert labelled[0]["scores"] == pytest.approx(labelled[2]["scores"], abs=1e-5)
+    assert sum(labelled[1]["scores"].values()) == pytest.approx(1, abs=1e-5)
+    tagged = predict.load("ner", tmp_path / "ner").predict([TEXT, text, TEXT])
+    assert [entity["text"] for entity in tagged[0]] == [entity["text"] for entity in tagged[2]]
+    if text.strip():
+        assert tagged[1][-1]["end"] > len(text) - len("Norvale Systems fell. ")
+    else:
+        assert tagged[1] == []
+
+
 def test_base_counts_bits_over_windows(shape, tmp_path, monkeypatch) -> None:
     from memgpt.predict import base
 
