@@ -1,6 +1,7 @@
 """Judging: metrics against values worked out by hand or by the reference library, baselines and slices."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ def tokenizer():
     return MemGPTTokenizer.train(["good day bad day"], 300, 1)
 
 
-def small(topics: list[str] | None = None):
+def small(topics: list[str] | None = None, labels: Sequence[str] = ("down", "up")):
     """A model of a few thousand weights with the labels of `opinions`."""
     import torch
 
@@ -133,7 +134,7 @@ def small(topics: list[str] | None = None):
     torch.manual_seed(0)
     shape = dict(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = MemGPTConfig(
-        **shape, num_key_value_heads=1, memory_rows=7, memory_dim=4, topics=topics, id2label={0: "down", 1: "up"}
+        **shape, num_key_value_heads=1, memory_rows=7, memory_dim=4, topics=topics, id2label=dict(enumerate(labels))
     )
     return MemGPTForSequenceClassification(config).eval()
 
@@ -174,6 +175,20 @@ def test_rare_labels_weigh_more_and_all_weigh_one_on_average(tmp_path: Path, tok
     losses = torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"], reduction="none")
     assert model(**batch).loss.item() == pytest.approx(((losses[0] * 2 + losses[1:].sum() * 2 / 3) / 4).item())
     assert model(**plain.collate([0, 1, 2, 3])).loss.item() == pytest.approx(losses.mean().item())
+
+
+def test_a_label_with_one_text_or_none_is_no_trouble(tmp_path: Path, tokenizer) -> None:
+    """A pinned label may be missing from train."""
+    texts = [("bad day", "down", None)] + [("good day", "up", None)] * 3
+    for split in ("train", "validation"):
+        opinions(tmp_path, split, texts)
+    (tmp_path / "sentiment/manifest.json").write_text(json.dumps({"labels": ["down", "sideways", "up"]}))
+    data = sentiment.Training(tmp_path, tokenizer, max_length=8, class_balance=1.0)
+    assert data.collate([0, 1])["label_weights"].tolist() == pytest.approx([2, 2 / 3])
+    assert data.labels == [0, 2, 2, 2]
+    model = small(labels=["down", "sideways", "up"])
+    found = sentiment.calibrate(model, tokenizer, tmp_path, max_length=8)
+    assert 0.2 <= found["temperature"] <= 5
 
 
 def test_topics_are_learnt_where_enough_texts_have_them(tmp_path: Path, tokenizer) -> None:
