@@ -10,7 +10,7 @@ WHAT = {
         "Named entities: text → `[{text, type, score, start, end}]`. For text that is already split into words pass "
         '`params={"separator": " "}`.'
     ),
-    "sentiment": "Sentiment: text, or `{text, topic}` → `{label, scores, topic}`.",
+    "sentiment": "Sentiment: text, or `{text, topic}` → `{label, scores, topic, predicted_topic?}`.",
     "recommendation": "Recommendation: `{history: [id | text], k, candidates?}` → `[{item_id, title, score}]`.",
 }
 _USE = {

@@ -176,6 +176,9 @@ class FinetuneNER(Finetune):
 
 
 class FinetuneSentiment(Finetune):
+    """class_balance: a text's loss is weighted by how frequent its label is, to the power of minus this."""
+
+    class_balance: Fraction
     augment: Augment
 
 

@@ -32,7 +32,7 @@ INPUTS = {
 KEYS = {
     "base": {"nats", "tokens", "bytes", "bits_per_byte"},
     "ner": {"text", "type", "score", "start", "end"},
-    "sentiment": {"label", "scores", "topic"},
+    "sentiment": {"label", "scores", "topic", "predicted_topic"},
     "recommendation": {"item_id", "title", "score"},
 }
 

@@ -62,6 +62,8 @@ class MemGPTConfig(PreTrainedConfig):
     similarity_temperature: of the softmax over items in recommendation.
     window: subword tokens that the understanding tasks read at once; max_history: a reader's items that count.
     task_labels: task → labels; task_balancing: a learned weight for each task's loss. For the multi-task class only.
+    topics: of texts, for a second head beside that of their labels; None is no such head.
+    label_temperature: divides a text's logits, so that their softmax is a probability that can be relied on.
     """
 
     model_type = "memgpt"
@@ -117,6 +119,8 @@ class MemGPTConfig(PreTrainedConfig):
     max_history: int = 10
     task_labels: dict[str, list[str]] | None = None
     task_balancing: bool = False
+    topics: list[str] | None = None
+    label_temperature: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.memory_layers is None:

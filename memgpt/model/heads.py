@@ -3,6 +3,7 @@
 Shape letters as in model.py; L labels, N items, H items of a reader's history, P width of the two towers' vectors.
 """
 
+from dataclasses import dataclass
 from typing import Unpack
 
 import torch
@@ -19,6 +20,11 @@ from memgpt.model.model import Block, MemGPTModel, MemGPTPreTrainedModel, Rotary
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None) -> torch.Tensor:
     """Mean over the labels, or over `items`: those of all batches that add up to one step (num_items_in_batch)."""
     return fixed_cross_entropy(logits.float().flatten(0, -2), labels.flatten(), items)
+
+
+def _topic_loss(logits: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None) -> torch.Tensor:
+    """Over all texts of a step, those without a topic included, so that a batch may have none that has one."""
+    return _cross_entropy(logits, labels, len(labels) if items is None else items)
 
 
 def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -42,20 +48,25 @@ class TokenClassificationHead(nn.Module):
 
 
 class SequenceClassificationHead(nn.Module):
-    """A label per text: hidden [B, T, D] → logits [B, L], from the maximum over positions.
+    """A label per text, and a topic if `config.topics` names any: hidden [B, T, D] → logits [B, L] and [B, topics].
 
-    One telling position ("failed to", "narrowed") decides, however long the text is.
+    Both from the maximum over positions: one telling position ("failed to", "narrowed") decides, however long the
+    text is.
     """
 
     def __init__(self, config: MemGPTConfig, num_labels: int):
         super().__init__()
         self.dropout = nn.Dropout(config.dropout)
         self.score = nn.Linear(config.hidden_size, num_labels)
+        self.topic = nn.Linear(config.hidden_size, len(config.topics)) if config.topics else None
 
-    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if attention_mask is not None:
             hidden = hidden.masked_fill(attention_mask[..., None] == 0, torch.finfo(hidden.dtype).min)
-        return self.score(self.dropout(hidden.amax(dim=1)))
+        pooled = self.dropout(hidden.amax(dim=1))
+        return self.score(pooled), None if self.topic is None else self.topic(pooled)
 
 
 class InterestHead(nn.Module):
@@ -121,16 +132,13 @@ def _causal_ones(history: torch.Tensor) -> torch.Tensor:
     return torch.ones(length, length, device=history.device).tril().expand(history.shape[0], -1, -1)
 
 
-class _Classifier(MemGPTPreTrainedModel):
-    """The trunk, read in both directions, under a head that gives labels."""
-
-    head_class: type[TokenClassificationHead] | type[SequenceClassificationHead]
-    output_class: type[TokenClassifierOutput] | type[SequenceClassifierOutput]
+class MemGPTForTokenClassification(MemGPTPreTrainedModel):
+    """A label per token (named entities): the trunk, read in both directions, under a head."""
 
     def __init__(self, config: MemGPTConfig):
         super().__init__(config)
         self.model = MemGPTModel(config)
-        self.head = self.head_class(config, config.num_labels)
+        self.head = TokenClassificationHead(config, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -142,8 +150,8 @@ class _Classifier(MemGPTPreTrainedModel):
         labels: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
-    ) -> TokenClassifierOutput | SequenceClassifierOutput:
-        """labels: [B, T] for tokens, −100 where one has none; [B] for texts, or [B, L] by `config.problem_type`."""
+    ) -> TokenClassifierOutput:
+        """labels [B, T], −100 for tokens that have none."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -152,31 +160,69 @@ class _Classifier(MemGPTPreTrainedModel):
             **kwargs,
         )
         logits = self.head(outputs.last_hidden_state, attention_mask)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, pooled_logits=logits.float(), labels=labels, config=self.config, **kwargs
-            )
-            items = kwargs.get("num_items_in_batch")
-            if items is not None and self.config.problem_type in ("regression", "multi_label_classification"):
-                loss = loss * labels.numel() / items  # transformers averages these over the batch whatever it is told
-        return self.output_class(
+        loss = None if labels is None else _cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
+        return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
-class MemGPTForTokenClassification(_Classifier):
-    """A label per token (named entities)."""
+@dataclass
+class TextClassifierOutput(SequenceClassifierOutput):
+    """topic_logits [B, topics] of a model that has topics."""
 
-    head_class = TokenClassificationHead
-    output_class = TokenClassifierOutput
+    topic_logits: torch.Tensor | None = None
 
 
-class MemGPTForSequenceClassification(_Classifier):
-    """A label per text (sentiment)."""
+class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
+    """A label per text (sentiment), and its topic where `config.topics` names any."""
 
-    head_class = SequenceClassificationHead
-    output_class = SequenceClassifierOutput
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config)
+        self.model = MemGPTModel(config)
+        self.head = SequenceClassificationHead(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        label_weights: torch.Tensor | None = None,
+        topic_labels: torch.Tensor | None = None,
+        attention_mode: str = "bidirectional",
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+    ) -> TextClassifierOutput:
+        """labels [B], or [B, L] by `config.problem_type`; label_weights [B] of the texts' losses, for labels [B];
+        topic_labels [B], −100 for texts whose topic is unknown."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            attention_mode=attention_mode,
+            **kwargs,
+        )
+        logits, topic_logits = self.head(outputs.last_hidden_state, attention_mask)
+        loss, items = None, kwargs.get("num_items_in_batch")
+        if labels is not None and label_weights is not None:
+            losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+            loss = (losses * label_weights).sum() / (len(labels) if items is None else items)
+        elif labels is not None:
+            loss = self.loss_function(
+                logits=logits, pooled_logits=logits.float(), labels=labels, config=self.config, **kwargs
+            )
+            if items is not None and self.config.problem_type in ("regression", "multi_label_classification"):
+                loss = loss * labels.numel() / items  # transformers averages these over the batch whatever it is told
+        if loss is not None and topic_logits is not None and topic_labels is not None:
+            loss = loss + _topic_loss(topic_logits, topic_labels, items)
+        return TextClassifierOutput(
+            loss=loss,
+            logits=logits,
+            topic_logits=topic_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 class MemGPTForRecommendation(MemGPTPreTrainedModel):
@@ -248,6 +294,7 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        topic_labels: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         log_frequency: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
@@ -271,6 +318,11 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
             logits = head.encode_item(outputs.last_hidden_state, attention_mask)
             if history is not None and labels is not None and log_frequency is not None:
                 loss = head.loss(logits, history, labels, log_frequency, items)
+        elif isinstance(head, SequenceClassificationHead):
+            logits, topic_logits = head(outputs.last_hidden_state, attention_mask)
+            loss = None if labels is None else _cross_entropy(logits, labels, items)
+            if loss is not None and topic_logits is not None and topic_labels is not None:
+                loss = loss + _topic_loss(topic_logits, topic_labels, items)
         else:
             logits = head(outputs.last_hidden_state, attention_mask)
             loss = None if labels is None else _cross_entropy(logits, labels, items)

@@ -4,13 +4,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTForTokenClassification
 from memgpt.model.residency import Residency, load
 from memgpt.predict.batching import batch_size, by_length, pad
-from memgpt.predict.words import encode_rows, joined_words, spans_from_tags, split_words, windows
+from memgpt.predict.words import best_path, encode_rows, joined_words, spans_from_tags, split_words, windows
 
 
 class Predictor:
@@ -23,19 +24,24 @@ class Predictor:
         """Per text, its entities as {text, type, score, start, end} in order of place.
 
         A list of words counts as their text with single spaces between. A text longer than the model's window is read
-        in overlapping windows; each word is judged in the one that shows most of its surroundings.
+        in overlapping windows; each word is judged in the one that shows most of its surroundings, and the tags of all
+        words are chosen together, so that no entity is cut where two windows meet. score: geometric mean of the
+        probabilities of its words' tags.
         """
         texts = [text if isinstance(text, str) else " ".join(text) for text in inputs]
         places = [split_words(t) if isinstance(t, str) else joined_words(t) for t in inputs]
         encoded = encode_rows(
             self.tokenizer, [[text[a:b] for a, b in spans] for text, spans in zip(texts, places, strict=True)]
         )
+        tags = [self.model.config.id2label[label] for label in range(self.model.config.num_labels)]
         answers = []
-        for text, spans, tags in zip(texts, places, self._tag(encoded), strict=True):
+        for text, spans, scores in zip(texts, places, self._score(encoded), strict=True):
+            path = best_path(scores, tags)
+            chosen = scores[range(len(path)), path]
             entities = []
-            for kind, first, last in spans_from_tags([tag for tag, _ in tags]):
+            for kind, first, last in spans_from_tags([tags[label] for label in path]):
                 start, end = spans[first][0], spans[last - 1][1]
-                score = sum(probability for _, probability in tags[first:last]) / (last - first)
+                score = float(np.exp(chosen[first:last].mean()))
                 entities.append(
                     {"text": text[start:end], "type": kind, "score": round(score, 6), "start": start, "end": end}
                 )
@@ -43,27 +49,26 @@ class Predictor:
         return answers
 
     @torch.no_grad()
-    def _tag(self, encoded: list[list[list[int]]]) -> list[list[tuple[str, float]]]:
-        """Subwords of the words of each text → (tag, its probability) of each word."""
-        size = self.model.config.window
+    def _score(self, encoded: list[list[list[int]]]) -> list[np.ndarray]:
+        """Subwords of the words of each text → log-probabilities [words, L] of each text."""
+        size, count = self.model.config.window, self.model.config.num_labels
+        lengths = [np.array([len(word) for word in words], dtype=int) for words in encoded]
         jobs = [
             (text, first, last)
-            for text, words in enumerate(encoded)
-            for first, last in (windows([len(word) for word in words], size) if words else [])
+            for text, words in enumerate(lengths)
+            for first, last in (windows(words.tolist(), size) if len(words) else [])
         ]
         rows = [[*chain.from_iterable(encoded[text][first:last])][:size] for text, first, last in jobs]
-        names = self.model.config.id2label
-        best: list[list[tuple[int, str, float]]] = [[(-1, "O", 0.0)] * len(words) for words in encoded]
+        scores = [np.zeros((len(words), count)) for words in encoded]
+        context = [np.full(len(words), -1) for words in encoded]
         for batch in by_length(rows, batch_size(self.model)):
             arguments = pad([rows[i] for i in batch], self.tokenizer.pad_token_id, self.device)
-            best_of = self.model(**arguments).logits.float().softmax(-1).max(-1)
-            values, labels = best_of.values.tolist(), best_of.indices.tolist()
+            read = self.model(**arguments).logits.float().log_softmax(-1).cpu().numpy()
             for row, i in enumerate(batch):
                 text, first, last = jobs[i]
-                position = 0
-                for word in range(first, last):
-                    shown = min(word - first, last - 1 - word)  # words around it on its poorer side
-                    if position < len(rows[i]) and shown > best[text][word][0]:
-                        best[text][word] = (shown, names[labels[row][position]], values[row][position])
-                    position += len(encoded[text][word])
-        return [[(tag, probability) for _, tag, probability in words] for words in best]
+                starts = lengths[text][first:last].cumsum() - lengths[text][first:last]
+                shown = np.minimum(np.arange(last - first), np.arange(last - first)[::-1])  # words on its poorer side
+                better = shown > context[text][first:last]
+                context[text][first:last][better] = shown[better]
+                scores[text][first:last][better] = read[row, starts[better]]
+        return scores

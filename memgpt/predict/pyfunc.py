@@ -43,9 +43,12 @@ class TopicalText(Record):
 
 
 class Opinion(Record):
+    """topic: as it was given; predicted_topic: only of a model that learnt topics."""
+
     label: str
     scores: dict[str, float]
     topic: str | None = None
+    predicted_topic: str | None = None
 
 
 class Reader(Record):

@@ -19,7 +19,8 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, inputs: list[str | dict[str, Any]]) -> list[dict[str, Any]]:
-        """Per text (or {text, topic}): {label, scores: {label: probability}, topic}. The topic is passed through."""
+        """Per text (or {text, topic}): {label, scores: {label: probability}, topic}. The topic is passed through; a
+        model that learnt topics adds what it takes for the topic, predicted_topic."""
         rows = [{"text": row, "topic": None} if isinstance(row, str) else row for row in inputs]
         texts, window = [row["text"] for row in rows], self.model.config.window
         if not texts:
@@ -30,11 +31,16 @@ class Predictor:
         answers: list[dict[str, Any]] = [{} for _ in rows]
         for batch in by_length(ids, batch_size(self.model)):
             arguments = pad([ids[i] for i in batch], self.tokenizer.pad_token_id, self.device)
-            for i, scores in zip(batch, self.model(**arguments).logits.float().softmax(-1).tolist(), strict=True):
+            outputs = self.model(**arguments)
+            probabilities = (outputs.logits.float() / self.model.config.label_temperature).softmax(-1).tolist()
+            for i, scores in zip(batch, probabilities, strict=True):
                 best = max(range(len(names)), key=scores.__getitem__)
                 answers[i] = {
                     "label": names[best],
                     "scores": {name: round(score, 6) for name, score in zip(names, scores, strict=True)},
                     "topic": rows[i].get("topic"),
                 }
+            if outputs.topic_logits is not None:
+                for i, topic in zip(batch, outputs.topic_logits.argmax(-1).tolist(), strict=True):
+                    answers[i]["predicted_topic"] = self.model.config.topics[topic]
         return answers

@@ -5,6 +5,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -69,6 +71,32 @@ def windows(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
         if last >= len(lengths):
             return ranges
         first = max(first + 1, (first + last) // 2)
+
+
+def best_path(scores: np.ndarray, tags: Sequence[str]) -> list[int]:
+    """Log-probabilities [words, L] of the L tags → the likeliest well-formed BIO sequence, as indices of tags.
+
+    Viterbi: an I- may only follow a B- or I- of its type. Where the best tag of each word already gives such a
+    sequence, it is the answer; that spares most texts the loop.
+    """
+    if not len(scores):
+        return []
+    kinds = np.array([tag[2:] for tag in tags])
+    free = np.array([not tag.startswith("I-") for tag in tags])  # may follow anything
+    allowed = free | (kinds[:, None] == kinds)  # [before, tag]
+    single = scores.argmax(1)
+    if free[single[0]] and allowed[single[:-1], single[1:]].all():
+        return single.tolist()
+    barrier = np.where(allowed, 0.0, -np.inf)
+    total, before = np.where(free, scores[0], -np.inf), []
+    for row in scores[1:]:
+        reach = total[:, None] + barrier
+        before.append(reach.argmax(0))
+        total = reach.max(0) + row
+    path = [int(total.argmax())]
+    for choice in reversed(before):
+        path.append(int(choice[path[-1]]))
+    return path[::-1]
 
 
 def spans_from_tags(tags: Sequence[str]) -> list[tuple[str, int, int]]:

@@ -68,12 +68,11 @@ def fit(
         after_epoch=epochs if params.patience or watch else None,
         log=log,
     )
+    if params.patience:
+        model = predict.load(task, epochs.best).model
     with atomic.replacing(target) as directory:
-        if params.patience:
-            shutil.copytree(epochs.best, directory)
-        else:
-            save(model, task, params, tokenizer, directory)
-        metrics = {f"validation_{name}": round(value, 6) for name, value in validate(task, directory).items()}
+        found = save(model, task, params, tokenizer, directory) | validate(task, directory)
+        metrics = {f"validation_{name}": round(value, 6) for name, value in found.items()}
         metrics |= {"trainable_parameters": trainable, "steps": epochs.step if params.patience else steps}
         lineage.write(directory, f"finetune@{task}", [parent, tables], settings, parent, params.seed, metrics)
     checkpoint.discard(checkpoints)
@@ -114,13 +113,17 @@ def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[st
 
 def save(
     model: PreTrainedModel, task: str, params: Finetune, tokenizer: PreTrainedTokenizerFast, directory: Path
-) -> None:
-    """Everything that predicting needs."""
-    model = tuning.whole(model)
-    model.save_pretrained(directory)
+) -> dict[str, float]:
+    """Everything that predicting needs, into a directory; numbers that were found on the way."""
+    training = model.training
+    whole = tuning.whole(model).eval()
+    found = judge(task).calibrate(whole, tokenizer, TABLES, params.max_length) if task == "sentiment" else {}
+    whole.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     if task == "recommendation":
-        judge(task).write_index(model, tokenizer, TABLES, directory, **params.model_dump())
+        judge(task).write_index(whole, tokenizer, TABLES, directory, **params.model_dump())
+    model.train(training)
+    return found
 
 
 def validate(task: str, directory: Path) -> dict[str, float]:

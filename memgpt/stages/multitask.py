@@ -48,6 +48,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
         BASE,
         task_labels={task: judge(task).labels(TABLES) for task in ("ner", "sentiment")},
         task_balancing=params.balancing == "uncertainty",
+        topics=judge("sentiment").topics(TABLES),
         dropout=params.dropout,
         window=params.max_length,
         max_history=params.max_history,

@@ -18,7 +18,7 @@ def start(kind: type[Model], task: str, parent: Path, **settings: Any) -> Model:
     if not AutoConfig.from_pretrained(parent).task_labels:
         return kind.from_pretrained(parent, **settings)
     joint = MemGPTForMultiTask.from_pretrained(parent)
-    config = AutoConfig.from_pretrained(parent, task_labels=None, **settings)
+    config = AutoConfig.from_pretrained(parent, **{"task_labels": None, "topics": None, **settings})
     model = kind(config)
     model.model.load_state_dict(joint.model.state_dict())
     model.head.load_state_dict(joint.heads[task].state_dict())

@@ -1,5 +1,6 @@
 """Sentiment: labelled texts → features, macro F1, and a bag of words to beat."""
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,18 @@ if TYPE_CHECKING:
 
 PRIMARY = "macro_f1"
 PICTURE = ("actual", "predicted")  # columns of what `picture` gives
+_TOPIC_TEXTS = 10  # a topic that fewer texts of train have is not predicted
 
 
 def labels(tables: Path) -> list[str]:
     return list(manifest(tables, "sentiment")["labels"])
+
+
+def topics(tables: Path) -> list[str] | None:
+    """The topics that enough texts of train have to be learnt; None if there are not two."""
+    counts = Counter(row["topic"] for row in rows_of(tables, "sentiment", "train") if row["topic"])
+    names = sorted(name for name, count in counts.items() if count >= _TOPIC_TEXTS)
+    return names if len(names) > 1 else None
 
 
 def model(
@@ -35,13 +44,17 @@ def model(
         parent,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
+        topics=topics(tables),
         dropout=dropout,
         window=max_length,
     )
 
 
 class Training:
-    """Texts as subword ids, cut at `max_length`, with the index of their label."""
+    """Texts as subword ids, cut at `max_length`, with the index of their label and of their topic (−100: none).
+
+    class_balance b: a text weighs in proportion to (texts of its label)^−b, 1 on average.
+    """
 
     def __init__(
         self,
@@ -52,11 +65,13 @@ class Training:
         split: str = "train",
         augment: dict[str, float] | None = None,
         seed: int = 0,
+        class_balance: float = 0.0,
         **_: Any,
     ):
         from memgpt import augmentation
 
         index = {label: place for place, label in enumerate(labels(tables))}
+        topic_index = {topic: place for place, topic in enumerate(topics(tables) or ())}
         synonyms = partial(augmentation.neighbours, Path(tokenizer.name_or_path), tokenizer)
         rows = augmentation.sentiment(rows_of(tables, "sentiment", split), augment or {}, seed, synonyms)
         self.pad = tokenizer.pad_token_id
@@ -66,6 +81,9 @@ class Training:
             for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         ]
         self.labels = [index[row["label"]] for row in rows]
+        self.topics = [topic_index.get(row["topic"], -100) for row in rows] if topic_index else None
+        weights = np.maximum(np.bincount(self.labels, minlength=len(index)), 1.0) ** -class_balance
+        self.weights = (weights / weights[self.labels].mean()).tolist() if class_balance else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,15 +92,54 @@ class Training:
     def lengths(self) -> list[int]:
         return [len(ids) for ids in self.ids]
 
-    def __getitem__(self, place: int) -> tuple[list[int], int]:
-        return self.ids[place], self.labels[place]
+    def __getitem__(self, place: int) -> int:
+        return place
 
-    def collate(self, rows: list[tuple[list[int], int]]) -> "dict[str, torch.Tensor]":
+    def collate(self, rows: list[int]) -> "dict[str, torch.Tensor]":
         import torch
 
         from memgpt.predict.batching import pad
 
-        return {**pad([ids for ids, _ in rows], self.pad), "labels": torch.tensor([label for _, label in rows])}
+        batch = {**pad([self.ids[i] for i in rows], self.pad), "labels": torch.tensor([self.labels[i] for i in rows])}
+        if self.topics:
+            batch["topic_labels"] = torch.tensor([self.topics[i] for i in rows])
+        if self.weights:
+            batch["label_weights"] = torch.tensor([self.weights[self.labels[i]] for i in rows])
+        return batch
+
+
+def calibrate(
+    model: "MemGPTForSequenceClassification", tokenizer: "PreTrainedTokenizerFast", tables: Path, max_length: int
+) -> dict[str, float]:
+    """Set the model's `label_temperature` to the one that makes the validation split likeliest (Guo et al. 2017,
+    arXiv 1706.04599) → it, and the calibration error that the split had without."""
+    import torch
+
+    from memgpt.predict.batching import batch_size, by_length
+
+    data = Training(tables, tokenizer, max_length=max_length, split="validation")
+    logits = np.zeros((len(data), model.config.num_labels))
+    with torch.no_grad():
+        for batch in by_length(data.ids, batch_size(model)):
+            logits[batch] = model(**data.collate(batch)).logits.double().numpy()
+    temperature = fit_temperature(logits, np.array(data.labels))
+    model.config.label_temperature = temperature
+    confidence = np.exp(logits.max(1) - np.logaddexp.reduce(logits, axis=1))
+    before = calibration_error(_bins(confidence, logits.argmax(1) == data.labels))
+    return {"expected_calibration_error_before": before, "temperature": temperature}
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """logits [N, L], labels [N] → the temperature with the least negative log-likelihood.
+
+    Between 0.2 and 5: where every text of the split is right, ever colder would be ever better.
+    """
+
+    def loss(temperature: float) -> float:
+        scaled = logits / temperature
+        return float((np.logaddexp.reduce(scaled, axis=1) - scaled[range(len(labels)), labels]).mean())
+
+    return round(float(min(np.geomspace(0.2, 5.0, 323), key=loss)), 4)  # steps of one percent
 
 
 def test_rows(tables: Path, split: str = "test") -> list[dict[str, Any]]:
@@ -121,8 +178,15 @@ def metrics(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> di
     result = {
         PRIMARY: float(score(sums)),
         "accuracy": accuracy,
-        "expected_calibration_error": float((calibration[:, 2] * np.abs(calibration[:, 0] - calibration[:, 1])).sum()),
+        "expected_calibration_error": calibration_error(calibration),
     }
+    known = [
+        row["input"]["topic"] == p["predicted_topic"]
+        for row, p in zip(rows, predictions, strict=True)
+        if row["input"]["topic"] and p.get("predicted_topic")
+    ]
+    if known:
+        result["topic_accuracy"] = float(np.mean(known))
     for place, name in enumerate(sorted({row["label"] for row in rows})):
         total = matrix[place].sum() + matrix[:, place].sum()
         result[f"f1_{name.lower().replace(' ', '_').replace('-', '_')}"] = float(
@@ -167,10 +231,18 @@ def picture(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> li
     return [{"actual": row["label"], "predicted": p["label"]} for row, p in zip(rows, predictions, strict=True)]
 
 
-def reliability(rows: list[dict[str, Any]], predictions: list[dict[str, Any]], bins: int = 10) -> np.ndarray:
+def reliability(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> np.ndarray:
     """Ten equally wide bins of the winning label's probability → [bins that occur, (confidence, accuracy, share)]."""
     confidence = np.array([max(p["scores"].values()) for p in predictions])
-    right = np.array([p["label"] == row["label"] for row, p in zip(rows, predictions, strict=True)], dtype=float)
+    return _bins(confidence, np.array([p["label"] == row["label"] for row, p in zip(rows, predictions, strict=True)]))
+
+
+def calibration_error(bins: np.ndarray) -> float:
+    """How far confidence and accuracy of the bins lie apart, on average over the texts."""
+    return float((bins[:, 2] * np.abs(bins[:, 0] - bins[:, 1])).sum())
+
+
+def _bins(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> np.ndarray:
     place = np.minimum((confidence * bins).astype(int), bins - 1)
     return np.array(
         [

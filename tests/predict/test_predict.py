@@ -1,11 +1,14 @@
 """The prediction formats, on models that know nothing: places, batching and windows must be right all the same."""
 
+import itertools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.modeling_outputs import TokenClassifierOutput
 
 from memgpt import predict
 from memgpt.model import (
@@ -19,6 +22,7 @@ from memgpt.model import (
 from memgpt.predict import words
 from memgpt.predict.batching import by_length
 from memgpt.predict.recommendation import build_index
+from memgpt.tables import bio_error
 
 TEXT = "Ada Brandt of Norvale Systems fell in Port Dunham, said the bank."
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -80,6 +84,65 @@ def test_spans_from_tags_mend_what_continues_nothing() -> None:
     ]
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_best_path_is_the_best_of_all_well_formed_ones(count: int) -> None:
+    random = np.random.default_rng(count)
+    for _ in range(20):
+        scores = np.log(random.dirichlet(np.ones(len(TAGS)), size=count))
+        well_formed = [
+            path
+            for path in itertools.product(range(len(TAGS)), repeat=count)
+            if bio_error([TAGS[label] for label in path]) is None
+        ]
+        best = max(well_formed, key=lambda path: scores[range(count), path].sum())
+        assert words.best_path(scores, TAGS) == list(best)
+
+
+class _Reader(torch.nn.Module):
+    """Tags "Ada Brandt Norvale": the last two only where the window shows the name from its beginning."""
+
+    def __init__(self, config, name):
+        super().__init__()
+        self.config, self.name, self.device, self.dtype = config, name, torch.device("cpu"), torch.float32
+
+    def forward(self, input_ids, attention_mask):
+        logits = torch.zeros(*input_ids.shape, len(TAGS))
+        logits[..., 0] = 1.0
+        for row, ids in enumerate(input_ids.tolist()):
+            for place in range(len(ids)):
+                if ids[place : place + 1] == self.name[:1]:
+                    logits[row, place, 1] = 9.0
+                elif any(ids[place - back : place + 1] == self.name[: back + 1] for back in (1, 2) if back <= place):
+                    logits[row, place, 2] = 9.0
+        return TokenClassifierOutput(logits=logits)
+
+
+@pytest.mark.parametrize("before", range(24))
+def test_no_entity_is_lost_or_cut_where_windows_meet(shape, tmp_path, before: int) -> None:
+    """The entity stands at every place relative to the windows' edges."""
+    tagger(shape, tmp_path, window=12)
+    predictor = predict.load("ner", tmp_path)
+    name, filler = "Ada Brandt Norvale", "of"
+    pieces = words.encode_words(predictor.tokenizer, [*name.split(), filler])
+    assert [len(piece) for piece in pieces] == [1, 1, 1, 1]
+    predictor.model = _Reader(predictor.model.config, [ids[0] for ids in pieces[:3]])
+    text = " ".join([*[filler] * before, name, *[filler] * 30])
+    (found,) = predictor.predict([text])
+    assert [(entity["text"], entity["type"]) for entity in found] == [(name, "PER")]
+
+
+def test_an_entity_longer_than_the_window_stays_whole(shape, tmp_path) -> None:
+    tagger(shape, tmp_path, window=12)
+    predictor = predict.load("ner", tmp_path)
+    model = predictor.model
+    with torch.no_grad():  # every word is the inside of a person: only the first can begin it
+        model.head.score.weight.zero_()
+        model.head.score.bias.copy_(torch.tensor([0.0, 1.0, 2.0, 0.0, 0.0]))
+    text = "Ada " * 40
+    (found,) = predictor.predict([text])
+    assert [(entity["start"], entity["end"], entity["type"]) for entity in found] == [(0, len(text) - 1, "PER")]
+
+
 def test_ner_places_are_those_of_the_text(shape, tmp_path) -> None:
     tagger(shape, tmp_path)
     predictor = predict.load("ner", tmp_path)
@@ -128,6 +191,49 @@ def test_sentiment_keeps_the_topic(shape, tmp_path) -> None:
     for answer in (plain, with_topic):
         assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-5)
         assert answer["label"] == max(answer["scores"], key=answer["scores"].get)
+
+
+def test_sentiment_predicts_the_topics_that_it_learnt(shape, tmp_path) -> None:
+    names = {0: "negative", 1: "positive"}
+    model = made(shape, MemGPTForSequenceClassification, tmp_path, id2label=names, topics=["banking", "energy", "food"])
+    with torch.no_grad():
+        model.head.topic.weight.zero_()
+        model.head.topic.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    model.save_pretrained(tmp_path)
+    answers = predict.load("sentiment", tmp_path).predict([TEXT, {"text": TEXT, "topic": "food"}])
+    assert [(answer["topic"], answer["predicted_topic"]) for answer in answers] == [
+        (None, "energy"),
+        ("food", "energy"),
+    ]
+
+
+def test_the_label_temperature_is_saved_and_softens_the_scores(shape, tmp_path) -> None:
+    model = made(shape, MemGPTForSequenceClassification, tmp_path, num_labels=3)
+    (sharp,) = predict.load("sentiment", tmp_path).predict([TEXT])
+    model.config.label_temperature = 2.0
+    model.save_pretrained(tmp_path)
+    (soft,) = predict.load("sentiment", tmp_path).predict([TEXT])
+    expected = np.sqrt(list(sharp["scores"].values()))
+    assert list(soft["scores"].values()) == pytest.approx(expected / expected.sum(), abs=1e-4)
+    assert "predicted_topic" not in soft
+
+
+LONG = "Ada Brandt of Norvale Systems fell. " * 2778  # 100,000 characters
+
+
+@pytest.mark.parametrize("text", ["", "   ", LONG])
+def test_empty_and_very_long_texts_get_an_answer_of_their_own(shape, tmp_path, text: str) -> None:
+    made(shape, MemGPTForSequenceClassification, tmp_path / "sentiment", num_labels=3)
+    tagger(shape, tmp_path / "ner")
+    labelled = predict.load("sentiment", tmp_path / "sentiment").predict([TEXT, text, TEXT])
+    assert labelled[0]["scores"] == pytest.approx(labelled[2]["scores"], abs=1e-5)
+    assert sum(labelled[1]["scores"].values()) == pytest.approx(1, abs=1e-5)
+    tagged = predict.load("ner", tmp_path / "ner").predict([TEXT, text, TEXT])
+    assert [entity["text"] for entity in tagged[0]] == [entity["text"] for entity in tagged[2]]
+    if text.strip():
+        assert tagged[1][-1]["end"] > len(text) - len("Norvale Systems fell. ")
+    else:
+        assert tagged[1] == []
 
 
 def test_base_counts_bits_over_windows(shape, tmp_path, monkeypatch) -> None:

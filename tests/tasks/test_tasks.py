@@ -1,6 +1,7 @@
 """Judging: metrics against values worked out by hand or by the reference library, baselines and slices."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,123 @@ def test_calibration_error_by_hand() -> None:
     metrics = sentiment.metrics(rows, predictions)
     assert metrics["expected_calibration_error"] == pytest.approx(0.5 * 0.05 + 0.5 * 0.05)
     assert sentiment.reliability(rows, predictions)[0] == pytest.approx([0.55, 0.5, 0.5])
+
+
+def test_the_fitted_temperature_is_the_one_that_was_planted() -> None:
+    random = np.random.default_rng(0)
+    honest = random.normal(size=(4000, 3)) * 2
+    labels = np.array([random.choice(3, p=np.exp(row) / np.exp(row).sum()) for row in honest])
+    assert sentiment.fit_temperature(honest * 2.5, labels) == pytest.approx(2.5, rel=0.06)
+    assert sentiment.fit_temperature(honest * 0.5, labels) == pytest.approx(0.5, rel=0.06)
+    assert sentiment.fit_temperature(np.eye(3), np.arange(3)) >= 0.2
+
+
+def opinions(root: Path, split: str, rows: list[tuple[str, str, str | None]]) -> None:
+    table = [
+        {"id": str(n), "text": text, "label": label, "topic": topic} for n, (text, label, topic) in enumerate(rows)
+    ]
+    put(root, "sentiment", split, table)
+    (root / "sentiment/manifest.json").write_text(json.dumps({"labels": ["down", "up"]}))
+
+
+@pytest.fixture
+def tokenizer():
+    from memgpt.model import MemGPTTokenizer
+
+    return MemGPTTokenizer.train(["good day bad day"], 300, 1)
+
+
+def small(topics: list[str] | None = None, labels: Sequence[str] = ("down", "up")):
+    """A model of a few thousand weights with the labels of `opinions`."""
+    import torch
+
+    from memgpt.model import MemGPTConfig, MemGPTForSequenceClassification
+
+    torch.manual_seed(0)
+    shape = dict(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = MemGPTConfig(
+        **shape, num_key_value_heads=1, memory_rows=7, memory_dim=4, topics=topics, id2label=dict(enumerate(labels))
+    )
+    return MemGPTForSequenceClassification(config).eval()
+
+
+def test_calibration_makes_validation_likelier_and_reports_both_errors(tmp_path: Path, tokenizer) -> None:
+    import torch
+
+    random = np.random.default_rng(0)
+    texts = [
+        (" ".join(random.choice(["good", "bad", "day"], 4)), str(random.choice(["up", "down"]))) for _ in range(80)
+    ]
+    for split in ("train", "validation"):
+        opinions(tmp_path, split, [(text, label, None) for text, label in texts])
+    model = small()
+    with torch.no_grad():  # sure of itself and no better than chance
+        model.head.score.weight.mul_(300)
+    found = sentiment.calibrate(model, tokenizer, tmp_path, max_length=8)
+    assert model.config.label_temperature == found["temperature"] == 5
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    from memgpt import predict
+
+    rows = sentiment.test_rows(tmp_path, "validation")
+    answers = predict.load("sentiment", tmp_path / "model").predict([row["input"] for row in rows])
+    after = sentiment.metrics(rows, answers)["expected_calibration_error"]
+    assert after < found["expected_calibration_error_before"]
+
+
+def test_rare_labels_weigh_more_and_all_weigh_one_on_average(tmp_path: Path, tokenizer) -> None:
+    import torch
+
+    opinions(tmp_path, "train", [("bad day", "down", None)] + [("good day", "up", None)] * 3)
+    plain = sentiment.Training(tmp_path, tokenizer, max_length=8)
+    balanced = sentiment.Training(tmp_path, tokenizer, max_length=8, class_balance=1.0)
+    batch = balanced.collate([0, 1, 2, 3])
+    assert batch["label_weights"].tolist() == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3])
+    model = small()
+    losses = torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"], reduction="none")
+    assert model(**batch).loss.item() == pytest.approx(((losses[0] * 2 + losses[1:].sum() * 2 / 3) / 4).item())
+    assert model(**plain.collate([0, 1, 2, 3])).loss.item() == pytest.approx(losses.mean().item())
+
+
+def test_a_label_with_one_text_or_none_is_no_trouble(tmp_path: Path, tokenizer) -> None:
+    """A pinned label may be missing from train."""
+    texts = [("bad day", "down", None)] + [("good day", "up", None)] * 3
+    for split in ("train", "validation"):
+        opinions(tmp_path, split, texts)
+    (tmp_path / "sentiment/manifest.json").write_text(json.dumps({"labels": ["down", "sideways", "up"]}))
+    data = sentiment.Training(tmp_path, tokenizer, max_length=8, class_balance=1.0)
+    assert data.collate([0, 1])["label_weights"].tolist() == pytest.approx([2, 2 / 3])
+    assert data.labels == [0, 2, 2, 2]
+    model = small(labels=["down", "sideways", "up"])
+    found = sentiment.calibrate(model, tokenizer, tmp_path, max_length=8)
+    assert 0.2 <= found["temperature"] <= 5
+
+
+def test_topics_are_learnt_where_enough_texts_have_them(tmp_path: Path, tokenizer) -> None:
+    import torch
+
+    few = [("good day", "up", "banking")] * 12 + [("bad day", "down", None)] * 3 + [("bad day", "down", "food")] * 2
+    opinions(tmp_path, "train", few)
+    assert sentiment.topics(tmp_path) is None
+    assert "topic_labels" not in sentiment.Training(tmp_path, tokenizer, max_length=8).collate([0])
+    opinions(tmp_path, "train", few + [("good day", "up", "energy")] * 10)
+    assert sentiment.topics(tmp_path) == ["banking", "energy"]
+    data = sentiment.Training(tmp_path, tokenizer, max_length=8)
+    batch = data.collate([0, 12, 15, 17])
+    assert batch["topic_labels"].tolist() == [0, -100, -100, 1]
+    model = small(topics=["banking", "energy"])
+    outputs = model(**batch)
+    label = torch.nn.functional.cross_entropy(outputs.logits, batch["labels"])
+    topic = torch.nn.functional.cross_entropy(outputs.topic_logits, batch["topic_labels"], reduction="sum") / 4
+    assert outputs.loss.item() == pytest.approx((label + topic).item())
+    assert torch.isfinite(model(**data.collate([12, 13])).loss), "a batch in which no text has a topic"
+
+
+def test_the_share_of_right_topics_is_reported() -> None:
+    rows = [{"input": {"text": "", "topic": topic}, "label": "up"} for topic in ("a", "b", None)]
+    answer = {"label": "up", "scores": {"up": 1.0}, "topic": None}
+    assert sentiment.metrics(rows, [{**answer, "predicted_topic": "a"}] * 3)["topic_accuracy"] == 0.5
+    assert "topic_accuracy" not in sentiment.metrics(rows, [answer] * 3)
 
 
 def test_bag_of_words_learns_words(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""From tables to a model's answers: what fine-tuning and joint training leave in models/."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from memgpt import config, predict
+from memgpt.model import MemGPTConfig, MemGPTForCausalLM, MemGPTTokenizer
+from memgpt.stages import finetune, multitask
+
+ROOT = Path(__file__).parents[2]
+TEXTS = {
+    ("up", "banking"): "the bank reports good profits",
+    ("down", "banking"): "the bank reports bad losses",
+    ("up", "energy"): "the plant makes good power",
+    ("down", "energy"): "the plant makes bad power",
+}
+
+
+def put(source: str, table: str, rows: list[dict]) -> None:
+    folder = Path("data/tables") / source
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{table}.parquet")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Config:
+    """Tables of four sentences, a base model of a few thousand weights, and few steps."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "validation", "test"):
+        texts = [(label, topic, text) for (label, topic), text in TEXTS.items()] * 10
+        put(
+            "sentiment",
+            split,
+            [{"id": "", "text": text, "label": label, "topic": topic} for label, topic, text in texts],
+        )
+        put("ner", split, [{"id": "", "tokens": ["Ada", "Brandt", "fell"], "tags": ["B-PER", "I-PER", "O"]}] * 10)
+        events = [
+            {"user_id": "ann", "item_id": f"i{n}", "timestamp": n, "event": None, "rating": None} for n in range(3)
+        ]
+        put("recommendation", split, events)
+    items = [{"item_id": f"i{n}", "title": f"plant {n}", "description": "", "tags": ""} for n in range(3)]
+    put("recommendation", "items", items)
+    for source, labels in (("sentiment", ["down", "up"]), ("ner", ["PER"]), ("recommendation", None)):
+        (Path("data/tables") / source / "manifest.json").write_text(json.dumps({"labels": labels}))
+    tokenizer = MemGPTTokenizer.train([*TEXTS.values(), "Ada Brandt fell"] * 4, 400, 1)
+    shape = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    base = MemGPTForCausalLM(MemGPTConfig(vocab_size=len(tokenizer), memory_rows=31, memory_dim=4, **shape))
+    base.save_pretrained("models/base")
+    tokenizer.save_pretrained("models/base")
+    document = config.read(ROOT / "params.yaml")
+    changes = [
+        "multitask.steps=30",
+        "finetune.ner.start=multitask",
+        "finetune.ner.epochs=1",
+        "finetune.sentiment.epochs=8",
+    ]
+    return config.parse(config.override(document, [*changes, "finetune.sentiment.learning_rate=0.01"]))
+
+
+def test_sentiment_is_calibrated_and_knows_topics(settings: config.Config) -> None:
+    metrics = finetune.run(settings, "sentiment")
+    assert metrics["validation_macro_f1"] == metrics["validation_topic_accuracy"] == 1
+    saved = json.loads(Path("models/sentiment/config.json").read_text())
+    assert saved["label_temperature"] == metrics["validation_temperature"] != 1
+    assert metrics["validation_expected_calibration_error"] < metrics["validation_expected_calibration_error_before"]
+    (answer,) = predict.load("sentiment", "models/sentiment").predict(["the bank makes bad losses"])
+    assert (answer["label"], answer["topic"], answer["predicted_topic"]) == ("down", None, "banking")
+
+
+def test_joint_training_has_the_topics_too_and_its_heads_go_on(settings: config.Config) -> None:
+    multitask.run(settings)
+    document = settings.model_dump(by_alias=True)
+    joint = config.parse(config.override(document, ["finetune.sentiment.start=multitask"]))
+    assert finetune.run(joint, "sentiment")["validation_topic_accuracy"] == 1
+    finetune.run(joint, "ner")
+    assert json.loads(Path("models/ner/config.json").read_text()).get("topics") is None
