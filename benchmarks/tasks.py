@@ -48,7 +48,7 @@ PEERS = {
 }
 SEEDED = ("memgpt", "bert", "sasrec")
 TRIO = "wikigold+financial_phrasebank+movielens"  # one set per task, for what concerns several
-METHODS = ("all", "backbone", "memory", "head", "lora", "adalora")
+METHODS = ("all", "backbone", "memory", "head", "adapter", "lora", "adalora")
 REGULARISERS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "no dropout": {"dropout": 0.0},

@@ -1,4 +1,4 @@
-"""What a fine-tuning changes: all weights, a part of them, or low-rank additions (peft) that are merged at the end."""
+"""What a fine-tuning changes: all weights, a part of them, or small additions that are merged into them at the end."""
 
 import copy
 from typing import Any
@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from memgpt.config import Finetune
 from memgpt.errors import UserError
+from memgpt.model.model import FeedForward
 
 
 def prepare(model: PreTrainedModel, params: Finetune, steps: int) -> PreTrainedModel:
@@ -22,11 +23,15 @@ def prepare(model: PreTrainedModel, params: Finetune, steps: int) -> PreTrainedM
         raise UserError("tune=memory: the model has no memory; choose another value")
     if params.tune in ("lora", "adalora"):
         return _low_rank(model, params, steps)
+    if params.tune == "adapter":
+        for layer in trunk.layers:
+            layer.mlp = Widened(layer.mlp, params.rank)
     for name, parameter in trunk.named_parameters():
         trained = {
             "all": True,
             "backbone": ".memory." not in name,
             "memory": name in tables,
+            "adapter": ".adapter." in name,
             "head": False,
         }[params.tune]
         parameter.requires_grad_(trained)
@@ -34,8 +39,52 @@ def prepare(model: PreTrainedModel, params: Finetune, steps: int) -> PreTrainedM
 
 
 def whole(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it is saved: itself, or a copy with the low-rank additions merged into its matrices."""
-    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    """The model as it is saved: itself, or a copy with what was added merged into its matrices."""
+    if hasattr(model, "merge_and_unload"):
+        return copy.deepcopy(model).merge_and_unload()
+    if not isinstance(model.base_model.layers[0].mlp, Widened):
+        return model
+    merged = copy.deepcopy(model)
+    for layer in merged.base_model.layers:
+        layer.mlp = layer.mlp.merged()
+    merged.config.intermediate_size = merged.base_model.layers[0].mlp.up_proj.out_features
+    return merged
+
+
+class Widened(torch.nn.Module):
+    """A feed-forward layer with a bottleneck adapter beside it (arXiv 2110.04366, the parallel kind). The adapter has
+    the layer's own form, so that merging it only makes the layer wider. It starts as "adds nothing"."""
+
+    def __init__(self, layer: FeedForward, size: int):
+        super().__init__()
+        self.layer = layer
+        self.adapter = copy.deepcopy(layer)
+        for name, linear in self.adapter.named_children():
+            if isinstance(linear, torch.nn.Linear):
+                inputs, outputs = linear.in_features, linear.out_features
+                shape = (size, outputs) if name == "down_proj" else (inputs, size)
+                fresh = torch.nn.Linear(*shape, bias=linear.bias is not None)
+                torch.nn.init.normal_(fresh.weight, std=0.0 if name == "down_proj" else 0.02)
+                if fresh.bias is not None:
+                    torch.nn.init.zeros_(fresh.bias)
+                setattr(self.adapter, name, fresh)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.layer(hidden) + self.adapter(hidden)
+
+    @torch.no_grad()
+    def merged(self) -> FeedForward:
+        """One layer, wider by the adapter's size, that computes the same."""
+        layer = self.layer
+        for name, own in layer.named_children():
+            if isinstance(own, torch.nn.Linear):
+                added, across = getattr(self.adapter, name), int(name == "down_proj")
+                own.weight = torch.nn.Parameter(torch.cat((own.weight, added.weight), dim=across))
+                if own.bias is not None:
+                    bias = own.bias + added.bias if across else torch.cat((own.bias, added.bias))
+                    own.bias = torch.nn.Parameter(bias)
+                own.out_features, own.in_features = own.weight.shape
+        return layer
 
 
 def allocate_ranks(model: PreTrainedModel, step: int) -> None:

@@ -8,6 +8,7 @@ from typing import Unpack
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
@@ -64,7 +65,8 @@ class SequenceClassificationHead(nn.Module):
         self, hidden: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if attention_mask is not None:
-            hidden = hidden.masked_fill(attention_mask[..., None] == 0, torch.finfo(hidden.dtype).min)
+            shown = attention_mask[:, -hidden.shape[1] :, None]  # without a prefix before the text
+            hidden = hidden.masked_fill(shown == 0, torch.finfo(hidden.dtype).min)
         pooled = self.dropout(hidden.amax(dim=1))
         return self.score(pooled), None if self.topic is None else self.topic(pooled)
 
@@ -146,15 +148,17 @@ class MemGPTForTokenClassification(MemGPTPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> TokenClassifierOutput:
-        """labels [B, T], −100 for tokens that have none."""
+        """labels [B, T], −100 for tokens that have none. past_key_values: the prefix of peft's prefix tuning."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             attention_mode=attention_mode,
             **kwargs,
@@ -187,6 +191,7 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         label_weights: torch.Tensor | None = None,
@@ -199,6 +204,7 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             attention_mode=attention_mode,
             **kwargs,

@@ -325,3 +325,43 @@ def test_scaled_rotary_positions_reach_further() -> None:
     assert made(MemGPTForCausalLM, rope_parameters=scaled)(torch.full((1, 128), 5)).logits.shape[1] == 128
     with pytest.raises(ValueError, match="max_position_embeddings"):
         made(MemGPTForCausalLM, rope_parameters=scaled)(torch.full((1, 129), 5))
+
+
+@pytest.mark.parametrize("kind", ["TOKEN_CLS", "SEQ_CLS"])
+def test_prefix_tuning_by_peft_learns_and_padding_stays_unseen(kind: str) -> None:
+    from peft import PrefixTuningConfig, get_peft_model
+
+    torch.manual_seed(0)
+    classes = {"TOKEN_CLS": MemGPTForTokenClassification, "SEQ_CLS": MemGPTForSequenceClassification}
+    shape = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    core = classes[kind](MemGPTConfig(vocab_size=50, memory_rows=31, num_labels=3, **shape))
+    before = {name: weight.clone() for name, weight in core.model.state_dict().items()}
+    prefix = PrefixTuningConfig(
+        task_type=kind,
+        num_virtual_tokens=4,
+        num_layers=2,
+        num_attention_heads=2,
+        token_dim=16,
+        modules_to_save=["head"],
+    )
+    model = get_peft_model(core, prefix)
+    ids = torch.arange(3, 23).view(4, 5)
+    mask = torch.ones_like(ids)
+    mask[0, 3:] = 0
+    labels = ids % 3 if kind == "TOKEN_CLS" else torch.tensor([0, 1, 2, 0])
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(40):
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    assert all(torch.equal(weight, before[name]) for name, weight in core.model.state_dict().items())
+    model.eval()
+    short = model(input_ids=ids[:1, :3], attention_mask=mask[:1, :3]).logits
+    padded = model(input_ids=ids[:1], attention_mask=mask[:1]).logits
+    torch.testing.assert_close(padded[:, :3] if kind == "TOKEN_CLS" else padded, short)

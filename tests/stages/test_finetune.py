@@ -12,7 +12,7 @@ import torch
 from conftest import Pipeline
 from safetensors.torch import load_file
 
-from memgpt import config, lineage, predict
+from memgpt import config, lineage, predict, tuning
 from memgpt.config import Tuning
 from memgpt.errors import UserError
 from memgpt.model import MemGPTConfig, MemGPTForMultiTask, MemGPTForSequenceClassification
@@ -61,7 +61,7 @@ def is_table(name: str) -> bool:
     return name.endswith("memory.table.weight")
 
 
-@pytest.mark.parametrize("tune", ["backbone", "memory", "head", "lora", "adalora"])
+@pytest.mark.parametrize("tune", ["backbone", "memory", "head", "adapter", "lora", "adalora"])
 def test_only_what_is_tuned_changes(place: Path, monkeypatch: pytest.MonkeyPatch, tune: str) -> None:
     monkeypatch.chdir(place)
     weights = tuned(place, f"tune={tune}", "memory_learning_rate=0.01")
@@ -74,6 +74,13 @@ def test_only_what_is_tuned_changes(place: Path, monkeypatch: pytest.MonkeyPatch
         for name in names:
             rows = (weights[name] != before[name]).any(1)
             assert rows.float().mean() < 0.9, "rows that the task's texts do not read keep their bits"
+    elif tune == "adapter":
+        wide = {name for name in names if ".mlp." in name}
+        assert names == wide, "only the feed-forward layers are wider"
+        before = load_file(place / "models/base/model.safetensors")
+        for name in names:
+            old = before[name]
+            torch.testing.assert_close(weights[name][: old.shape[0], : old.shape[1]], old, rtol=0, atol=0)
     elif tune == "backbone":
         assert names and not any(map(is_memory, names))
         assert "model.embed_tokens.weight" in names
@@ -82,6 +89,24 @@ def test_only_what_is_tuned_changes(place: Path, monkeypatch: pytest.MonkeyPatch
     assert not any("lora" in name or "base_layer" in name for name in weights), "merged"
     (answer,) = predict.load("sentiment", place / "models/sentiment").predict(["Profit rose."])
     assert abs(sum(answer["scores"].values()) - 1) < 1e-4
+
+
+def test_a_merged_adapter_computes_the_same() -> None:
+    torch.manual_seed(0)
+    shape = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, memory_layers=[])
+    for kind in ({}, {"gated_mlp": False, "mlp_bias": True}):
+        model = MemGPTForSequenceClassification(MemGPTConfig(**shape, **kind)).eval()
+        ids = torch.arange(6).view(2, 3)
+        plain = model(input_ids=ids).logits
+        tuning.prepare(model, config.load(ROOT / "params.yaml").finetune.ner.model_copy(update={"tune": "adapter"}), 10)
+        torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=0, atol=0)
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.mlp.adapter.down_proj.weight)
+        merged = tuning.whole(model)
+        assert merged.config.intermediate_size == model.config.intermediate_size + 8
+        changed = model(input_ids=ids).logits
+        assert not torch.allclose(changed, plain)
+        torch.testing.assert_close(merged(input_ids=ids).logits, changed, rtol=1e-4, atol=1e-5)
 
 
 def test_a_low_rank_change_has_that_rank(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
