@@ -534,6 +534,38 @@ def suggest_labels(
         print(json.dumps(row, ensure_ascii=False))
 
 
+@app.command("pseudo-label", rich_help_panel=LOOK)
+def pseudo_label(
+    task: Annotated[Literal["ner", "sentiment"], typer.Argument(help="Whose labels.")],
+    file: Annotated[Path, typer.Argument(help="Unlabelled rows: .txt, .jsonl, .csv or .parquet, each also .gz.")],
+    out: Annotated[
+        Path, typer.Argument(help="Where to write them: .jsonl; a name with `train` in it joins that split.")
+    ],
+    least: Annotated[float, typer.Option(help="Keep rows that the model is at least so sure of.", min=0, max=1)] = 0.95,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="The model's directory. Default: models/TASK.")
+    ] = None,
+) -> None:
+    """Self-training: label the rows that the model is sure of, as further training rows.
+
+    Put OUT beside the files of the task's source and retrain.
+    Example: [bold]memgpt pseudo-label sentiment unlabelled.jsonl data/reviews/train-pseudo.jsonl[/]
+    """
+    import json
+
+    folder = directory or Path("models") / task
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model there; `memgpt retrain` or `dvc repro` makes it")
+    if out.suffix != ".jsonl":
+        raise UserError(f"{out}: the rows are written as JSON lines; name a .jsonl file")
+    _compute_with(_config())
+    from memgpt import atomic, suggest
+
+    rows, read = suggest.pseudo_label(task, folder, file, least)
+    atomic.write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{out}: {len(rows)} of {read} rows, those with a probability of {least} or more")
+
+
 @app.command(rich_help_panel=LOOK)
 def usage(
     model: Annotated[Path, typer.Option(metavar="DIR", help="A model directory.")] = Path("models/base"),

@@ -1,7 +1,9 @@
-"""Active learning: the unlabelled rows most worth labelling, uncertain to the model and unlike one another.
+"""Unlabelled rows: which are most worth labelling by hand, and which the model can label itself.
 
-The most uncertain rows are clustered by the model's own features, weighted by their uncertainty, and each cluster is
-represented by its most uncertain row: *Diverse mini-batch active learning* (Zhdanov 2019, arXiv 1901.05954).
+Active learning: the most uncertain rows are clustered by the model's own features, weighted by their uncertainty, and
+each cluster is represented by its most uncertain row: *Diverse mini-batch active learning* (Zhdanov 2019, arXiv
+1901.05954).
+Self-training: the rows that the model is sure of, with its own labels, as further rows of the training split.
 """
 
 from itertools import chain
@@ -18,6 +20,7 @@ from memgpt.predict.batching import batch_size, by_length, pad
 from memgpt.predict.words import encode_rows, split_words
 from memgpt.sources import formats, naming
 from memgpt.tables import USUAL
+from memgpt.tasks.ner import predicted_tags
 
 _POOL = 10  # uncertain rows to choose from, for each that is asked for
 _LEAST_SURE = 3  # words of a sentence that speak for it
@@ -53,6 +56,27 @@ def suggest(task: str, directory: Path, path: Path, count: int, seed: int = 0) -
     ]
 
 
+def pseudo_label(task: str, directory: Path, path: Path, least: float) -> tuple[list[dict[str, Any]], int]:
+    """Rows of the file that the model is sure of, as training rows {text, label} or {tokens, tags}, and how many rows
+    the file has.
+
+    least: 1 − the row's `uncertainty`, as in `suggest`, is at least so much.
+
+    Raises:
+        UserError: as `suggest`.
+    """
+    _, rows, _ = _read(task, path)
+    predictor: Any = predict.load(task, directory)
+    uncertainty, _ = _ask(predictor, task, rows)
+    sure = [rows[i] for i in np.flatnonzero(1 - uncertainty >= least)]
+    if task == "ner":
+        words = _words(sure)
+        tags = predicted_tags(words, predictor.predict(words))
+        return [{"tokens": row, "tags": own} for row, own in zip(words, tags, strict=True)], len(rows)
+    answers = predictor.predict(sure)
+    return [{"text": row, "label": answer["label"]} for row, answer in zip(sure, answers, strict=True)], len(rows)
+
+
 def _read(task: str, path: Path) -> tuple[str, list[Any], list[str]]:
     """(name of the column, its values less repeated and empty ones, where each stands)."""
     if not path.is_file():
@@ -80,13 +104,16 @@ def _read(task: str, path: Path) -> tuple[str, list[Any], list[str]]:
     raise UserError(f"{path}: no column of texts; call one {' or '.join(chain(*usual.values()))}")
 
 
+def _words(rows: list[Any]) -> list[list[str]]:
+    return [row if isinstance(row, list) else [row[a:b] for a, b in split_words(row)] for row in rows]
+
+
 @torch.no_grad()
 def _ask(predictor: Any, task: str, rows: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Uncertainty [N] and features [N, D] of each row, read up to the model's window."""
     model, tokenizer, window = predictor.model, predictor.tokenizer, predictor.model.config.window
-    words = [row if isinstance(row, list) else [row[a:b] for a, b in split_words(row)] for row in rows]
     if task == "ner":
-        encoded = encode_rows(tokenizer, words)
+        encoded = encode_rows(tokenizer, _words(rows))
         ids = [[*chain.from_iterable(pieces)][:window] for pieces in encoded]
     else:
         ids = [

@@ -29,6 +29,7 @@ COMMANDS = [
     "predict",
     "explain",
     "suggest-labels",
+    "pseudo-label",
     "usage",
     "ui",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from memgpt import suggest
+from memgpt import predict, suggest
 from memgpt.errors import UserError
 from memgpt.model import (
     MemGPTConfig,
@@ -93,3 +93,24 @@ def test_a_file_that_does_not_do_is_one_line(
     with pytest.raises(UserError, match=told) as error:
         suggest.suggest("sentiment", models / "sentiment", file, 2)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", ["sentiment", "ner"])
+def test_what_the_model_is_sure_of_becomes_training_rows(models: Path, tmp_path: Path, task: str) -> None:
+    file = tmp_path / "new.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    every, read = suggest.pseudo_label(task, models / task, file, 0.0)
+    assert len(every) == read == len(TEXTS)
+    predictor = predict.load(task, models / task)
+    for row, text in zip(every, TEXTS, strict=True):
+        if task == "sentiment":
+            assert row == {"text": text, "label": predictor.predict([text])[0]["label"]}
+        else:
+            assert row["tokens"] == text.split()
+            spans = {(entity["start"], entity["type"]) for entity in predictor.predict([text])[0]}
+            starts = np.cumsum([0, *(len(word) + 1 for word in row["tokens"])])
+            assert {(starts[i], tag[2:]) for i, tag in enumerate(row["tags"]) if tag[0] == "B"} == spans
+    least = float(np.median([1 - row["uncertainty"] for row in suggest.suggest(task, models / task, file, 8)]))
+    some, _ = suggest.pseudo_label(task, models / task, file, least)
+    assert 0 < len(some) < len(every)
+    assert all(row in every for row in some)

@@ -121,7 +121,12 @@ def metrics(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]])
 
     gold = [row["tags"] for row in rows]
     report = classification_report(
-        gold, _predicted_tags(rows, predictions), mode="strict", scheme=IOB2, output_dict=True, zero_division=0
+        gold,
+        predicted_tags([row["input"] for row in rows], predictions),
+        mode="strict",
+        scheme=IOB2,
+        output_dict=True,
+        zero_division=0,
     )
     result = {
         PRIMARY: float(score(statistics(rows, predictions).sum(0))),
@@ -176,7 +181,7 @@ def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
 def picture(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Actual against predicted tag type, word by word, where either is an entity."""
     table = []
-    for row, tags in zip(rows, _predicted_tags(rows, predictions), strict=True):
+    for row, tags in zip(rows, predicted_tags([row["input"] for row in rows], predictions), strict=True):
         for actual, predicted in zip(row["tags"], tags, strict=True):
             if actual != "O" or predicted != "O":
                 table.append({"actual": actual[2:] or "O", "predicted": predicted[2:] or "O"})
@@ -188,11 +193,11 @@ def _gold(row: dict[str, Any]) -> set[tuple[str, int, int]]:
     return {(kind, places[first][0], places[last - 1][1]) for kind, first, last in spans_from_tags(row["tags"])}
 
 
-def _predicted_tags(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> list[list[str]]:
-    """Predicted spans as BIO tags over the row's words."""
+def predicted_tags(texts: list[list[str]], predictions: list[list[dict[str, Any]]]) -> list[list[str]]:
+    """Predicted spans as BIO tags over the words of each text."""
     result = []
-    for row, prediction in zip(rows, predictions, strict=True):
-        places = joined_words(row["input"])
+    for words, prediction in zip(texts, predictions, strict=True):
+        places = joined_words(words)
         first = {start: index for index, (start, _) in enumerate(places)}
         last = {end: index for index, (_, end) in enumerate(places)}
         tags = ["O"] * len(places)
