@@ -184,11 +184,13 @@ class FinetuneSentiment(Finetune):
 
 
 class FinetuneRecommendation(Finetune):
-    """rerank: learn on validation how to weigh the match of texts against popularity, recency and co-visitation."""
+    """rerank: learn on validation how to weigh the match of texts against popularity, recency, co-visitation
+    and taste, which is learned from choices in `taste_epochs`."""
 
     max_history: Positive
     similarity_temperature: Rate
     rerank: bool
+    taste_epochs: Annotated[int, Field(ge=0)]
 
 
 class FinetuneTasks(Section):

@@ -2,8 +2,10 @@
 
 A model directory holds its item index, so that items are encoded once and can be added without training: `items.json`
 (ids, titles, how often each was chosen, the weights of the ranking) and `items.safetensors` (the tensors of `Index`).
+`tastes.safetensors` has the weights that read a history of choices.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +19,20 @@ from memgpt.model import MemGPTForRecommendation
 from memgpt.model.residency import Residency, load
 from memgpt.predict.batching import batch_size, by_length, pad
 
-INDEX, VECTORS = "items.json", "items.safetensors"
-SIGNALS = ("match", "popularity", "recency", "follows", "covisits")
+INDEX, VECTORS, TASTES = "items.json", "items.safetensors", "tastes.safetensors"
+SIGNALS = ("match", "taste", "popularity", "recency", "follows", "covisits")
 LATEST = 10  # items of a history whose neighbours count
+TASTE_HISTORY = 50  # items of a history that tell a reader's taste
 
 
 @dataclass
 class Index:
     """The catalogue of N items.
 
-    vectors [N, P]: what the items say. counts: how often each was chosen in train. idle [N]: days since it last was;
-    the median for an item that never was, which says nothing about it. starts [N + 1], columns, values: the rows of a
-    sparse matrix of co-visitation, how near and how often readers of the row's item chose the column's.
+    vectors [N, P]: what the items say. tastes [N, P]: the same, moved to where their readers' choices put them.
+    counts: how often each was chosen in train. idle [N]: days since it last was; the median for an item that never was,
+    which says nothing about it. starts [N + 1], columns, values: the rows of a sparse matrix of co-visitation, how near
+    and how often readers of the row's item chose the column's.
     weights: of the `SIGNALS`, learned on validation; None ranks by the texts alone.
     """
 
@@ -36,6 +40,7 @@ class Index:
     titles: list[str]
     counts: list[int]
     vectors: torch.Tensor
+    tastes: torch.Tensor
     idle: torch.Tensor
     starts: torch.Tensor
     columns: torch.Tensor
@@ -100,11 +105,13 @@ def build_index(
         "columns": torch.zeros(0, dtype=torch.int32),
         "values": torch.zeros(0),
     }
+    vectors = _vectors_of(model, tokenizer, items)
     Index(
         ids=[item["item_id"] for item in items],
         titles=[item["title"] for item in items],
         counts=[counts.get(item["item_id"], 0) for item in items],
-        vectors=_vectors_of(model, tokenizer, items),
+        vectors=vectors,
+        tastes=vectors.clone(),
         **(behaviour or nothing),
     ).write(directory)
 
@@ -123,7 +130,8 @@ def extend_index(
         index.ids += [item["item_id"] for item in new]
         index.titles += [item["title"] for item in new]
         index.counts += [0] * len(new)
-        index.vectors = torch.cat([index.vectors, _vectors_of(model, tokenizer, new)])
+        vectors = _vectors_of(model, tokenizer, new)
+        index.vectors, index.tastes = torch.cat([index.vectors, vectors]), torch.cat([index.tastes, vectors])
         index.idle = torch.cat([index.idle, index.idle.median().expand(len(new))])
         index.starts = torch.cat([index.starts, index.starts[-1:].expand(len(new))])
         index.write(directory)
@@ -143,6 +151,9 @@ class Predictor:
         self.model = load(MemGPTForRecommendation, directory, memory).to(device).eval()
         self.device = device
         self.index = Index.read(directory)
+        self.taste = copy.deepcopy(self.model.head).float()
+        if (directory / TASTES).exists():
+            self.taste.load_state_dict(load_file(directory / TASTES))
         self.place = {item: place for place, item in enumerate(self.index.ids)}
         self.chosen = torch.tensor(self.index.counts, dtype=torch.float)
 
@@ -200,7 +211,11 @@ class Predictor:
                 near[0] = near[1]
         return torch.stack(
             [
-                self._similarity(history, candidates, new or {}) / self.model.config.similarity_temperature,
+                *(
+                    self._similarity(history, candidates, new or {}, by_taste)
+                    / self.model.config.similarity_temperature
+                    for by_taste in (False, True)
+                ),
                 torch.log1p(self._of_items(self.chosen, candidates, 0.0)),
                 -torch.log1p(idle),
                 *(self._of_items(torch.log1p(100 * one), candidates, 0.0) for one in near),
@@ -209,16 +224,26 @@ class Predictor:
         )
 
     def _similarity(
-        self, history: list[str], candidates: list[str] | None, new: dict[str, torch.Tensor]
+        self,
+        history: list[str],
+        candidates: list[str] | None,
+        new: dict[str, torch.Tensor],
+        by_taste: bool = False,
     ) -> torch.Tensor:
-        """Cosine of the reader's interest and each candidate's text [C]."""
-        latest = torch.stack([self._vector(item, new) for item in history[-self.model.config.max_history :]])
-        latest = latest[None].to(self.device, self.model.dtype)
-        interest = self.model.head.encode_reader(latest)[0, -1].float().cpu()
+        """Cosine of the reader's interest and each candidate [C], by the texts or by taste."""
+        head, vectors = (self.taste, self.index.tastes) if by_taste else (self.model.head, self.index.vectors)
+        length = TASTE_HISTORY if by_taste else self.model.config.max_history
+
+        def vector(item: str) -> torch.Tensor:
+            return vectors[self.place[item]] if item in self.place else new[item]
+
+        latest = torch.stack([vector(item) for item in history[-length:]])[None]
+        latest = latest.to(self.device, head.item.weight.dtype)
+        interest = head.encode_reader(latest)[0, -1].float().cpu()
         if candidates is None:
-            return self.index.vectors @ interest
-        vectors = [self._vector(item, new) for item in dict.fromkeys(candidates)]
-        return torch.stack(vectors) @ interest if vectors else interest[:0]
+            return vectors @ interest
+        chosen = [vector(item) for item in dict.fromkeys(candidates)]
+        return torch.stack(chosen) @ interest if chosen else interest[:0]
 
     def _of_items(self, values: torch.Tensor, candidates: list[str] | None, otherwise: float) -> torch.Tensor:
         """values [N] of the candidates [C]; `otherwise` where one is no known id."""
@@ -237,6 +262,3 @@ class Predictor:
             }
         )
         return dict(zip(texts, item_vectors(self.model, self.tokenizer, texts), strict=True)) if texts else {}
-
-    def _vector(self, item: str, new: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.index.vectors[self.place[item]] if item in self.place else new[item]

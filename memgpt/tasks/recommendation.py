@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from memgpt.model import MemGPTForRecommendation
-    from memgpt.predict.recommendation import Predictor
+    from memgpt.predict.recommendation import Index, Predictor
 
 PRIMARY = "ndcg_at_10"
 PICTURE = ("k", "recall")  # columns of what `picture` gives
@@ -23,6 +23,7 @@ _COLD = 5  # an item chosen, or a reader who chose, at most so often
 _REACH = 30  # items of a reader that are this far apart are still co-visited
 _NEIGHBOURS = 300  # of an item that are kept
 _SHRINKAGE = 3  # choices: how many it takes until two items' nearness is believed
+_COMPETING = 20_000  # items that compete in learning tastes
 _CELLS = 20_000_000  # of readers × items, on which the weights are learned
 
 
@@ -144,6 +145,8 @@ def write_index(
     directory: Path,
     *,
     rerank: bool,
+    taste_epochs: int,
+    seed: int,
     **_: Any,
 ) -> None:
     """Encode the catalogue into a model directory; with `rerank`, learn there how to rank by more than the texts."""
@@ -153,6 +156,8 @@ def write_index(
     build_index(model, tokenizer, items, counts(tables), directory, behaviour(tables))
     if rerank:
         index = Index.read(directory)
+        learn_tastes(model, index, list(histories(tables, "train").values()), directory, taste_epochs, seed)
+        index.write(directory)
         index.weights = fit_weights(Predictor(directory), test_rows(tables, "validation"))
         index.write(directory)
 
@@ -195,6 +200,62 @@ def behaviour(tables: Path) -> "dict[str, torch.Tensor]":
         "columns": torch.tensor(columns[kept], dtype=torch.int32),
         "values": torch.tensor(values[kept], dtype=torch.float),
     }
+
+
+def learn_tastes(
+    model: "MemGPTForRecommendation", index: "Index", read: list[list[str]], directory: Path, epochs: int, seed: int
+) -> None:
+    """Learn from choices what the texts do not say: an offset to each item's vector, and a reading of histories of such
+    vectors that begins as the texts' own. The whole catalogue competes for what comes next, its texts being encoded
+    already. Changes `index.tastes` and writes the weights into the model directory.
+
+    An offset is left out now and then, so that an item that arrives later is read by its text in the same space.
+    """
+    import copy
+
+    import torch
+    from safetensors.torch import save_file
+    from torch.nn.functional import cross_entropy, dropout, normalize
+    from tqdm import tqdm
+
+    from memgpt.predict.recommendation import TASTE_HISTORY, TASTES
+
+    place = {item: position for position, item in enumerate(index.ids)}
+    lines = [[place[item] for item in line] for line in read]
+    runs = [
+        line[max(0, last - TASTE_HISTORY - 1) : last] for line in lines for last in range(len(line), 1, -TASTE_HISTORY)
+    ]
+    torch.manual_seed(seed)
+    head = copy.deepcopy(model.head).float().train()
+    offsets = torch.zeros_like(index.vectors, requires_grad=True)
+    groups = [{"params": head.parameters(), "lr": 2e-3}, {"params": [offsets], "lr": 1.6e-2}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    steps = epochs * -(-len(runs) // 32)
+    if not steps:
+        return
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1 - step / steps))
+    order = (chosen for _ in range(epochs) for chosen in torch.randperm(len(runs)).split(32))
+    for chosen in tqdm(order, desc="tastes", total=steps, unit="step", leave=False, disable=None):
+        history = torch.zeros((len(chosen), TASTE_HISTORY), dtype=torch.long)
+        target = torch.full((len(chosen), TASTE_HISTORY), -1)
+        for row, run in enumerate(runs[number] for number in chosen.tolist()):
+            history[row, : len(run) - 1] = torch.tensor(run[:-1])
+            target[row, : len(run) - 1] = torch.tensor(run[1:])
+        kept = torch.rand(len(offsets), 1) > 0.1
+        vectors = normalize(index.vectors + offsets * kept, dim=-1)
+        interest = head.encode_reader(dropout(vectors[history], 0.2))[target >= 0]
+        wanted = target[target >= 0]
+        competing = torch.arange(len(place))
+        if len(place) > _COMPETING:
+            competing = torch.cat([wanted, torch.randint(len(place), (_COMPETING,))]).unique()
+        logits = interest @ vectors[competing].T / head.temperature
+        loss = cross_entropy(logits, torch.searchsorted(competing, wanted))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    index.tastes = normalize(index.vectors + offsets.detach(), dim=-1)
+    save_file(head.state_dict(), directory / TASTES)
 
 
 def fit_weights(predictor: "Predictor", rows: list[dict[str, Any]]) -> dict[str, float]:

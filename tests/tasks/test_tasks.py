@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from memgpt.predict.words import joined_words, spans_from_tags
 from memgpt.tasks import base, ner, recommendation, sentiment
@@ -285,7 +286,7 @@ def trained(shop: Path) -> Path:
     directory = shop / "model"
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    recommendation.write_index(model, tokenizer, shop, directory, rerank=True)
+    recommendation.write_index(model, tokenizer, shop, directory, rerank=True, taste_epochs=30, seed=1)
     return directory
 
 
@@ -302,6 +303,29 @@ def test_ranking_by_behaviour_is_learned_beside_the_texts(shop: Path, trained: P
     assert 0 < apart["coverage_at_10"] <= 1
     (stranger,) = predictor.predict([{"history": ["no known song"], "k": 3, "candidates": ["i1", "a new song"]}])
     assert {item["item_id"] for item in stranger} == {"i1", None}
+
+
+def test_tastes_are_learned_from_choices_alike_every_time(shop: Path, trained: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from memgpt import predict
+    from memgpt.model import MemGPTForRecommendation
+    from memgpt.predict.recommendation import SIGNALS
+
+    predictor = predict.load("recommendation", trained)
+    places = []
+    for row in recommendation.test_rows(shop):
+        history = row["input"]["history"]
+        signals = predictor.signals(history)
+        signals[[predictor.place[item] for item in history]] = -torch.inf
+        ahead = signals > signals[predictor.place[row["item_id"]]]
+        places.append(ahead.sum(0))
+    by = dict(zip(SIGNALS, torch.stack(places).float().mean(0).tolist(), strict=True))
+    assert by["taste"] < by["match"] / 2, "an untrained model's texts say nothing, its readers' choices do"
+    before = {path.name: path.read_bytes() for path in trained.glob("*.safetensors")}
+    model, tokenizer = MemGPTForRecommendation.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    recommendation.write_index(model.eval(), tokenizer, shop, trained, rerank=True, taste_epochs=30, seed=1)
+    assert {path.name: path.read_bytes() for path in trained.glob("*.safetensors")} == before
 
 
 def test_co_visitation_falls_with_distance_and_half_of_it_goes_back(shop: Path) -> None:
