@@ -123,7 +123,7 @@ def test_a_predictor_answers_alike_when_accelerated(tmp_path) -> None:
     texts = ["Ada Brandt of Norvale Systems fell in Port Dunham, said the bank.", "Ada fell", "", "the bank"] * 2
     tokenizer = MemGPTTokenizer.train(texts, 300, 1)
     tags = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC", 4: "I-LOC"}
-    torch.manual_seed(0)
+    torch.manual_seed(6)  # weights that know nothing, of a seed whose best path is no near-tie
     settings = MemGPTConfig(**{**SHAPE, "vocab_size": len(tokenizer)}, id2label=tags)
     MemGPTForTokenClassification(settings).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
