@@ -15,8 +15,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
+from memgpt.model import MemGPTModel
 from memgpt.predict.batching import by_length, pad
 from memgpt.predict.words import encode_rows, joined_words, spans_from_tags
 from memgpt.tasks import rows_of
@@ -35,7 +36,7 @@ def before(task: str, core: Path, tables: Path, rows: list[dict[str, Any]]) -> l
 class _Core:
     def __init__(self, directory: Path):
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = AutoModel.from_pretrained(directory).eval()
+        self.model = MemGPTModel.from_pretrained(directory).eval()
 
     @torch.no_grad()
     def hidden(self, rows: list[list[int]]) -> Iterator[tuple[int, np.ndarray]]:

@@ -152,5 +152,5 @@ def _diverse(uncertainty: np.ndarray, features: np.ndarray, count: int, seed: in
 
 def _reason(task: str, uncertainty: float, size: int) -> str:
     unsure = "its least sure words have" if task == "ner" else "the likeliest label has"
-    like = f"; {size - 1} more uncertain rows are like it" if size > 1 else "; no other uncertain row is like it"
-    return f"{unsure} probability {1 - uncertainty:.2f}{like}"
+    like = f"stands for {size} uncertain rows like it" if size > 1 else "no other uncertain row is like it"
+    return f"{unsure} probability {1 - uncertainty:.2f}; {like}"

@@ -17,6 +17,7 @@ TINY = [
     "multitask.steps=4",
     *(f"finetune.{task}.epochs=1" for task in ("ner", "sentiment", "recommendation")),
     "evaluate.bootstrap=50",
+    "evaluate.robustness=20",
     "promote.bootstrap=50",
 ]
 # Models this small are no better than a baseline, and the gate says so. What consumers do is tested all the same: the

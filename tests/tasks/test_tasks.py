@@ -77,7 +77,11 @@ def test_gazetteer_takes_the_longest_match_with_its_usual_type(tmp_path: Path) -
     predictions = ner.baseline(tmp_path, rows)
     assert [[e["type"] for e in p] for p in predictions] == [["LOC", "PER"], []]
     assert ner.score(ner.statistics(rows, predictions).sum(0)) == pytest.approx(2 * 2 / (2 + 3))
-    assert ner.slices(rows, tmp_path)["unseen"].tolist() == [False, True]
+    slices = ner.slices(rows, tmp_path)
+    assert slices["unseen"].tolist() == [False, True]
+    assert slices["rare"].tolist() == [True, False]  # train has New York once
+    assert (slices["short"].tolist(), slices["long"].tolist()) == ([False, True], [True, False])
+    assert all(len(chosen) == 0 for chosen in ner.slices([], tmp_path).values())
 
 
 def test_sentiment_macro_f1_is_sklearns() -> None:
@@ -90,7 +94,8 @@ def test_sentiment_macro_f1_is_sklearns() -> None:
     predictions = [{"label": str(m), "scores": {str(m): 0.5}, "topic": None} for m in mine]
     expected = f1_score(gold, mine, labels=names, average="macro")
     assert sentiment.metrics(rows, predictions)["macro_f1"] == pytest.approx(expected)
-    assert sentiment.slices(rows, Path())["topic_a"].sum() == 100
+    slices = sentiment.slices([*rows, {"input": {"text": "longer", "topic": None}, "label": "neutral"}], Path())
+    assert (slices["topic_a"].sum(), slices["short"].sum(), slices["long"].sum()) == (100, 200, 1)
 
 
 def test_calibration_error_by_hand() -> None:
