@@ -67,7 +67,7 @@ SETTINGS: dict[str, Spec] = {
 
 def prepare(name: str, source: Path) -> Path:
     """The folder of a data set, or of several whose names are joined by +: tables as the product ingests them, and the
-    pretrained cores."""
+    pretrained core."""
     place = WORK / "sets" / name
     if (place / "complete").exists():
         return place
@@ -78,10 +78,9 @@ def prepare(name: str, source: Path) -> Path:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in (["snapshot"], *(["ingest", task] for task, _ in parts)):
         subprocess.run([sys.executable, "-m", "memgpt.cli", *command], cwd=place, env=environment, check=True)
-    for folder, cell in (("base", CORE), ("bert", BERT)):
-        with atomic.replacing(place / "models" / folder) as aside:
-            shutil.copytree(cells.WORK / "tokenizer", aside)
-            shutil.copytree(cells.WORK / "cells" / cell / "model", aside, dirs_exist_ok=True)
+    with atomic.replacing(place / "models/base") as aside:
+        shutil.copytree(cells.WORK / "tokenizer", aside)
+        shutil.copytree(cells.WORK / "cells" / CORE / "model", aside, dirs_exist_ok=True)
     (place / "complete").touch()
     return place
 
@@ -115,14 +114,14 @@ def bert(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
     kind = {"ner": BertForTokenClassification, "sentiment": BertForSequenceClassification}[task]
     set_seed(params.seed)
     model = kind.from_pretrained(
-        "models/bert",
+        cells.WORK / "cells" / BERT / "model",
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         hidden_dropout_prob=params.dropout,
         attention_probs_dropout_prob=params.dropout,
     )
     model.config.window = params.max_length
-    tokenizer = AutoTokenizer.from_pretrained("models/bert")
+    tokenizer = AutoTokenizer.from_pretrained(cells.WORK / "tokenizer")
     data = module.Training(TABLES, tokenizer, **params.model_dump())
     steps = params.epochs * math.ceil(len(data) / params.batch_size)
     began = time.perf_counter()
