@@ -190,7 +190,7 @@ def pretrain(name: str, spec: dict[str, Any]) -> dict[str, Any]:
         steps=steps,
         checkpoints=directory / "checkpoints",
         title=name,
-        optimizer=None if masked else for_pretraining(model, params),  # BERT's shape wants AdamW throughout
+        optimizer=for_pretraining(model, params),
         loss=_Masked(params) if masked else Pretraining(params, steps, peers.VOCABULARY, 2),
         log=log,
     )
