@@ -34,8 +34,8 @@ def item_knn(lines: Lines, items: int, neighbours: int = 100, latest: int = 1_00
 
 
 def ease(lines: Lines, items: int, penalty: float = 500, latest: int = 1_000_000) -> Scorer:
-    """Embarrassingly shallow autoencoder (Steck 2019, equation 8): B = I − P / diag(P), P = (XᵀX + λI)⁻¹, on the `latest` items
-    of a history."""
+    """Embarrassingly shallow autoencoder (Steck 2019, equation 8): B = I − P / diag(P), P = (XᵀX + λI)⁻¹, on
+    the `latest` items of a history."""
     read = _readers(lines, items)
     inverse = np.linalg.inv(read.T @ read + penalty * np.eye(items, dtype=np.float32))
     weights = -inverse / np.diag(inverse)
