@@ -33,13 +33,14 @@ def item_knn(lines: Lines, items: int, neighbours: int = 100, latest: int = 1_00
     return lambda history: near[list(history[-latest:])].sum(0)
 
 
-def ease(lines: Lines, items: int, penalty: float = 500) -> Scorer:
-    """Embarrassingly shallow autoencoder (Steck 2019, equation 8): B = I − P / diag(P), P = (XᵀX + λI)⁻¹."""
+def ease(lines: Lines, items: int, penalty: float = 500, latest: int = 1_000_000) -> Scorer:
+    """Embarrassingly shallow autoencoder (Steck 2019, equation 8): B = I − P / diag(P), P = (XᵀX + λI)⁻¹, on
+    the `latest` items of a history."""
     read = _readers(lines, items)
     inverse = np.linalg.inv(read.T @ read + penalty * np.eye(items, dtype=np.float32))
     weights = -inverse / np.diag(inverse)
     np.fill_diagonal(weights, 0)
-    return lambda history: weights[list(history)].sum(0)
+    return lambda history: weights[list(history[-latest:])].sum(0)
 
 
 def sasrec(
