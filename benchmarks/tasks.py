@@ -58,6 +58,7 @@ REGULARISERS: dict[str, dict[str, Any]] = {
     "adversarial": {"adversarial": 1.0},
     "synonyms": {"augment.synonyms": 1.0},
     "word edits": {"augment.word_edits": 1.0},
+    "letter case": {"augment.letter_case": 1.0},
     "recombination": {"augment.recombination": 1.0},
     "mention replacement": {"augment.mention_replacement": 1.0},
     "soup of three": {"soup": 3},

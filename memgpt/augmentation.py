@@ -21,7 +21,8 @@ EDITED = 0.1  # share of a row's words that an edit or a synonym replaces
 
 
 def ner(rows: list[Row], shares: dict[str, float], seed: int, synonyms: Callable[[], Synonyms]) -> list[Row]:
-    """Sentences with other names of the same type in them, with edited words outside of names, or two joined.
+    """Sentences with other names of the same type in them, with edited words outside of names, in small or capital
+    letters, or two joined.
 
     shares: kind → how many rows to add, as a share of `rows`. synonyms: called if they are asked for.
     """
@@ -55,12 +56,17 @@ def ner(rows: list[Row], shares: dict[str, float], seed: int, synonyms: Callable
         one, other = random.choice(rows), random.choice(rows)
         return {**one, "tokens": one["tokens"] + other["tokens"], "tags": one["tags"] + other["tags"]}
 
+    def recase(random: Random) -> Row:
+        row, change = random.choice(rows), random.choice((str.lower, str.upper))
+        return {**row, "tokens": [change(token) for token in row["tokens"]]}
+
     makers = {"mention_replacement": replace_mentions} if with_mentions else {}
-    return _more(rows, shares, seed, synonyms, {**makers, "recombination": join}, edit)
+    return _more(rows, shares, seed, synonyms, {**makers, "recombination": join, "letter_case": recase}, edit)
 
 
 def sentiment(rows: list[Row], shares: dict[str, float], seed: int, synonyms: Callable[[], Synonyms]) -> list[Row]:
-    """Texts with edited words, or the first half of one and the second half of another with the same label."""
+    """Texts with edited words, in small or capital letters, or the first half of one and the second half of another
+    with the same label."""
     by_label: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_label[row["label"]].append(row)
@@ -75,7 +81,11 @@ def sentiment(rows: list[Row], shares: dict[str, float], seed: int, synonyms: Ca
         head, tail = one["text"].split(), other["text"].split()
         return {**one, "text": " ".join(head[: (len(head) + 1) // 2] + tail[len(tail) // 2 :])}
 
-    return _more(rows, shares, seed, synonyms, {"recombination": join}, edit)
+    def recase(random: Random) -> Row:
+        row, change = random.choice(rows), random.choice((str.lower, str.upper))
+        return {**row, "text": change(row["text"])}
+
+    return _more(rows, shares, seed, synonyms, {"recombination": join, "letter_case": recase}, edit)
 
 
 def neighbours(parent: Path, tokenizer: "PreTrainedTokenizerFast", count: int = 3) -> Synonyms:

@@ -120,10 +120,11 @@ class Tuning(Training):
 
 class Augment(Section):
     """Training rows to add, as shares of those there are: with words replaced by others that the core reads alike, with
-    words dropped or swapped, of parts of two rows."""
+    words dropped or swapped, in small or capital letters only, of parts of two rows."""
 
     synonyms: NonNegative
     word_edits: NonNegative
+    letter_case: NonNegative
     recombination: NonNegative
 
 
