@@ -11,6 +11,8 @@ import cells
 import core
 import peers
 import peers_recommendation
+import task_cells
+import tasks
 
 
 def test_its_recipe_and_every_change_of_it_are_valid() -> None:
@@ -64,3 +66,37 @@ def test_ease_minimises_what_it_says() -> None:
 
 def test_popularity_counts() -> None:
     assert peers_recommendation.popularity([[0, 1], [1]], 3)([2]).tolist() == [1, 2, 0]
+
+
+def test_tasks_are_compared_fairly_and_with_settings_that_exist() -> None:
+    for quick in (True, False):
+        planned = tasks.plan(quick)
+        names = [name for name, _ in planned]
+        assert len(names) == len(set(names))
+        for place, (_, spec) in enumerate(planned):
+            assert set(spec.get("after", ())) <= set(names[:place])
+            for part in [spec["part"]] if "part" in spec else spec["set"].split("+"):
+                task = task_cells.SETS[part][0]
+                if spec.get("system") in ("memgpt", "bert"):
+                    assert task_cells.settings(task, spec).seed == spec["seed"]
+                if spec.get("kind") == "forgetting":
+                    assert task_cells.settings(task, {**spec, "set": part}).tune == spec["changes"]["tune"]
+    for task, peers_of in tasks.PEERS.items():
+        for peer in peers_of:
+            assert peer == "popularity" or len(tasks.TRIALS[peer]) >= len(tasks.TRIALS["memgpt"]), (task, peer)
+    final = {spec["system"] for _, spec in tasks.plan(False) if spec.get("test")}
+    assert final == {"memgpt", *(peer for peers_of in tasks.PEERS.values() for peer in peers_of)}
+
+
+def test_a_verdict_needs_the_whole_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "WORK", tmp_path)
+    (tmp_path / "statistics").mkdir()
+    random = np.random.default_rng(0)
+    ranks = {"memgpt": random.random(400), "ease": random.random(400) * 0.5, "sasrec": random.random(400)}
+    done = {}
+    for system, gains in ranks.items():
+        np.save(tmp_path / f"statistics/movielens-{system}-1.npy", np.stack([gains, np.ones(400)], axis=1))
+        done[f"movielens-{system}-1"] = {"spec": {"set": "movielens", "system": system, "test": True}}
+    table = tasks.compare(done, "movielens")
+    assert (table["ease"]["verdict"], table["sasrec"]["verdict"]) == ("beats", "matches")
+    assert table["ease"]["gain"] == pytest.approx(ranks["memgpt"].mean() - ranks["ease"].mean(), abs=1e-3)
