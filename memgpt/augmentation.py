@@ -20,11 +20,21 @@ Synonyms = dict[str, list[str]]
 EDITED = 0.1  # share of a row's words that an edit or a synonym replaces
 
 
-def ner(rows: list[Row], shares: dict[str, float], seed: int, synonyms: Callable[[], Synonyms]) -> list[Row]:
+def ner(
+    rows: list[Row],
+    seed: int,
+    thesaurus: Callable[[], Synonyms],
+    *,
+    mention_replacement: float = 0.0,
+    synonyms: float = 0.0,
+    word_edits: float = 0.0,
+    letter_case: float = 0.0,
+    recombination: float = 0.0,
+) -> list[Row]:
     """Sentences with other names of the same type in them, with edited words outside of names, in small or capital
     letters, or two joined.
 
-    shares: kind → how many rows to add, as a share of `rows`. synonyms: called if they are asked for.
+    Each number is of rows to add, as a share of `rows`. thesaurus: called if synonyms are asked for.
     """
     mentions: dict[str, list[list[str]]] = defaultdict(list)
     for row in rows:
@@ -60,11 +70,26 @@ def ner(rows: list[Row], shares: dict[str, float], seed: int, synonyms: Callable
         row, change = random.choice(rows), random.choice((str.lower, str.upper))
         return {**row, "tokens": [change(token) for token in row["tokens"]]}
 
-    makers = {"mention_replacement": replace_mentions} if with_mentions else {}
-    return _more(rows, shares, seed, synonyms, {**makers, "recombination": join, "letter_case": recase}, edit)
+    known = thesaurus() if synonyms else None
+    added = _Rows(rows, seed)
+    added.make("mention_replacement", mention_replacement if with_mentions else 0.0, replace_mentions)
+    added.make("synonyms", synonyms, lambda random: edit(random, known))
+    added.make("word_edits", word_edits, lambda random: edit(random, None))
+    added.make("letter_case", letter_case, recase)
+    added.make("recombination", recombination, join)
+    return added.rows
 
 
-def sentiment(rows: list[Row], shares: dict[str, float], seed: int, synonyms: Callable[[], Synonyms]) -> list[Row]:
+def sentiment(
+    rows: list[Row],
+    seed: int,
+    thesaurus: Callable[[], Synonyms],
+    *,
+    synonyms: float = 0.0,
+    word_edits: float = 0.0,
+    letter_case: float = 0.0,
+    recombination: float = 0.0,
+) -> list[Row]:
     """Texts with edited words, in small or capital letters, or the first half of one and the second half of another
     with the same label."""
     by_label: dict[str, list[Row]] = defaultdict(list)
@@ -85,7 +110,13 @@ def sentiment(rows: list[Row], shares: dict[str, float], seed: int, synonyms: Ca
         row, change = random.choice(rows), random.choice((str.lower, str.upper))
         return {**row, "text": change(row["text"])}
 
-    return _more(rows, shares, seed, synonyms, {"recombination": join, "letter_case": recase}, edit)
+    known = thesaurus() if synonyms else None
+    added = _Rows(rows, seed)
+    added.make("synonyms", synonyms, lambda random: edit(random, known))
+    added.make("word_edits", word_edits, lambda random: edit(random, None))
+    added.make("letter_case", letter_case, recase)
+    added.make("recombination", recombination, join)
+    return added.rows
 
 
 def neighbours(parent: Path, tokenizer: "PreTrainedTokenizerFast", count: int = 3) -> Synonyms:
@@ -109,27 +140,15 @@ def neighbours(parent: Path, tokenizer: "PreTrainedTokenizerFast", count: int = 
     return found
 
 
-def _more(
-    rows: list[Row],
-    shares: dict[str, float],
-    seed: int,
-    synonyms: Callable[[], Synonyms],
-    makers: dict[str, Callable[[Random], Row]],
-    edit: Callable[[Random, Synonyms | None], Row],
-) -> list[Row]:
-    made = list(rows)
-    for kind, share in shares.items():
-        random = Random(f"{seed} {kind}")
-        if share == 0 or not rows:
-            continue
-        if kind == "synonyms":
-            known = synonyms()
-            made += [edit(random, known) for _ in range(round(share * len(rows)))]
-        elif kind == "word_edits":
-            made += [edit(random, None) for _ in range(round(share * len(rows)))]
-        elif kind in makers:
-            made += [makers[kind](random) for _ in range(round(share * len(rows)))]
-    return made
+class _Rows:
+    """The rows and what was added; each kind draws by itself, so that one does not change another."""
+
+    def __init__(self, rows: list[Row], seed: int):
+        self.rows, self.count, self.seed = list(rows), len(rows), seed
+
+    def make(self, kind: str, share: float, maker: Callable[[Random], Row]) -> None:
+        random = Random(f"{self.seed} {kind}")
+        self.rows += [maker(random) for _ in range(round(share * self.count))]
 
 
 def _edit(words: list[str], random: Random, synonyms: Synonyms | None) -> list[str]:

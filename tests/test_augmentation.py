@@ -29,7 +29,7 @@ def no_synonyms() -> augmentation.Synonyms:
 @pytest.mark.parametrize("kind", ["mention_replacement", "word_edits", "letter_case", "recombination", "synonyms"])
 def test_names_keep_their_type(kind: str) -> None:
     known = {"met": ["saw"], "fell": ["sank"], "rained": ["snowed"], "in": ["near"]}
-    rows = augmentation.ner(NAMES, {kind: 20.0}, 1, lambda: known)
+    rows = augmentation.ner(NAMES, 1, lambda: known, **{kind: 20.0})
     assert rows[:3] == NAMES
     assert len(rows) == 63
     assert any(row["tokens"] not in [old["tokens"] for old in NAMES] for row in rows[3:])
@@ -43,7 +43,7 @@ def test_names_keep_their_type(kind: str) -> None:
 
 
 def test_texts_keep_their_label_and_the_rest_of_the_row() -> None:
-    rows = augmentation.sentiment(TEXTS, {"word_edits": 3.0, "recombination": 3.0}, 1, no_synonyms)
+    rows = augmentation.sentiment(TEXTS, 1, no_synonyms, word_edits=3.0, recombination=3.0)
     assert len(rows) == 21
     words = {
         label: {w for row in TEXTS if row["label"] == label for w in row["text"].split()}
@@ -56,15 +56,15 @@ def test_texts_keep_their_label_and_the_rest_of_the_row() -> None:
 
 
 def test_nothing_is_added_unless_asked_for_and_a_seed_repeats_it() -> None:
-    assert augmentation.ner(NAMES, {"synonyms": 0.0, "word_edits": 0.0}, 1, no_synonyms) == NAMES
-    one, same, other = (augmentation.sentiment(TEXTS, {"word_edits": 5.0}, seed, no_synonyms) for seed in (1, 1, 2))
+    assert augmentation.ner(NAMES, 1, no_synonyms) == NAMES
+    one, same, other = (augmentation.sentiment(TEXTS, seed, no_synonyms, word_edits=5.0) for seed in (1, 1, 2))
     assert one == same != other
 
 
 def test_a_name_that_never_occurs_is_no_error() -> None:
-    rows = augmentation.ner(NAMES[2:], {"mention_replacement": 1.0, "word_edits": 2.0}, 1, no_synonyms)
+    rows = augmentation.ner(NAMES[2:], 1, no_synonyms, mention_replacement=1.0, word_edits=2.0)
     assert len(rows) == 3
-    assert augmentation.sentiment([], {"word_edits": 1.0}, 1, no_synonyms) == []
+    assert augmentation.sentiment([], 1, no_synonyms, word_edits=1.0) == []
 
 
 def test_neighbours_are_what_the_core_reads_alike(tmp_path: Path) -> None:

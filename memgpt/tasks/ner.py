@@ -64,8 +64,8 @@ class Training:
         self.pad = tokenizer.pad_token_id
         self.rows: list[tuple[list[int], list[int]]] = []
         rows = [row for row in rows_of(tables, "ner", split) if row["tokens"]]
-        synonyms = partial(augmentation.neighbours, Path(tokenizer.name_or_path), tokenizer)
-        for row in augmentation.ner(rows, augment or {}, seed, synonyms):
+        thesaurus = partial(augmentation.neighbours, Path(tokenizer.name_or_path), tokenizer)
+        for row in augmentation.ner(rows, seed, thesaurus, **augment or {}):
             pieces = encode_words(tokenizer, row["tokens"])
             for first, last in windows([len(piece) for piece in pieces], max_length):
                 ids = [*chain.from_iterable(pieces[first:last])][:max_length]

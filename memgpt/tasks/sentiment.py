@@ -72,8 +72,8 @@ class Training:
 
         index = {label: place for place, label in enumerate(labels(tables))}
         topic_index = {topic: place for place, topic in enumerate(topics(tables) or ())}
-        synonyms = partial(augmentation.neighbours, Path(tokenizer.name_or_path), tokenizer)
-        rows = augmentation.sentiment(rows_of(tables, "sentiment", split), augment or {}, seed, synonyms)
+        thesaurus = partial(augmentation.neighbours, Path(tokenizer.name_or_path), tokenizer)
+        rows = augmentation.sentiment(rows_of(tables, "sentiment", split), seed, thesaurus, **augment or {})
         self.pad = tokenizer.pad_token_id
         texts = [row["text"] for row in rows]
         self.ids = [
