@@ -72,12 +72,14 @@ class RowAdagrad(torch.optim.Optimizer):
     """Adagrad with one accumulator per row, for tables of which a step touches few rows.
 
     A row's accumulator sums the mean square of its gradients (Duchi et al. 2011, with the row as the unit), so the
-    state is 1 / width of the table and a step costs what it touches. Takes the sparse gradients that
-    `nn.Embedding(sparse=True)` gives, and dense ones.
+    state is 1 / width of the table and a step costs what it touches. It starts as if the row had seen `prior`
+    gradients of the usual size (a moving average over the rows of each step), so that a row that was written once or
+    twice, mostly by chance, stays small. Takes the sparse gradients that `nn.Embedding(sparse=True)` gives, and dense
+    ones.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-10):
-        super().__init__(params, {"lr": lr, "eps": eps})
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2, prior: float = 4.0, eps: float = 1e-10):
+        super().__init__(params, {"lr": lr, "prior": prior, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -94,9 +96,16 @@ class RowAdagrad(torch.optim.Optimizer):
                 else:
                     rows = table.grad.any(dim=1).nonzero()[:, 0]
                     values = table.grad[rows]
-                square_sum = state["square_sum"][rows] + values.float().square().mean(1)
+                if not len(rows):
+                    continue
+                squares = values.float().square().mean(1)
+                state["usual"] = (
+                    torch.lerp(state["usual"], squares.mean(), 0.02) if "usual" in state else squares.mean()
+                )
+                square_sum = state["square_sum"][rows] + squares
                 state["square_sum"][rows] = square_sum
-                change = values / (square_sum.sqrt() + group["eps"]).to(values.dtype)[:, None]
+                divisor = (square_sum + group["prior"] * state["usual"]).sqrt() + group["eps"]
+                change = values / divisor.to(values.dtype)[:, None]
                 table.index_add_(0, rows, change, alpha=-group["lr"])
 
 

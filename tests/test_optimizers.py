@@ -25,16 +25,30 @@ def test_a_row_moves_by_its_gradient_over_the_root_of_what_it_has_seen() -> None
     optimizer = RowAdagrad(table.parameters(), lr=0.1)
     gradients = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     expected, squares = before.clone(), torch.zeros(5)
+    usual = gradients.square().mean()  # the same in every step
     for _ in range(3):
         optimizer.zero_grad()
         (table(torch.tensor([1, 4])) * gradients).sum().backward()
         optimizer.step()
         for row, gradient in zip((1, 4), gradients, strict=True):
             squares[row] += gradient.square().mean()
-            expected[row] -= 0.1 * gradient / squares[row].sqrt()
+            expected[row] -= 0.1 * gradient / (squares[row] + 4 * usual).sqrt()
     assert torch.allclose(table.weight, expected)
     assert torch.equal(table.weight[[0, 2, 3]], before[[0, 2, 3]])
-    assert sum(value.numel() for value in optimizer.state[table.weight].values()) == 5
+    assert sum(value.numel() for value in optimizer.state[table.weight].values()) == 5 + 1
+
+
+def test_a_row_that_is_written_once_stays_small() -> None:
+    table = torch.nn.Embedding(3, 2, sparse=True)
+    torch.nn.init.zeros_(table.weight)
+    optimizer = RowAdagrad(table.parameters(), lr=0.1)
+    for step in range(100):
+        optimizer.zero_grad()
+        table(torch.tensor([1] if step else [1, 2])).sum().backward()
+        optimizer.step()
+    often, once = table.weight[1].abs().mean() / 100, table.weight[2].abs().mean()
+    assert once < 0.1 / 2, "less than half of a whole step"
+    assert often > 0.01 / 2
 
 
 def test_sparse_and_dense_gradients_move_a_table_alike() -> None:
