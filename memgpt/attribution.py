@@ -110,12 +110,14 @@ def _ner(predictor: Any, text: str, steps: int) -> list[Attribution]:
 
 
 def _recommendation(predictor: Any, history: list[str], steps: int) -> list[Attribution]:
+    """What of the texts read speaks for the first item offered; the ranking's other signals have no tokens."""
     model = predictor.model
     best = predictor.predict([{"history": history, "k": 1}])[0]
     if not best:
         return []
-    target = predictor.vectors[predictor.place[best[0]["item_id"]]]
-    texts = [predictor.titles[predictor.place[item]] if item in predictor.place else item for item in history]
+    index, place_of = predictor.index, predictor.place
+    target = index.vectors[place_of[best[0]["item_id"]]]
+    texts = [index.titles[place_of[item]] if item in place_of else item for item in history]
     texts = texts[-model.config.max_history :]
     rows = [_encode(predictor, text) for text in texts]
     with torch.no_grad():
