@@ -43,7 +43,7 @@ def version(place: Place, errors: float, verdict: Any = "promote", **said: Any) 
 
 
 def told(*arguments: str) -> str:
-    done = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    done = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"}, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -145,7 +145,8 @@ stages:
     do:
       cmd: mkdir -p data/tables/${item} && cp params.yaml data/tables/${item}/rows
       deps: [params.yaml]
-      outs: [data/tables/${item}]
+      outs:
+        - data/tables/${item}
   evaluate:
     foreach: [sentiment]
     do:
