@@ -748,13 +748,16 @@ def gc(
 
     Safe while stages run. Example: [bold]memgpt gc --dry-run[/]
     """
+    from rich.console import Console
+
     from memgpt import housekeeping
 
     freed = 0
-    for item in housekeeping.gc(days, dry_run):
-        freed += 0 if item.kept else item.bytes
-        word = f"kept, {item.kept}" if item.kept else "would go" if dry_run else "removed"
-        print(f"{item.what}: {item.bytes / 1e6:.1f} MB, {word}", flush=True)
+    with Console(stderr=True).status("DVC reads every commit"):
+        for item in housekeeping.gc(days, dry_run):
+            freed += 0 if item.kept else item.bytes
+            word = f"kept, {item.kept}" if item.kept else "would go" if dry_run else "removed"
+            print(f"{item.what}: {item.bytes / 1e6:.1f} MB, {word}", flush=True)
     print(f"gc: {freed / 1e6:.1f} MB {'to free' if dry_run else 'freed'}")
 
 

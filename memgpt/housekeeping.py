@@ -90,12 +90,13 @@ def _unused(path: Path) -> Iterator[bool]:
 
 
 def _cache(dry_run: bool) -> Item:
-    """DVC waits for nobody: with a stage at work its cache is left alone."""
+    """With a stage at work the cache is left alone: what it has read or written is not yet in dvc.lock."""
+    if busy := running():
+        return Item("DVC's cache", 0, f"{busy} works here")
     where = _run([sys.executable, "-m", "dvc", "cache", "dir"], "DVC's cache").strip()
     before = _size(Path(where))
-    if busy := running():
-        return Item(where, before, f"{busy} works here")
-    command = [sys.executable, "-m", "dvc", "gc", "--workspace", "--all-commits", "--all-experiments", "--force"]
+    named = ["--workspace", "--all-commits", "--all-experiments", "--skip-failed"]  # some old dvc.yaml may not parse
+    command = [sys.executable, "-m", "dvc", "gc", *named, "--force"]
     if dry_run:
         return Item(where, before, _run([*command, "--dry"], "DVC's cache").strip().splitlines()[-1])
     _run(command, "DVC's cache")
