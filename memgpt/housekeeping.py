@@ -66,9 +66,9 @@ def running() -> str | None:
 
 def _dispose(place: Path, unused: bool, days: float, dry_run: bool) -> Item:
     size = _size(place)
-    age = (time.time() - max((path.stat().st_mtime for path in place.rglob("*")), default=place.stat().st_mtime)) / _DAY
     if not unused:
         return Item(str(place), size, "in use")
+    age = (time.time() - max(Path(folder).stat().st_mtime for folder, _, _ in os.walk(place))) / _DAY
     if age < days:
         return Item(str(place), size, f"{age:.1f} days old")
     if not dry_run:
@@ -104,10 +104,12 @@ def _cache(dry_run: bool) -> Item:
 
 
 def _size(path: Path) -> int:
+    """Bytes of the files below, which may come and go meanwhile: os.walk, unlike rglob, passes over what is gone."""
     total = 0
-    for file in path.rglob("*"):
-        with suppress(FileNotFoundError):
-            total += file.lstat().st_size if file.is_file() else 0
+    for folder, _, files in os.walk(path):
+        for file in files:
+            with suppress(FileNotFoundError):
+                total += Path(folder, file).lstat().st_size
     return total
 
 
