@@ -4,8 +4,10 @@ The key is a hash of the parameters, the inputs and the code, so that a run only
 output would switch off the run cache and resume another configuration.)
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,20 @@ from typing import Any
 from memgpt.lineage import digest
 
 ROOT = Path(".memgpt/checkpoints")
+_held: dict[Path, int] = {}  # descriptors of the directories that this process works in
 COMPLETE = "complete"  # the mark in a checkpoint that was written to its end
 
 
 def directory(stage: str, params: dict[str, Any], inputs: list[Path]) -> Path:
+    """Where this stage keeps its checkpoints, made if need be, and safe from `memgpt gc` while this process lives."""
     key = hashlib.sha256(json.dumps(params, sort_keys=True).encode())
     for path in inputs:
         key.update(digest(path).encode())
     for module in sorted(Path(__file__).parent.rglob("*.py")):
         key.update(module.read_bytes())
-    return ROOT / f"{stage}-{key.hexdigest()[:16]}"
+    place = ROOT / f"{stage}-{key.hexdigest()[:16]}"
+    _hold(place)
+    return place
 
 
 def latest(directory: Path) -> Path | None:
@@ -33,3 +39,20 @@ def latest(directory: Path) -> Path | None:
 
 def discard(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
+    if (descriptor := _held.pop(directory.absolute(), None)) is not None:
+        os.close(descriptor)
+
+
+def _hold(place: Path) -> None:
+    """Share a lock on the directory itself, which the system drops when the process dies, however that ends."""
+    while place.absolute() not in _held:
+        place.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:  # gc was faster
+            continue
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if os.fstat(descriptor).st_nlink and place.exists() and os.path.samestat(os.fstat(descriptor), place.stat()):
+            _held[place.absolute()] = descriptor
+        else:  # what was locked has been removed meanwhile
+            os.close(descriptor)

@@ -3,6 +3,7 @@
 Everything heavy is imported by the command that needs it, so that `memgpt --help` answers at once.
 """
 
+import dataclasses
 import errno
 import os
 import sys
@@ -17,6 +18,8 @@ from memgpt import environment
 from memgpt.errors import UserError
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
     from memgpt.config import Config
     from memgpt.tracking import Run
 
@@ -27,9 +30,11 @@ Model = Literal["base", "ner", "sentiment", "recommendation"]
 SourceName = Annotated[Source, typer.Argument(help="Which of the four sources.")]
 TaskName = Annotated[Task, typer.Argument(help="Which of the three tasks.")]
 ModelName = Annotated[Model, typer.Argument(help="The core, or one of the three tasks.")]
+VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="ner, its champion; ner@champion; ner/3.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 Reason = Annotated[str, typer.Option(help="Why, in your words: kept in the record of the decision.")]
 
-STAGES, FLOWS, MODELS, REGISTRY, LOOK = "Stages", "Flows", "Models", "Registry", "Look"
+STAGES, FLOWS, MODELS, REGISTRY, LOOK, UPKEEP = "Stages", "Flows", "Models", "Registry", "Look", "Upkeep"
 
 app = typer.Typer(
     help="MemGPT, the memory-augmented GPT for language tasks, and the pipeline that keeps it fresh. "
@@ -183,6 +188,29 @@ class _Curve:
         if self.points:
             self.run.curve(self.points)
         self.points, self.sent = [], time.monotonic()
+
+
+def _client() -> "MlflowClient":
+    """Of the configured registry."""
+    from memgpt import tracking
+
+    tracking.use()
+    return tracking.client()
+
+
+def _show(told: Any) -> None:
+    """Print lines, a table that a narrow terminal wraps, or anything else as JSON."""
+    if isinstance(told, list) and all(isinstance(line, str) for line in told):
+        print("\n".join(told))
+    elif hasattr(told, "__rich_console__"):
+        from rich.console import Console
+
+        console = Console()
+        Console(width=max(100, console.width)).print(told, crop=False)
+    else:
+        import json
+
+        print(json.dumps(told, ensure_ascii=False, indent=2))
 
 
 def _config() -> "Config":
@@ -399,28 +427,130 @@ def promote(
 @app.command(rich_help_panel=REGISTRY)
 def rollback(
     model: ModelName,
-    version: Annotated[str | None, typer.Option(help="By default the champion before the present one.")] = None,
+    to: Annotated[str | None, typer.Option(help="3 or ner/3. Default: the champion before this one.")] = None,
     reason: Reason = "",
 ) -> None:
-    """Make an earlier version champion again.
+    """Make an earlier version champion again, once it has been seen to load and predict.
 
-    Example: [bold]memgpt rollback sentiment --reason "wrong on negations"[/]
+    Example: [bold]memgpt rollback sentiment --to 3 --reason "wrong on negations"[/]
     """
+    from memgpt import registry
     from memgpt.stages import rollback as stage
 
-    done = stage.run(_config(), model, version=version, reason=reason)
+    if to and not to.isdecimal():
+        named, to = registry.resolve(_client(), to)
+        if named != model:
+            raise UserError(f"--to {named}/{to}: is no version of {model}")
+    done = stage.run(_config(), model, version=to, reason=reason)
     print(f"rollback {model}: version {done.before} → {done.version}")
 
 
 @app.command(rich_help_panel=REGISTRY)
-def verify(model: ModelName) -> None:
-    """Load the champion in a process of its own and let it predict.
+def verify(version: VersionName) -> None:
+    """Load a version, a model's champion by default, in a process of its own and let it predict.
 
     Example: [bold]memgpt verify recommendation[/]
     """
     from memgpt.stages import verify as stage
 
-    print(f"verify {model}: version {stage.run(_config(), model)} loads and predicts")
+    print(f"verify {version}: version {stage.run(_config(), version)} loads and predicts")
+
+
+@app.command(rich_help_panel=REGISTRY)
+def history(
+    model: ModelName,
+    every: Annotated[bool, typer.Option("--all", help="Rejections, holds and what changed nothing, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show every promotion and rollback of a model, newest first: when, from, to, who, why, numbers.
+
+    Example: [bold]memgpt history ner[/]
+    """
+    from memgpt import history as past
+
+    entries = past.of(_client(), model, every=every)
+    _show([dataclasses.asdict(entry) for entry in entries] if as_json else past.table(entries))
+
+
+@app.command(rich_help_panel=REGISTRY)
+def lineage(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="WHAT", help="A version; or a commit, flow run, hash or path, to see what came of it."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show where a version came from: commit, data, params, parent, flow run, metrics; and how to get its data again.
+
+    The other way, the versions that came of a commit, of data or of a parent.
+    Example: [bold]memgpt lineage ner@champion[/], [bold]memgpt lineage data/tables/ner[/]
+    """
+    from memgpt import provenance, registry
+
+    client = _client()
+    if registry.names_version(what):
+        told = provenance.of(client, *registry.resolve(client, what))
+        _show(told if as_json else provenance.lines(told))
+    else:
+        found = provenance.came_of(client, what)
+        _show(found if as_json else [f"{version:<20} {', '.join(uses)}" for version, uses in found.items()])
+
+
+@app.command(rich_help_panel=REGISTRY)
+def compare(
+    a: Annotated[str, typer.Argument(help="ner@champion, ner/3; ner: models/ner as it is here; an experiment.")],
+    b: Annotated[str, typer.Argument(help="The other.")],
+    model: Annotated[Model | None, typer.Option(help="Of two experiments.")] = None,
+    examples: Annotated[int, typer.Option(help="How many changed answers to show.", min=0)] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Two versions or experiments on the present test set: metrics, b less a with paired intervals, changed answers.
+
+    Example: [bold]memgpt compare ner@champion ner[/], [bold]memgpt compare slower faster --model sentiment[/]
+    """
+    config = _config()
+    _compute_with(config)
+    from memgpt import comparison
+
+    found = comparison.compare(config, a, b, model)
+    if as_json:
+        _show(dataclasses.asdict(found))
+        return
+    _show(comparison.table(found, a, b))
+    _show(["", *comparison.lines(found, examples)])
+
+
+@app.command(rich_help_panel=REGISTRY)
+def reproduce(
+    version: VersionName,
+    data: Annotated[bool, typer.Option("--data", help="Only the tables that it learned from.")] = False,
+    keep: Annotated[bool, typer.Option(help="Keep the worktree also if the metrics match.")] = False,
+) -> None:
+    """Make a version anew from its commit, params and locked data, and say whether its metrics match.
+
+    In a worktree with an empty cache, below .memgpt/worktrees. Exit status 1 if they do not match.
+    Example: [bold]memgpt reproduce ner@champion[/]
+    """
+    from memgpt import console, provenance, registry
+
+    client = _client()
+    model, number = registry.resolve(client, version)
+    with console.Board() as board:
+        title = f"reproduce {model}/{number}"
+        board.begin(title)
+        made = provenance.reproduce(client, model, number, lambda line: board.note(title, line), data_only=data)
+        board.end(title, "done")
+    for note in made.notes:
+        print(f"note: {note}")
+    if data:
+        print(f"{made.worktree}/data/tables: the tables of {model}/{number}")
+        return
+    _show(provenance.table(made))
+    if made.match == "differs":
+        raise UserError(f"{model}/{number}: does not come out again; what was made is in {made.worktree}")
+    print(f"{model}/{number}: {made.match}")
+    if not keep:
+        provenance.remove_worktree(made.worktree)
 
 
 # --- look ---------------------------------------------------------------------
@@ -428,7 +558,7 @@ def verify(model: ModelName) -> None:
 
 @app.command(rich_help_panel=LOOK)
 def predict(
-    model: Annotated[str, typer.Argument(help="ner: models/ner. ner@champion, ner@3: from the registry.")],
+    model: Annotated[str, typer.Argument(help="ner: models/ner. ner@champion, ner/3: from the registry.")],
     texts: Annotated[list[str], typer.Argument(help="Texts; for recommendation what a reader read, oldest first.")],
     topic: Annotated[str | None, typer.Option(help="For sentiment.")] = None,
     k: Annotated[int, typer.Option(help="For recommendation: how many.", min=1)] = 5,
@@ -439,17 +569,15 @@ def predict(
     """
     import json
 
-    from memgpt.config import MODELS
+    from memgpt import registry
 
-    name, _, version = model.partition("@")
-    if name not in MODELS:
-        raise UserError(f"{name}: no such model; one of {', '.join(MODELS)}")
+    name, version = registry.parse(model)
     inputs: list[Any] = list(texts)
     if name == "recommendation":
         inputs = [{"history": texts, "k": k}]
     elif name == "sentiment" and topic:
         inputs = [{"text": text, "topic": topic} for text in texts]
-    for answer in _registered(name, version, inputs) if version else _local(name, inputs):
+    for answer in _registered(model, inputs) if version else _local(name, inputs):
         print(json.dumps(answer, ensure_ascii=False))
 
 
@@ -463,16 +591,14 @@ def _local(name: str, inputs: list[Any]) -> list[Any]:
     return predictors.load(name, directory).predict(inputs)
 
 
-def _registered(name: str, version: str, inputs: list[Any]) -> list[Any]:
+def _registered(reference: str, inputs: list[Any]) -> list[Any]:
     """In a process of its own, with the version's own packaged code."""
     from memgpt import gate, registry, tracking
 
     config = _config()
     tracking.use()
-    known = registry.aliases(tracking.client(), name)
-    if not version.isdecimal() and version not in known:
-        raise UserError(f"{name}@{version}: no such alias; known: {', '.join(sorted(known)) or 'none yet'}")
-    uri = registry.uri(name, known.get(version, version))
+    name, version = registry.resolve(tracking.client(), reference)
+    uri = registry.uri(name, version)
     with gate.Version(uri, Path(".memgpt/predict") / name, environment.threads(config.runtime.threads)) as served:
         served.ask(inputs)
         try:
@@ -594,6 +720,69 @@ def ui() -> None:
     from memgpt import console
 
     print("\n".join(console.ways_to_look()))
+
+
+# --- upkeep -------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=UPKEEP)
+def doctor(as_json: AsJson = False) -> None:
+    """Check the installation, this checkout and what runs here; each finding comes with its fix. Changes nothing.
+
+    Exit status 1 if something is broken. Example: [bold]memgpt doctor[/]
+    """
+    from memgpt import doctor as checks
+
+    found = checks.examine()
+    _show([dataclasses.asdict(finding) for finding in found] if as_json else checks.lines(found))
+    if any(finding.state == "broken" for finding in found):
+        sys.exit(1)
+
+
+@app.command(rich_help_panel=UPKEEP)
+def gc(
+    days: Annotated[float, typer.Option(help="Keep checkpoints and worktrees that are younger.", min=0)] = 7.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+) -> None:
+    """Remove old checkpoints and worktrees that nothing works in, and unused objects of DVC's cache.
+
+    Safe while stages run. Example: [bold]memgpt gc --dry-run[/]
+    """
+    from rich.console import Console
+
+    from memgpt import housekeeping
+
+    freed = 0
+    with Console(stderr=True).status("DVC reads every commit"):
+        for item in housekeeping.gc(days, dry_run):
+            freed += 0 if item.kept else item.bytes
+            word = f"kept, {item.kept}" if item.kept else "would go" if dry_run else "removed"
+            print(f"{item.what}: {item.bytes / 1e6:.1f} MB, {word}", flush=True)
+    print(f"gc: {freed / 1e6:.1f} MB {'to free' if dry_run else 'freed'}")
+
+
+@app.command(rich_help_panel=UPKEEP)
+def backup(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where: a new folder in it.")]) -> None:
+    """Copy mlflow.db and Prefect's database, consistent while servers and runs write to them.
+
+    To restore, stop what uses them and copy a file back. Example: [bold]memgpt backup .memgpt/backups[/]
+    """
+    from memgpt import housekeeping
+
+    for path in housekeeping.backup(directory):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command(rich_help_panel=UPKEEP)
+def upgrade() -> None:
+    """Bring mlflow.db and Prefect's database to the installed versions' schema, after a backup. Stop servers first.
+
+    Example: [bold]memgpt upgrade[/]
+    """
+    from memgpt import housekeeping
+
+    saved, upgraded = housekeeping.upgrade()
+    print(f"backup in {saved[0].parent}; upgraded: {', '.join(map(str, upgraded))}")
 
 
 if __name__ == "__main__":

@@ -59,10 +59,15 @@ def write(
             "params": params,
             "parent": weights_digest(parent) if parent else None,
             "seed": seed,
-            "versions": {library: version(library).partition("+")[0] for library in _LIBRARIES},
+            "versions": libraries(),
             "metrics": metrics,
         },
     )
+
+
+def libraries() -> dict[str, str]:
+    """The versions of those on which a model's bytes depend."""
+    return {library: version(library).partition("+")[0] for library in _LIBRARIES}
 
 
 def read(directory: Path | str) -> dict[str, Any]:

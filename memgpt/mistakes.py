@@ -19,7 +19,15 @@ _CHARACTERS = 1000  # of a text
 def worst(
     model: str, rows: list[Record], predictions: list[Any], statistics: np.ndarray, tables: Path, limit: int
 ) -> list[Record]:
-    """At most `limit` records {input, gold, prediction, badness}, the worst first; fewer if fewer are wrong.
+    """At most `limit` of `judged`, the worst first; fewer if fewer are wrong."""
+    wrong = [record for record in judged(model, rows, predictions, statistics, tables) if record["badness"] > 0]
+    return sorted(wrong, key=lambda record: -record["badness"])[:limit]
+
+
+def judged(
+    model: str, rows: list[Record], predictions: list[Any], statistics: np.ndarray, tables: Path
+) -> list[Record]:
+    """A record {input, gold, prediction, badness} for every row; badness 0: right.
 
     statistics: of the rows, as the task's module gives them.
     """
@@ -38,8 +46,7 @@ def worst(
             badness = prediction["bits_per_byte"]
             record = {"input": row["input"], "gold": None, "prediction": prediction, "badness": badness}
         records.append({**record, "input": _cut(record["input"])})
-    wrong = [record for record in records if record["badness"] > 0]
-    return sorted(wrong, key=lambda record: -record["badness"])[:limit]
+    return records
 
 
 def _sentiment(row: Record, prediction: Record) -> Record:

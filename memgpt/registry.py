@@ -9,6 +9,7 @@ import getpass
 import hashlib
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from memgpt import card, lineage, packaging, tracking
-from memgpt.config import SOURCES
+from memgpt.config import MODELS, SOURCES
 from memgpt.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
@@ -41,6 +43,10 @@ CONTENT = (
 )
 ORIGIN = ("commit", "dirty", "flow_run", "mlflow_run")
 REQUIRED = (*CONTENT, "content", *ORIGIN)
+PINNED = (
+    "params.yaml",
+    "data/sources.lock.json",
+)  # kept with a version: its commit may hold others
 _LINEAGE = {"stage", "inputs", "params", "parent", "seed", "versions", "metrics"}  # keys of lineage.json
 _REPORT = {"primary", "value", "ci_low", "ci_high", "n", "baseline"}
 _DESCRIPTION = 4900  # characters: MLflow's column has 5,000, and databases other than SQLite enforce it
@@ -55,6 +61,49 @@ def uri(model: str, version: str) -> str:
     return f"models:/{name(model)}/{version}"
 
 
+_REFERENCE = re.compile(r"(?:models:/)?(?:memgpt-)?(?P<model>[a-z]+)(?:[@/](?P<version>[\w.-]+))?")
+
+
+def parse(text: str) -> tuple[str, str | None]:
+    """The model, and the version or alias, that a person names: `ner@champion`, `ner/3`, `memgpt-ner@champion`,
+    `models:/memgpt-ner/3`; None for a bare `ner`.
+
+    Raises:
+        UserError: if it names no model.
+    """
+    found = _REFERENCE.fullmatch(text)
+    if not found or found["model"] not in MODELS:
+        raise UserError(f"{text}: no such model; one of {', '.join(MODELS)}, a version as ner@champion or ner/3")
+    return found["model"], found["version"]
+
+
+def names_version(text: str) -> bool:
+    """Whether `text` is a model or a version of one, as `parse` reads it."""
+    found = _REFERENCE.fullmatch(text)
+    return found is not None and found["model"] in MODELS
+
+
+def resolve(client: "MlflowClient", text: str) -> tuple[str, str]:
+    """The model and the number of the version that `text` names; a bare model's is its champion.
+
+    Raises:
+        UserError: if there is no such model, alias or version.
+    """
+    model, wanted = parse(text)
+    wanted = wanted or CHAMPION
+    if not wanted.isdecimal():
+        known = aliases(client, model)
+        if wanted not in known:
+            fix = f"; `memgpt promote {model}` makes one" if wanted == CHAMPION else ""
+            names = ", ".join(sorted(known)) or "none yet"
+            raise UserError(f"{model}@{wanted}: {name(model)} has no {wanted}, known aliases: {names}{fix}")
+        return model, known[wanted]
+    numbers = [str(version.version) for version in versions(client, model)]
+    if wanted not in numbers:
+        raise UserError(f"{uri(model, wanted)}: no such version; there are {', '.join(numbers) or 'none yet'}")
+    return model, wanted
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A finished model directory with all that a version must say about itself, except the run that registers it."""
@@ -65,6 +114,7 @@ class Candidate:
     sources: dict[str, dict[str, Any]]
     story: dict[str, Any]
     tags: dict[str, str]
+    pinned: tuple[Path, ...] = ()
 
     @property
     def weights(self) -> str:
@@ -115,7 +165,13 @@ def candidate(model: str, root: Path = Path()) -> Candidate:
     for source, manifest in sources.items():  # as it was when the model learned, where its lineage says so
         tables = root / "data" / "tables" / source
         manifest["sha256"] = story["inputs"].get(f"data/tables/{source}") or lineage.digest(tables)
-    return Candidate(model, directory, report, sources, story, {**content, "content": digest, **origin})
+    learned_from = {
+        "parent": story["parent"] or "none",
+        "data": _compact({source: manifest["sha256"] for source, manifest in sources.items()}),
+    }
+    tags = {**content, "content": digest, **origin, **learned_from}
+    pinned = tuple(root / file for file in PINNED if (root / file).is_file())
+    return Candidate(model, directory, report, sources, story, tags, pinned)
 
 
 def commit_at_start(root: Path) -> tuple[str, bool]:
@@ -193,6 +249,8 @@ def register(client: "MlflowClient", candidate: Candidate) -> str:
             packaging.save(candidate.model, candidate.directory, text, packaged, run.id)
             client.log_artifacts(run.id, str(packaged), "model")
         client.log_text(run.id, text, "model_card.md")
+        for path in candidate.pinned:
+            client.log_artifact(run.id, str(path), "pinned")
     made = client.create_model_version(
         name(candidate.model), f"runs:/{run.id}/model", run.id, tags=tags, description=_description(text)
     )
@@ -276,6 +334,18 @@ def apply(client: "MlflowClient", tags: Mapping[str, str], at: int) -> None:
 def close(client: "MlflowClient", run_id: str, state: str) -> None:
     client.set_tag(run_id, "state", state)
     client.set_terminated(run_id, "FINISHED" if state == "done" else "KILLED")
+
+
+def records(client: "MlflowClient", model: str) -> "list[Run]":
+    """Every decision on a model, newest first."""
+    found, token = [], None
+    while token != "":
+        page = client.search_runs(
+            [tracking.experiment(tracking.PROMOTIONS)], f"tags.model = '{model}'", page_token=token
+        )
+        found += page
+        token = page.token or ""
+    return found
 
 
 def reconcile(client: "MlflowClient", model: str) -> list[str]:

@@ -233,11 +233,12 @@ def _bury(mlflow_client: "MlflowClient", experiment_id: str, name: str) -> None:
     host = socket.gethostname()
     query = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}' and tags.host = '{host}'"
     for run in mlflow_client.search_runs([experiment_id], query):
-        if not _alive(int(run.data.tags["pid"])):
+        if not alive(int(run.data.tags["pid"])):
             mlflow_client.set_terminated(run.info.run_id, "KILLED")
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of this machine has this id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

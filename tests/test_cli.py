@@ -26,12 +26,20 @@ COMMANDS = [
     "promote",
     "rollback",
     "verify",
+    "history",
+    "lineage",
+    "compare",
+    "reproduce",
     "predict",
     "explain",
     "suggest-labels",
     "pseudo-label",
     "usage",
     "ui",
+    "doctor",
+    "gc",
+    "backup",
+    "upgrade",
 ]
 
 
@@ -50,7 +58,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_help_shows_every_command_in_its_group() -> None:
     told = memgpt("--help").stdout
-    positions = [told.index(f" {name} ") for name in ("Stages", "Flows", "Models", "Registry", "Look")]
+    positions = [told.index(f" {name} ") for name in ("Stages", "Flows", "Models", "Registry", "Look", "Upkeep")]
     assert positions == sorted(positions)
     for command in COMMANDS:
         assert f"│ {command} " in told

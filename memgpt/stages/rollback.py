@@ -65,12 +65,12 @@ def _target(client: "MlflowClient", model: str, champion: str, wanted: str | Non
         # ISO times come first in the tag, so the latest sorts last
         earlier = [version for version in found if "superseded" in version.tags and str(version.version) != champion]
         if not earlier:
-            raise UserError(
-                f"{registry.name(model)}: no version was champion before {champion}; name one with --version"
-            )
+            raise UserError(f"{registry.name(model)}: no version was champion before {champion}; name one with --to")
         return str(max(earlier, key=lambda version: version.tags["superseded"]).version)
     if wanted == champion:
         raise UserError(f"{registry.uri(model, wanted)}: is the champion already")
     if wanted not in {str(version.version) for version in found}:
-        raise UserError(f"{registry.uri(model, wanted)}: no such version; `mlflow models` or the MLflow UI lists them")
+        raise UserError(
+            f"{registry.uri(model, wanted)}: no such version; `memgpt history {model}` shows which were champion"
+        )
     return wanted

@@ -1,4 +1,4 @@
-"""verify: does the registered champion load and predict, in a process of its own with its own packaged code?"""
+"""verify: does a registered version load and predict, in a process of its own with its own packaged code?"""
 
 from pathlib import Path
 
@@ -9,21 +9,20 @@ from memgpt.errors import UserError
 WORK = Path(".memgpt/verify")
 
 
-def run(config: Config, model: str) -> str:
-    """The champion's version, once it has answered its example.
+def run(config: Config, reference: str) -> str:
+    """The version's number, once it has answered its example. reference: as `registry.parse` reads it; a bare model
+    is its champion.
 
     Raises:
-        UserError: if there is no champion, or it does not load or predict.
+        UserError: if there is no such version, or it does not load or predict.
     """
     tracking.use()
-    version = registry.aliases(tracking.client(), model).get(registry.CHAMPION)
-    if version is None:
-        raise UserError(f"{registry.name(model)}: has no champion; `memgpt promote {model}` makes one")
+    model, version = registry.resolve(tracking.client(), reference)
     uri = registry.uri(model, version)
-    with gate.Version(uri, WORK / model, environment.threads(config.runtime.threads)) as champion:
-        champion.ask(packaging.EXAMPLES[model])
+    with gate.Version(uri, WORK / model, environment.threads(config.runtime.threads)) as served:
+        served.ask(packaging.EXAMPLES[model])
         try:
-            champion.answer()
+            served.answer()
         except gate.VersionError as error:
             raise UserError(f"{error}; `memgpt rollback {model}` returns to the version before") from None
     return version

@@ -1,0 +1,180 @@
+"""What piles up, and what must not be lost: gc, backup and upgrade. Safe while stages, flows and servers run."""
+
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from memgpt import atomic, checkpoint, provenance, tracking
+from memgpt.errors import UserError
+
+BACKUPS = Path(".memgpt/backups")
+RETRAIN = Path(".memgpt/retrain.lock")  # held by a running flow
+_DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """What gc found. kept: why it stays; empty: it is removed, or would be."""
+
+    what: str
+    bytes: int
+    kept: str = ""
+
+
+def gc(days: float, dry_run: bool) -> Iterator[Item]:
+    """Remove checkpoints and worktrees that no process works in and that are older than `days`, then what no commit,
+    experiment or present file names from DVC's cache.
+
+    A lock tells what is in use, not a file with a process id: it ends with its process.
+    """
+    for place in sorted(path for path in checkpoint.ROOT.glob("*") if path.is_dir()):
+        with _unused(place) as unused:
+            yield _dispose(place, unused, days, dry_run)
+    for place in sorted(path for path in provenance.WORKTREES.glob("*") if path.is_dir()):
+        lock = place.with_name(f"{place.name}.lock")
+        lock.touch()
+        with _unused(lock) as unused:
+            yield _dispose(place, unused, days, dry_run)
+    subprocess.run(["git", "worktree", "prune"], capture_output=True, check=False)
+    if Path(".dvc").is_dir():
+        yield _cache(dry_run)
+
+
+def running() -> str | None:
+    """The flow or stage that works here now, if any."""
+    if RETRAIN.exists():
+        with _unused(RETRAIN) as unused:
+            if not unused:
+                return f"memgpt retrain (process {RETRAIN.read_text(encoding='utf-8')})"
+    with suppress(OSError, json.JSONDecodeError):  # none there, or being written
+        for held in json.loads(Path(".dvc/tmp/rwlock").read_text(encoding="utf-8")).values():
+            for holder in (held.get("write"), *held.get("read", [])):
+                if holder and tracking.alive(holder["pid"]):
+                    return f"{holder['cmd']} (process {holder['pid']})"
+    return None
+
+
+def _dispose(place: Path, unused: bool, days: float, dry_run: bool) -> Item:
+    size = _size(place)
+    if not unused:
+        return Item(str(place), size, "in use")
+    age = (time.time() - max(Path(folder).stat().st_mtime for folder, _, _ in os.walk(place))) / _DAY
+    if age < days:
+        return Item(str(place), size, f"{age:.1f} days old")
+    if not dry_run:
+        shutil.rmtree(place)
+    return Item(str(place), size)
+
+
+@contextmanager
+def _unused(path: Path) -> Iterator[bool]:
+    """Whether nobody holds a lock on the file or directory; nobody gets one meanwhile."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
+
+
+def _cache(dry_run: bool) -> Item:
+    """With a stage at work the cache is left alone: what it has read or written is not yet in dvc.lock."""
+    if busy := running():
+        return Item("DVC's cache", 0, f"{busy} works here")
+    where = _run([sys.executable, "-m", "dvc", "cache", "dir"], "DVC's cache").strip()
+    before = _size(Path(where))
+    named = ["--workspace", "--all-commits", "--all-experiments", "--skip-failed"]  # some old dvc.yaml may not parse
+    command = [sys.executable, "-m", "dvc", "gc", *named, "--force"]
+    if dry_run:
+        return Item(where, before, _run([*command, "--dry"], "DVC's cache").strip().splitlines()[-1])
+    _run(command, "DVC's cache")
+    return Item(f"{where} (unused objects)", before - _size(Path(where)))
+
+
+def _size(path: Path) -> int:
+    """Bytes of the files below, which may come and go meanwhile: os.walk, unlike rglob, passes over what is gone."""
+    total = 0
+    for folder, _, files in os.walk(path):
+        for file in files:
+            with suppress(FileNotFoundError):
+                total += Path(folder, file).lstat().st_size
+    return total
+
+
+# --- databases ----------------------------------------------------------------
+
+
+def databases() -> dict[str, Path]:
+    """The SQLite files of MLflow and of the local Prefect server, those that are there; a server has its own."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    home = Path(os.environ.get("PREFECT_HOME", ".prefect"))
+    found = {"prefect.db": home / "prefect.db"}
+    if uri.startswith("sqlite:///"):
+        found["mlflow.db"] = Path(uri.removeprefix("sqlite:///"))
+    return {name: path for name, path in sorted(found.items()) if path.is_file()}
+
+
+def backup(folder: Path) -> list[Path]:
+    """Copy the databases to a new folder named by the time (UTC), each as it is at one moment, whoever writes.
+
+    SQLite's online backup: copying the file would miss what is still in its log, or tear a page.
+
+    Raises:
+        UserError: if there is none, or one is damaged.
+    """
+    found = databases()
+    if not found:
+        raise UserError("mlflow.db: not here, nor .prefect/prefect.db; run the command in the root of the checkout")
+    target = folder / datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    with atomic.replacing(target) as aside:
+        aside.mkdir()
+        for name, path in found.items():
+            with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(aside / name)) as copy:
+                try:
+                    source.backup(copy)
+                    told = copy.execute("PRAGMA quick_check").fetchone()[0]
+                except sqlite3.DatabaseError as error:
+                    told = str(error)
+            if told != "ok":
+                raise UserError(f"{path}: damaged ({told.splitlines()[0]}); restore it from an earlier backup")
+    return [target / name for name in found]
+
+
+def upgrade() -> tuple[list[Path], list[Path]]:
+    """Bring the databases to the schema of the installed MLflow and Prefect; the backups made first, the upgraded.
+
+    Raises:
+        UserError: if a run goes on, or an upgrade fails, naming the backup to go back to.
+    """
+    if busy := running():
+        raise UserError(f"{busy} works here; wait for it, or end it, before the databases are upgraded")
+    saved = backup(BACKUPS)
+    found = databases()
+    for name, path in found.items():
+        uri = f"sqlite:///{path.resolve()}"
+        if name == "mlflow.db":
+            command = [sys.executable, "-m", "mlflow", "db", "upgrade", uri]
+        else:
+            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+        _run(command, f"{path}: not upgraded; the backup is {saved[0].parent}")
+    return saved, list(found.values())
+
+
+def _run(command: list[str], what: str) -> str:
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        told = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()[-1]
+        raise UserError(f"{what}: {told.removeprefix('ERROR: ')}")
+    return done.stdout

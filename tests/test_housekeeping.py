@@ -1,0 +1,196 @@
+"""doctor, gc, backup and upgrade: what is in use stays, what is broken is told, what is copied can be used."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from judged_place import Place, empty_registry, settle
+from typer.testing import CliRunner
+
+from memgpt import checkpoint, cli, doctor, housekeeping, registry, tracking
+from memgpt.errors import UserError
+from memgpt.registry import Change
+
+HOLD = """
+import sys
+from memgpt import checkpoint
+print(checkpoint.directory("pretrain", {}, []), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return empty_registry(tmp_path_factory.mktemp("registry"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
+    return settle(tmp_path / "root", database, monkeypatch)
+
+
+def state(what: str) -> tuple[str, str, str]:
+    [finding] = [finding for finding in doctor.examine() if finding.what == what]
+    return finding.state, finding.told, finding.fix
+
+
+def test_gc_leaves_the_checkpoints_of_a_running_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert stage.stdout
+    place = Path(stage.stdout.readline().strip())
+    (place / "weights").write_bytes(bytes(2_000_000))
+    abandoned = checkpoint.ROOT / "finetune-abandoned"
+    abandoned.mkdir()
+    (abandoned / "weights").write_bytes(bytes(1_000_000))
+
+    def gc(*arguments: str) -> str:
+        return CliRunner().invoke(cli.app, ["gc", *arguments], catch_exceptions=False).output
+
+    try:
+        assert "1.0 MB to free" in gc("--days", "0", "--dry-run")
+        assert abandoned.exists()
+        assert "0.0 MB freed" in gc()  # young: it may still be resumed
+        assert abandoned.exists()
+        told = gc("--days", "0")
+        assert f"{place}: 2.0 MB, kept, in use" in told
+        assert "gc: 1.0 MB freed" in told
+        assert not abandoned.exists()
+        assert (place / "weights").exists()
+    finally:
+        stage.send_signal(signal.SIGKILL)
+        stage.wait()
+    assert "2.0 MB freed" in gc("--days", "0")
+    assert not place.exists()
+
+
+def test_a_discarded_checkpoint_can_be_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        place = checkpoint.directory("pretrain", {}, [])
+        assert [item.kept for item in housekeeping.gc(0, False)] == ["in use"]
+        checkpoint.discard(place)
+        assert list(housekeeping.gc(0, False)) == []
+
+
+def test_gc_removes_what_no_commit_names_from_the_cache_unless_a_stage_runs(place: Place) -> None:
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run([*dvc, "init", "--quiet"], check=True)
+    for text in ("kept" * 1000, "forgotten" * 1000):
+        (place.root / "file").write_text(text, encoding="utf-8")
+        subprocess.run([*dvc, "add", "--quiet", "file"], check=True)
+        if text.startswith("kept"):
+            place.git("add", "file.dvc")
+            place.git("commit", "-qm", "kept")
+    place.git("checkout", "-q", "--", "file.dvc")
+    (place.root / "file").unlink()
+    rwlock = place.root / ".dvc/tmp/rwlock"
+    holder = {"pid": os.getpid(), "cmd": "dvc repro pretrain"}
+    rwlock.write_text(json.dumps({"models/base": {"write": holder}}), encoding="utf-8")
+    [item] = housekeeping.gc(0, False)
+    assert "dvc repro pretrain" in item.kept
+    assert "dvc repro pretrain" in state("runs")[1]
+    with pytest.raises(UserError, match="dvc repro pretrain"):
+        housekeeping.upgrade()
+    rwlock.unlink()
+    [item] = housekeeping.gc(0, False)
+    assert (item.kept, item.bytes) == ("", len("forgotten" * 1000))
+    cached = [path.read_text() for path in (place.root / ".dvc/cache/files").rglob("*") if path.is_file()]
+    assert cached == ["kept" * 1000]
+
+
+def test_a_backup_is_one_moment_of_a_database_that_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tables that every transaction keeps equal, in a log that a plain copy of the file would miss."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
+    with pytest.raises(UserError, match=r"mlflow\.db: not here"):
+        housekeeping.backup(tmp_path / "backups")
+    Path(".prefect").mkdir()
+    writer = sqlite3.connect(".prefect/prefect.db", check_same_thread=False, timeout=30)
+    writer.executescript("PRAGMA journal_mode=WAL; CREATE TABLE a (n); CREATE TABLE b (n);")
+    ended, began = threading.Event(), threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            with writer:
+                writer.execute("INSERT INTO a VALUES (?)", ("x" * 2000,))
+                writer.execute("INSERT INTO b VALUES (?)", ("x" * 2000,))
+            began.set()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        began.wait()
+        copies = [housekeeping.backup(tmp_path / "backups")[0] for _ in range(5)]
+    finally:
+        ended.set()
+        thread.join()
+        writer.close()
+    assert [copy.name for copy in copies] == ["prefect.db"] * 5
+    for copy in copies:
+        counts = sqlite3.connect(copy).execute("SELECT (SELECT count(*) FROM a), (SELECT count(*) FROM b)").fetchone()
+        assert counts[0] == counts[1] > 0
+
+
+def test_a_restored_registry_knows_its_champion(place: Place) -> None:
+    place.model(errors=0.1)
+    client = tracking.client()
+    registry.register(client, registry.candidate("sentiment"))
+    registry.carry_out(client, Change("sentiment", "promote", "1", None, ["first"], "Ada"))
+    done = CliRunner().invoke(cli.app, ["backup", "backups"], catch_exceptions=False)
+    copy = Path(done.output.partition(": ")[0])
+    client.delete_registered_model_alias("memgpt-sentiment", "champion")
+    assert state("sentiment")[:2] == ("note", "has no champion")
+    shutil.copy(copy, place.root / "mlflow.db")
+    assert state("sentiment")[:2] == ("well", "champion is version 1")
+    shutil.rmtree(place.root / "mlartifacts")
+    assert state("sentiment")[0] == "broken"
+
+
+def test_an_upgrade_saves_first_and_a_failed_one_names_the_backup(place: Place) -> None:
+    saved, upgraded = housekeeping.upgrade()
+    assert [path.name for path in saved] == ["mlflow.db"]
+    assert upgraded == [place.root / "mlflow.db"]
+    assert registry.aliases(tracking.client(), "ner") == {}
+    with sqlite3.connect(place.root / "mlflow.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+    with pytest.raises(UserError, match=r"not upgraded; the backup is \.memgpt/backups/"):
+        housekeeping.upgrade()
+
+
+def test_doctor_finds_what_is_broken_and_makes_nothing(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(Path(cli.__file__).parents[1] / "params.yaml", place.root)
+    assert [finding.told for finding in doctor.examine() if finding.state == "broken"] == []
+    (place.root / "requirements.lock").write_text("numpy==0.1\nno-such-package==1\nnone==1 ; python_version < '3'\n")
+    assert "numpy" in state("packages")[1]
+    assert "no-such-package is missing" in state("packages")[1]
+    assert "none" not in state("packages")[1]
+    (place.root / "requirements.lock").unlink()
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    assert state("prefect")[0] == "broken"
+    (place.root / "params.yaml").write_text("pretrain: {tokns: 1}\n", encoding="utf-8")
+    assert state("checkout")[0] == "broken"
+    (place.root / "mlflow.db").write_bytes(b"SQLite format 3\0" + bytes(5000))
+    assert state("mlflow.db")[0] == "broken"
+    assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == 1
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert state("registry")[:2] == ("note", "no mlflow.db yet")
+    assert list(empty.iterdir()) == []
