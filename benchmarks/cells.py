@@ -41,6 +41,7 @@ from memgpt.model import (
 )
 from memgpt.objectives import Pretraining, mask, next_token_loss
 from memgpt.optimizers import clip_gradients, for_pretraining
+from memgpt.predict.words import best_path
 from memgpt.stages.pretrain import PackedTokens
 from memgpt.training import train
 
@@ -351,15 +352,15 @@ def predictions(model: PreTrainedModel, data: Examples) -> tuple[list[Any], list
     for first in range(0, len(data), 64):
         batch = data.collate([data[i] for i in range(first, min(first + 64, len(data)))])
         labels = batch.pop("labels")
-        best = model(**batch).logits.argmax(-1)
-        for gold, guess in zip(labels, best, strict=True):
+        scores = model(**batch).logits.float().log_softmax(-1)
+        for gold, of_row in zip(labels, scores, strict=True):
             if data.words:
                 kept = gold != -100
                 golds.append([data.labels[i] for i in gold[kept]])
-                guesses.append([data.labels[i] for i in guess[kept]])
+                guesses.append([data.labels[i] for i in best_path(of_row[kept].numpy(), data.labels)])
             else:
                 golds.append(data.labels[gold])
-                guesses.append(data.labels[guess])
+                guesses.append(data.labels[of_row.argmax()])
     return golds, guesses
 
 
