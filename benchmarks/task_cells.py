@@ -61,7 +61,7 @@ SETTINGS: dict[str, Spec] = {
     "sec_filings": {"epochs": 10},
     "financial_phrasebank": {"epochs": 5},
     "sst2": {"epochs": 1, "batch_size": 32, "max_length": 64},
-    "movielens": {"max_length": 24},
+    "movielens": {"epochs": 1, "max_length": 16},
 }
 
 
