@@ -1,6 +1,7 @@
 """The record of a model's champion, where a version came from, and the same version made again."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -183,7 +184,8 @@ def test_a_version_is_made_again_with_the_params_it_was_made_with(place: Place) 
     place.git("commit", "-qm", "pipeline")
     (place.root / "params.yaml").write_text("x: 0.75\n", encoding="utf-8")  # as `memgpt retrain --set` leaves it
     manifests = {name: (place.root / f"data/tables/{name}/manifest.json").read_text() for name in ("corpus", MODEL)}
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], check=True)
+    here = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], env=here, check=True)
     for name, text in manifests.items():
         (place.root / f"data/tables/{name}/manifest.json").write_text(text, encoding="utf-8")
     lineage.write(place.root / "models/sentiment", "finetune@sentiment", [], {}, None, 1, {})
