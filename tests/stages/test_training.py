@@ -72,9 +72,10 @@ def test_killed_and_resumed_equals_undisturbed(place: Path) -> None:
     assert (place / "models/base/lineage.json").read_bytes() == (place / "before/lineage.json").read_bytes()
 
 
-def test_other_parameters_do_not_resume_this_run(place: Path) -> None:
+def test_other_parameters_do_not_resume_this_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from memgpt import checkpoint
 
+    monkeypatch.chdir(place)
     inputs = [place / "models/tokenizer"]
     assert checkpoint.directory("pretrain", {"a": 1}, inputs) == checkpoint.directory("pretrain", {"a": 1}, inputs)
     assert checkpoint.directory("pretrain", {"a": 1}, inputs) != checkpoint.directory("pretrain", {"a": 2}, inputs)
