@@ -102,10 +102,7 @@ def memgpt(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
     metrics = finetune.fit(settings(task, spec), task, target)
     told = {"minutes": round((time.perf_counter() - began) / 60, 2)}
     told |= {name: metrics[name] for name in ("trainable_parameters", "members") if name in metrics}
-    predictor = predict.load(task, target)
-    if not spec.get("rerank", True):
-        return (lambda inputs: predictor.predict([{**row, "rerank": False} for row in inputs])), told
-    return predictor.predict, told
+    return predict.load(task, target).predict, told
 
 
 def bert(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
@@ -251,7 +248,11 @@ def compare(name: str, spec: Spec, target: Path) -> Spec:
         best = max(tried, key=lambda trial: trial["validation"])
         spec = {**spec, "changes": {**best["spec"].get("changes", {}), **spec.get("changes", {})}}
     ask, told = SYSTEMS[spec["system"]](task, spec, target)
-    return {"changes": spec.get("changes", {}), **told, **judged(task, ask, name, bool(spec.get("test")))}
+    test = bool(spec.get("test"))
+    found = {"changes": spec.get("changes", {}), **told, **judged(task, ask, name, test)}
+    if task == "recommendation" and spec["system"] == "memgpt":  # the same model, by the texts alone
+        found["text"] = judged(task, lambda rows: ask([{**row, "rerank": False} for row in rows]), f"{name}-text", test)
+    return found
 
 
 def judged(task: str, ask: Ask, name: str, test: bool) -> Spec:
@@ -329,14 +330,29 @@ def _from_joint(task: str, source: Path, directory: Path, params: Finetune, trun
 KINDS = {"compare": compare, "joint": joint, "forgetting": forgetting}
 
 
+def settle(name: str, spec: Spec) -> Path:
+    """A folder of the cell's own, since cells run side by side: the set's tables and core, and the joint model of the
+    cell that it comes after."""
+    source, place = WORK / "sets" / spec["set"], WORK / "places" / name
+    links = {part: source / part for part in ("params.yaml", "data", "models/base")}
+    if spec.get("kind") == "forgetting":
+        links["models/multitask"] = WORK / "places" / spec["after"][0] / "models/multitask"
+    (place / "models").mkdir(parents=True, exist_ok=True)
+    for part, target in links.items():
+        if not (place / part).is_symlink():
+            (place / part).symlink_to(target)
+    return place
+
+
 def run(name: str, spec: Spec) -> None:
     """Run a cell in this process and write its JSON."""
     torch.set_num_threads(1)
-    os.chdir(WORK / "sets" / spec["set"])
-    target = WORK / "models" / name
-    result = KINDS[spec.get("kind", "compare")](name, spec, target)
-    shutil.rmtree(target, ignore_errors=True)
+    place = settle(name, spec)
+    os.chdir(place)
+    result = KINDS[spec.get("kind", "compare")](name, spec, place / "tuned")
     atomic.write_json(RESULTS / f"{name}.json", {"spec": spec, **result})
+    os.chdir(WORK)
+    shutil.rmtree(place / "tuned" if spec.get("kind") == "joint" else place, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,6 @@ def compared(name: str, seeds: tuple[int, ...], trials: bool) -> Cells:
         final = {"after": names} if names else {"changes": middle[0] if middle else {}}
         for seed in seeds if system in SEEDED else seeds[:1]:
             cells.append((f"{name}-{system}-{seed}", {**base, "seed": seed, "test": True, **final}))
-    if SETS[name][0] == "recommendation":
-        for seed in seeds:
-            spec = dict(next(spec for cell, spec in cells if cell == f"{name}-memgpt-{seed}"))
-            cells.append((f"{name}-memgpt_text-{seed}", {**spec, "rerank": False}))
     return cells
 
 
@@ -145,8 +141,9 @@ def compare(done: dict[str, Any], name: str) -> dict[str, Any]:
     for cell, result in done.items():
         spec = result["spec"]
         if spec["set"] == name and spec.get("test"):
-            label = "memgpt_text" if spec.get("rerank") is False else spec["system"]
-            sums.setdefault(label, []).append(np.load(WORK / "statistics" / f"{cell}.npy"))
+            sums.setdefault(spec["system"], []).append(np.load(WORK / "statistics" / f"{cell}.npy"))
+            if "text" in result:
+                sums.setdefault("memgpt_text", []).append(np.load(WORK / "statistics" / f"{cell}-text.npy"))
     table: dict[str, Any] = {}
     for system, seeds in sums.items():
         total = np.mean(seeds, axis=0)
