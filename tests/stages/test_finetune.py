@@ -217,6 +217,18 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
     document = config.read(ROOT / "params.yaml")
     with pytest.raises(UserError, match=r"finetune\.ner: adversarial=1\.0 .* tune=lora does not train"):
         config.override(document, ["finetune.ner.adversarial=1.0", "finetune.ner.tune=lora"])
+    document = config.read(ROOT / "params.yaml")
+    with pytest.raises(UserError, match=r"pretrain: update=memory needs pretrain\.init"):
+        config.override(document, ["pretrain.update=memory"])
+    assert config.override(document, ["pretrain.update=memory", "pretrain.init=models/base"])
+
+
+def test_tuning_a_memory_that_is_not_there_is_refused() -> None:
+    shape = dict(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, memory_layers=[])
+    model = MemGPTForSequenceClassification(MemGPTConfig(**shape))
+    params = config.load(ROOT / "params.yaml").finetune.sentiment.model_copy(update={"tune": "memory"})
+    with pytest.raises(UserError, match="tune=memory: the model has no memory"):
+        tuning.prepare(model, params, 1)
 
 
 def test_a_soup_is_no_worse_than_its_best_member(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
