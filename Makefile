@@ -1,15 +1,23 @@
 # make run    make .venv, train on the embedded data, end with promoted models
 # make test   make .venv, run the tests
+# make up     Prefect server, worker, MLflow UI and the scheduled deployments, on loopback; once is enough
+# make down   stop what make up started
 # make check  lint, format and types
 # make clean  remove what these made
 # make lock   resolve requirements.lock anew from pyproject.toml
-.PHONY: run test check clean lock environment
+.PHONY: run test up down check clean lock environment
 
 run: environment
 	@.venv/bin/memgpt retrain
 
 test: environment
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest
+
+up: environment
+	@.venv/bin/python -m flows.up
+
+down: environment
+	@.venv/bin/python -m flows.up --down
 
 check: environment
 	@.venv/bin/ruff check .

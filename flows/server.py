@@ -1,4 +1,4 @@
-"""A Prefect server for the time of one run, where none is configured; its state is in .prefect of this folder.
+"""A Prefect server for the time of one run, where none is configured and none is up; its state is in .prefect here.
 
 Prefect can start one by itself, which a kill -9 of the flow leaves running; this one dies with its flow, and one can
 watch the run in its UI.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
+from flows import up
 from memgpt import processes
 from memgpt.errors import UserError
 
@@ -25,11 +26,13 @@ PATIENCE = 180.0  # seconds; the first start makes the database
 
 @contextmanager
 def running() -> Iterator[str]:
-    """Yield the API's URL: the configured one, or of a server that is started here and ends with this process."""
-    configured = PREFECT_API_URL.value()
-    if configured:
-        _reach(configured)
-        yield configured
+    """Yield the API's URL: the configured one, that of `make up`, or of a server that is started here and ends with this
+    process."""
+    found = PREFECT_API_URL.value() or up.api()
+    if found:
+        _reach(found)
+        with temporary_settings({PREFECT_API_URL: found}):
+            yield found
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -240,6 +240,7 @@ def retrain(
         list[str] | None,
         typer.Option(metavar="MODEL", help="Let this model replace a champion it cannot be compared with."),
     ] = None,
+    ask: Annotated[bool, typer.Option(help="Hold what the gate would promote, until `memgpt approve`.")] = False,
 ) -> None:
     """Everything: snapshot, the stages that changed, and promotion. Watch it in the Prefect UI.
 
@@ -256,7 +257,8 @@ def retrain(
     if not Path("flows/retrain.py").is_file():
         raise UserError("flows/retrain.py: not found; run the command in the root of the checkout")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the flow speaks for itself
-    flags = [*(["--force"] if force else []), *(f"--replace={model}" for model in replace or [])]
+    flags = [f"--replace={model}" for model in replace or []]
+    flags += [*(["--force"] if force else []), *(["--ask"] if ask else [])]
     sys.stdout.flush()
     # The flow takes this process over, so that signals, terminal and exit status are its own.
     os.execv(sys.executable, [sys.executable, "-m", "flows.retrain", *flags])
@@ -406,6 +408,7 @@ def index(
 def promote(
     model: ModelName,
     replace: Annotated[bool, typer.Option(help="Release a hold, as an operator's approval does.")] = False,
+    ask: Annotated[bool, typer.Option(help="Hold what the gate would promote, until `memgpt approve`.")] = False,
     reason: Reason = "",
 ) -> None:
     """Register models/MODEL and let the gate decide whether it becomes champion. Exit status 1 if it is rejected.
@@ -416,12 +419,29 @@ def promote(
     from memgpt.stages import verify as check
 
     config = _config()
-    verdict = stage.run(config, model, replace=replace, reason=reason)
+    verdict = stage.run(config, model, replace=replace, ask=ask, reason=reason)
     print(f"promote {model}: {verdict.verdict} version {verdict.version} ({'; '.join(verdict.reasons)})", flush=True)
     if verdict.verdict == "reject":
         raise UserError(f"memgpt-{model} version {verdict.version} is rejected: {'; '.join(verdict.reasons)}")
     if verdict.verdict != "promote":  # the gate has just loaded what it promoted
         check.run(config, model)
+
+
+@app.command(rich_help_panel=REGISTRY)
+def approve(
+    model: ModelName,
+    version: Annotated[str | None, typer.Option(help="Refuse if another one is held by now.")] = None,
+    reject: Annotated[bool, typer.Option("--reject", help="Say no instead.")] = False,
+    reason: Reason = "",
+) -> None:
+    """Decide on the version that the gate holds: it becomes champion, once it has been seen to load and predict.
+
+    Example: [bold]memgpt approve ner --reason "checked the new tags by hand"[/]
+    """
+    from memgpt.stages import approve as stage
+
+    done = stage.run(_config(), model, approve=not reject, version=version, reason=reason)
+    print(f"approve {model}: version {done.version} {'rejected' if reject else 'is champion'} ({done.reasons})")
 
 
 @app.command(rich_help_panel=REGISTRY)

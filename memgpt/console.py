@@ -80,7 +80,7 @@ class Board:
         """`rows` as a table; not cut to a narrow terminal, which wraps it."""
         drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name in rows[0]:
-            drawn.add_column(name, justify="right" if name in ("value", "baseline", "version") else "left")
+            drawn.add_column(name, justify="right" if name in ("value", "baseline", "champion", "version") else "left")
         for row in rows:
             drawn.add_row(*row.values(), style=STYLES.get(row["verdict"], ""))
         Console(file=self.console.file, width=max(100, self.console.width)).print(drawn, crop=False)
@@ -104,6 +104,7 @@ def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             "value": f"{verdict['value']:.3f}",
             "95 % interval": f"{verdict['ci_low']:.3f} to {verdict['ci_high']:.3f}",
             "baseline": f"{verdict['baseline']:.3f}",
+            "champion": f"{verdict['champion']:.3f}" if verdict["champion"] is not None else "",
             "verdict": verdict["verdict"],
             "version": str(verdict["version"]),
         }

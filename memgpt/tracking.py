@@ -74,6 +74,12 @@ def experiment(name: str) -> str:
     return _experiment(client(), name, _artifacts(os.environ.get("MLFLOW_TRACKING_URI", "")))
 
 
+def home() -> Path:
+    """Where processes that share the tracking store meet on this machine: beside its database file, else here."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return (Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else Path()) / LOCAL
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file; the system releases it when the process dies."""

@@ -16,6 +16,7 @@ VERDICT = {
     "ci_low": 0.4,
     "ci_high": 0.42,
     "baseline": 0.2,
+    "champion": None,
     "verdict": "promote",
     "version": "3",
     "reasons": ["first champion"],
@@ -59,7 +60,18 @@ def test_what_a_long_stage_says_is_shown_now_and_then(
 def test_the_table_is_never_cut(board: console.Board, written: io.StringIO) -> None:
     board.table(console.rows([VERDICT]))
     heading, row = written.getvalue().splitlines()
-    assert heading.split() == ["task", "metric", "value", "95", "%", "interval", "baseline", "verdict", "version"]
+    assert heading.split() == [
+        "task",
+        "metric",
+        "value",
+        "95",
+        "%",
+        "interval",
+        "baseline",
+        "champion",
+        "verdict",
+        "version",
+    ]
     assert row.split() == "recommendation ndcg_at_10 0.412 0.400 to 0.420 0.200 promote 3".split()
 
 

@@ -1,7 +1,8 @@
 """Register a finished model as challenger and let the gate decide whether it becomes champion."""
 
 import dataclasses
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -32,16 +33,32 @@ class Verdict:
     ci_low: float
     ci_high: float
     baseline: float
+    champion: float | None  # its score on the same rows, where the two were compared
     verdict: gate.Outcome
     version: str
     reasons: tuple[str, ...] = ()
 
 
-def run(config: Config, model: str, *, replace: bool = False, actor: str | None = None, reason: str = "") -> Verdict:
+@contextmanager
+def deciding(model: str) -> Iterator[None]:
+    """One decision per model at a time, in all checkouts that share the registry's database file."""
+    with tracking.locked(tracking.home() / "gate" / f"{model}.lock"):
+        yield
+
+
+def run(
+    config: Config,
+    model: str,
+    *,
+    replace: bool = False,
+    ask: bool = False,
+    actor: str | None = None,
+    reason: str = "",
+) -> Verdict:
     """Judge models/<model>, apply the verdict, and write it to .memgpt/verdicts/<model>.json too.
 
-    replace: release a hold (not comparable, or no certain gain), as an operator's approval does. actor, reason: who
-    decides and why, for the record.
+    replace: release a hold (not comparable, or no certain gain). ask: hold also what the gate would promote, until a
+    person approves it (`approve.py`). actor, reason: who decides and why, for the record.
 
     Raises:
         UserError: if the model, its report or its lineage is missing: nothing is registered then.
@@ -51,7 +68,7 @@ def run(config: Config, model: str, *, replace: bool = False, actor: str | None 
     candidate = registry.candidate(model)
     tracking.use()
     client = tracking.client()
-    with tracking.locked(WORK / f"{model}.lock"):  # one decision per model at a time
+    with deciding(model):
         settled = registry.reconcile(client, model)
         champion = registry.aliases(client, model).get(CHAMPION)
         if champion and _same(client, candidate, champion):
@@ -59,6 +76,9 @@ def run(config: Config, model: str, *, replace: bool = False, actor: str | None 
         else:
             version = registry.register(client, candidate)
             decision = _judge(config, client, candidate, version, champion, replace)
+            if ask and decision.verdict == "promote":
+                why = [f"waits for approval: {decision.reasons[0]}", *decision.reasons[1:]]
+                decision = dataclasses.replace(decision, verdict="hold", reasons=why)
         who = actor or registry.actor()
         registry.carry_out(
             client,
@@ -72,6 +92,7 @@ def run(config: Config, model: str, *, replace: bool = False, actor: str | None 
         ci_low=report["ci_low"],
         ci_high=report["ci_high"],
         baseline=report["baseline"],
+        champion=decision.numbers.get("champion"),
         verdict=decision.verdict,
         version=version,
         reasons=(*settled, *decision.reasons),

@@ -7,7 +7,7 @@ from memgpt import environment, gate, packaging, registry, tracking
 from memgpt.config import MODELS, Config
 from memgpt.errors import UserError
 from memgpt.registry import CHAMPION, Change
-from memgpt.stages.promote import WORK
+from memgpt.stages.promote import WORK, deciding
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,7 +34,7 @@ def run(
         raise UserError(f"{model}: no such model; one of {', '.join(MODELS)}")
     tracking.use()
     client = tracking.client()
-    with tracking.locked(WORK / f"{model}.lock"):
+    with deciding(model):
         registry.reconcile(client, model)
         champion = registry.aliases(client, model).get(CHAMPION)
         if champion is None:

@@ -12,8 +12,8 @@ import pytest
 from conftest import Pipeline
 from ruamel.yaml import YAML
 
-from flows import retrain
-from flows.retrain import Crew, Step, _outcome, _reason, steps
+from flows import crew as crews
+from flows.crew import Crew, Order, Queue, Step, _outcome, _reason, steps
 from memgpt import config, console
 
 STAGES_PER_RUN = 18
@@ -23,8 +23,8 @@ def crew(
     monkeypatch: pytest.MonkeyPatch, outputs: list[tuple[int, list[str]]], cores: int = 2
 ) -> tuple[Crew, list[Any]]:
     """A crew whose children end at once, each with the next of `outputs`, and what they were asked to run."""
-    monkeypatch.setattr(retrain.time, "sleep", lambda _: None)
-    made, asked = Crew(console.Board(), cores, force=False, replace=["ner"]), []
+    monkeypatch.setattr(crews.time, "sleep", lambda _: None)
+    made, asked = Crew(console.Board(), cores, Order(replace=("ner",))), []
 
     def run(command: list[str], env: dict[str, str], on_line: Any) -> int:
         asked.append((command, env))
@@ -34,7 +34,7 @@ def crew(
         return status
 
     monkeypatch.setattr(made.children, "run", run)
-    monkeypatch.setattr(retrain, "get_run_logger", lambda: __import__("logging").getLogger("test"))
+    monkeypatch.setattr(crews, "get_run_logger", lambda: __import__("logging").getLogger("test"))
     return made, asked
 
 
@@ -48,7 +48,7 @@ def test_a_finetune_waits_for_what_it_starts_from() -> None:
 
 
 def test_of_those_that_wait_the_lowest_rank_goes_first() -> None:
-    queue, went = retrain.Queue(places=1), []
+    queue, went = Queue(places=1), []
 
     def go(rank: int) -> None:
         with queue.place(rank):
@@ -164,7 +164,7 @@ def test_the_server_keeps_tasks_logs_and_artifacts(pipeline: Pipeline) -> None:
         artifacts = {key for (key,) in database.execute("select key from artifact")}
         logs = " ".join(message for (message,) in database.execute("select message from log"))
     assert {step.name for step in steps(config.load(pipeline.root / "params.yaml"))} <= tasks
-    assert {"retrain-metrics", "retrain-summary", "memgpt-ner", "validation-ner"} <= artifacts
+    assert {"retrain-metrics", "retrain-summary", "memgpt-ner", "retrain-mlflow"} <= artifacts
     assert "finetune ner: done in" in logs
 
 

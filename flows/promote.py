@@ -1,0 +1,97 @@
+"""promote: a version that the gate holds waits, suspended, for a person to approve or reject it in the UI.
+
+Suspended it has no process: nothing is held while it waits, and a restart of the machine loses nothing. The run begins
+anew when it is resumed, and then finds the answer.
+"""
+
+from typing import Annotated, Literal
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.flow_runs import suspend_flow_run
+from prefect.input import RunInput
+from prefect.runtime import flow_run
+from prefect.states import Completed, State
+from pydantic import Field
+
+from memgpt import config, environment, registry, tracking
+from memgpt.cli import Model
+from memgpt.stages import approve as stage
+
+DAY = 86400
+
+
+class Answer(RunInput):
+    """What the form in the UI asks."""
+
+    decision: Annotated[Literal["approve", "reject"], Field(description="Shall it become champion?")]
+    name: Annotated[str, Field(min_length=1, description="Who decides: kept in the history.")]
+    comment: Annotated[str, Field(description="Why: kept in the history.")] = ""
+    version: Annotated[str, Field(description="The version that was shown. Leave it as it is.")]
+
+
+@flow(name="promote", flow_run_name="promote {model}")
+def promote(
+    model: Annotated[Model, Field(description="Whose held version.")],
+    version: Annotated[str | None, Field(description="Such as 4. Empty: the one that is held now.")] = None,
+    days: Annotated[float, Field(gt=0, description="It stays held if nobody decides so long.")] = 7.0,
+) -> State[None]:
+    """Show what the gate measured, wait for somebody's decision, and carry it out."""
+    environment.prepare()
+    tracking.use()
+    waiting = stage.held(tracking.client(), model, version)
+    shown = described(waiting)
+    _supersede(model)
+    create_markdown_artifact(shown, key=f"approve-{model}", description=f"{model} version {waiting.version}")
+    form = Answer.with_initial_data(description=shown, version=waiting.version)
+    answer = suspend_flow_run(wait_for_input=form, timeout=round(days * DAY), key="approval")
+    done = stage.run(
+        config.load(),
+        model,
+        approve=answer.decision == "approve",
+        version=answer.version,
+        actor=answer.name,
+        reason=answer.comment,
+    )
+    word = "Approved" if answer.decision == "approve" else "Rejected"
+    return Completed(name=word, message=f"{registry.name(model)} version {done.version}, by {answer.name}")
+
+
+def described(waiting: stage.Held) -> str:
+    """The comparison as markdown."""
+    title = f"**{registry.name(waiting.model)} version {waiting.version}** is held: {waiting.reasons}."
+    against = f"Champion: version {waiting.champion}." if waiting.champion else "There is no champion yet."
+    rows = [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in sorted(waiting.numbers.items())]
+    where = f"`memgpt compare {waiting.model}@champion {waiting.model}/{waiting.version}` shows changed answers."
+    return "\n".join([f"{title} {against}", "", "| | |", "|---|---|", *rows, "", where])
+
+
+def _supersede(model: str) -> None:
+    """Other runs that wait for an answer on this model show an older candidate: they end."""
+    with get_client(sync_client=True) as client:
+        waiting = client.read_flow_runs(
+            flow_filter=FlowFilter(name={"any_": ["promote"]}),
+            flow_run_filter=FlowRunFilter(state={"type": {"any_": ["PAUSED"]}}),
+            sort=FlowRunSort.START_TIME_DESC,
+        )
+        for other in waiting:
+            if other.parameters.get("model") == model and str(other.id) != flow_run.id:
+                ended = Completed(name="Superseded", message=f"by {flow_run.name} ({flow_run.id})")
+                client.set_flow_run_state(other.id, ended, force=True)
+
+
+def request(model: str, version: str) -> str | None:
+    """Start a run that asks for approval; None if no such deployment is there, as in a flow without `make up`."""
+    from prefect.deployments import run_deployment
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        started = run_deployment(
+            "promote/promote", parameters={"model": model, "version": version}, timeout=0, as_subflow=False
+        )
+    except ObjectNotFound:
+        return None
+    return started.name

@@ -1,0 +1,247 @@
+"""What `make up` and `make down` do: a Prefect server, a worker, the MLflow UI and the deployments of prefect.yaml.
+
+    python -m flows.up           start what does not run yet, deploy the commit that is checked out, say where to look
+    python -m flows.up --down    stop what this started, and nothing else
+
+All listen on loopback. State is in .prefect, mlflow.db and mlartifacts/ of the checkout; logs, and what was started, in
+.memgpt/up. A Prefect server that PREFECT_API_URL names, or an MLflow server in MLFLOW_TRACKING_URI, is used instead of
+one of ours. Ports: MEMGPT_PREFECT_PORT and MEMGPT_MLFLOW_PORT.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from flows import workspace
+from memgpt import atomic, environment, tracking
+from memgpt.console import Board
+from memgpt.errors import UserError
+from memgpt.registry import commit_at_start
+
+FOLDER = Path(".memgpt/up")
+POOL = "memgpt"
+PATIENCE = 180.0  # seconds until a service answers; the first start makes the databases
+GRACE = 20.0  # seconds from SIGTERM to SIGKILL
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process that outlives this one. answers: whether it is ready to serve; port: where, and what sets it."""
+
+    name: str
+    command: list[str]
+    env: dict[str, str]
+    folder: Path
+    answers: Callable[[], bool]
+    port: tuple[str, str] | None = None
+
+    @property
+    def log(self) -> Path:
+        return FOLDER / f"{self.name}.log"
+
+    def start(self) -> bool:
+        """Start it unless it runs; True if it was started. Returns once it answers.
+
+        Raises:
+            UserError: if its port is taken, it ends, or it does not answer in time.
+        """
+        if running(self.name):
+            return False
+        if self.port:
+            _free(self.name, *self.port)
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                self.command,
+                env=self.env,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        began = psutil.Process(process.pid).create_time()
+        atomic.write_json(FOLDER / f"{self.name}.json", {"pid": process.pid, "began": began})
+        deadline = time.monotonic() + PATIENCE
+        while not self.answers():
+            if process.poll() is not None or time.monotonic() > deadline:
+                stop(self.name)
+                raise UserError(f"{self.name}: did not start; see {self.log}")
+            time.sleep(0.2)
+        return True
+
+
+def running(name: str) -> psutil.Process | None:
+    """The service's process, if it is still the one that was started: a process id may be used again."""
+    try:
+        noted = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+        process = psutil.Process(noted["pid"])
+        if process.create_time() == noted["began"] and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    except (FileNotFoundError, psutil.NoSuchProcess):
+        pass
+    return None
+
+
+def stop(name: str) -> bool:
+    """End a service and all that it started; True if it ran."""
+    process = running(name)
+    if process:
+        tree = [process, *process.children(recursive=True)]
+        for each in reversed(tree):  # the runs before the worker, which would start them again
+            with suppress(psutil.NoSuchProcess):
+                each.send_signal(signal.SIGTERM)
+        _, left = psutil.wait_procs(tree, GRACE)
+        for each in left:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(left, GRACE)
+    (FOLDER / f"{name}.json").unlink(missing_ok=True)
+    return process is not None
+
+
+def api() -> str | None:
+    """The URL of the server that `make up` started here, if it runs."""
+    noted = FOLDER / "api"
+    return noted.read_text(encoding="utf-8") if noted.exists() and running("prefect") else None
+
+
+def up() -> None:
+    root = Path.cwd()
+    commit, dirty = commit_at_start(root)
+    tracking.use(root)
+    board = Board()
+    if dirty:
+        board.say("note: uncommitted changes are not deployed")
+    place = workspace.create(root, commit)
+    with suppress(UserError), workspace.occupied(None, place):  # else a run is at it; the next one resets it anyway
+        workspace.reset(place, commit)
+
+    port = os.environ.get("MEMGPT_PREFECT_PORT", "4200")
+    url = os.environ.get("PREFECT_API_URL") or f"http://127.0.0.1:{port}/api"
+    ui_port = os.environ.get("MEMGPT_MLFLOW_PORT", "5000")
+    store = os.environ["MLFLOW_TRACKING_URI"]
+    ui = store if store.startswith("http") else f"http://127.0.0.1:{ui_port}"
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PREFECT_HOME": str(root / ".prefect"),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_API_PORT": port,  # the UI asks this variable, not --port, where the API is
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # a run without heartbeat is marked as crashed, see alerts.py
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the server has the runs' logs
+        "PREFECT_WORKER_QUERY_SECONDS": "5",
+        "MEMGPT_MLFLOW_UI": ui,
+        "MEMGPT_WORKSPACE": str(place),
+        "MEMGPT_DEPLOYED": commit,
+    }
+    services = []
+    if "PREFECT_API_URL" not in os.environ:
+        command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+        services.append(
+            Service(
+                "prefect", _python(command), env, root, lambda: _answers(f"{url}/health"), (port, "MEMGPT_PREFECT_PORT")
+            )
+        )
+    if not store.startswith("http"):
+        command = ["mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", ui_port]
+        services.append(
+            Service(
+                "mlflow", _python(command), env, root, lambda: _answers(f"{ui}/health"), (ui_port, "MEMGPT_MLFLOW_PORT")
+            )
+        )
+    for service in services:
+        began = time.monotonic()
+        word = "started" if service.start() else "runs already"
+        board.say(f"  {service.name:<12}{word:<16}{time.monotonic() - began:6.1f} s")
+    atomic.write_text(FOLDER / "api", url)
+    began = time.monotonic()
+    _deploy(env, root)
+    board.say(f"  {'deployments':<12}{commit[:12]:<16}{time.monotonic() - began:6.1f} s")
+    command = ["prefect", "worker", "start", "--pool", POOL, "--name", socket.gethostname()]
+    worker = Service("worker", _python(command), {**env, "PYTHONPATH": str(place)}, place, lambda: _online(url))
+    began = time.monotonic()
+    word = "started" if worker.start() else "runs already"
+    board.say(f"  {worker.name:<12}{word:<16}{time.monotonic() - began:6.1f} s")
+    board.say("")
+    board.say(f"Prefect  {url.removesuffix('/api')}   runs, schedules, approvals")
+    board.say(f"MLflow   {ui}   curves, models, promotions")
+    board.say(f"logs     {FOLDER}/*.log      stop: make down")
+
+
+def down() -> None:
+    board = Board()
+    for name in ("worker", "mlflow", "prefect"):
+        board.say(f"  {name:<12}{'stopped' if stop(name) else 'did not run'}")
+
+
+def _python(command: list[str]) -> list[str]:
+    return [sys.executable, "-m", *command]
+
+
+def _free(name: str, port: str, setting: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", int(port)))
+        except OSError:
+            raise UserError(f"port {port}: taken by another program; set {setting} to a free one for {name}") from None
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _online(url: str) -> bool:
+    request = urllib.request.Request(
+        f"{url}/work_pools/{POOL}/workers/filter",
+        json.dumps({"workers": {"status": {"any_": ["ONLINE"]}}}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return bool(json.load(answer))
+    except OSError:
+        return False
+
+
+def _deploy(env: dict[str, str], root: Path) -> None:
+    for command in (
+        ["prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite"],
+        ["prefect", "--no-prompt", "deploy", "--all"],
+    ):
+        done = subprocess.run(_python(command), env=env, cwd=root, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(command)}: {(done.stdout + done.stderr).strip()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flows.up", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--down", action="store_true", help="stop what this started")
+    environment.prepare()
+    down() if parser.parse_args().down else up()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,120 @@
+"""Where deployed runs happen: a git worktree of the checkout in .memgpt/workspace, put back to the deployed commit
+before each run, so that nothing is left over and nobody's checkout is touched. DVC's cache is the checkout's.
+
+    make up     creates it and moves it to the commit that it deploys
+    retrain     resets it, then applies the run's overrides to its params.yaml
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from memgpt import atomic, provenance
+from memgpt.errors import UserError
+
+FOLDER = Path(".memgpt/workspace")
+LOCK = Path(".memgpt/retrain.lock")
+SETTLED = Path(".memgpt/settled.json")  # what the last whole run left
+# What runs make stays: it says which outputs belong to which inputs, and DVC checks that anyway.
+_PRODUCTS = ("dvc.lock", "data/sources.lock.json", "reports")
+
+
+def create(checkout: Path, commit: str) -> Path:
+    """The workspace of a checkout, made at `commit` if there is none yet, with the checkout's DVC cache and remotes."""
+    folder = checkout / FOLDER
+    if not (folder / ".git").exists():
+        provenance.add_worktree(folder, commit)
+    local = checkout / ".dvc/config.local"  # this machine's remotes and credentials
+    atomic.write_text(folder / ".dvc/config.local", local.read_text(encoding="utf-8") if local.exists() else "")
+    cache = _said([sys.executable, "-m", "dvc", "--cd", str(checkout), "cache", "dir"])
+    _said([sys.executable, "-m", "dvc", "--cd", str(folder), "cache", "dir", "--local", cache])
+    return folder
+
+
+def reset(folder: Path, commit: str) -> None:
+    """Make all that git tracks, but what runs make, as it is in `commit`; ignored files stay.
+
+    Raises:
+        UserError: if the commit is not there.
+    """
+    kept = [f":!{path}" for path in _PRODUCTS]
+    _git(folder, "reset", "--quiet", "--soft", commit)
+    _git(folder, "restore", "--source", commit, "--staged", "--worktree", "--", ".", *kept)
+    _git(folder, "clean", "--force", "-d", "--quiet", "--", ".", *kept)
+
+
+@contextmanager
+def occupied(run: str | None, folder: Path = Path()) -> Iterator[str]:
+    """Hold a folder for one flow run: one retrain at a time. The system drops the lock when its holder dies.
+
+    Yields the id of the run that held it before us and did not leave it in order, else "".
+
+    Raises:
+        UserError: if another one runs.
+    """
+    (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().partition(" ")[0]
+            raise UserError(f"retrain already runs here (process {holder}); wait for it, or end it") from None
+        file.seek(0)
+        last = file.read().partition(" ")[2]
+        if run is None:
+            yield last
+            return
+        _write(file, f"{os.getpid()} {run}")
+        yield last
+        _write(file, "")
+
+
+def _write(file: IO[str], text: str) -> None:
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+
+
+def settled(tasks: Sequence[str]) -> bool:
+    """Whether nothing has changed here since the last run that was through with these tasks."""
+    try:
+        known = json.loads(SETTLED.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return known["state"] == _fingerprint() and set(tasks) <= set(known["tasks"]) and not _changed()
+
+
+def settle(tasks: Sequence[str]) -> None:
+    atomic.write_json(SETTLED, {"state": _fingerprint(), "tasks": sorted(tasks)})
+
+
+def _fingerprint() -> str:
+    """Of what decides on a run's result: commit, params, locked data and what DVC made of them."""
+    digest = hashlib.sha256(_git(Path(), "rev-parse", "HEAD").encode())
+    for path in (Path("params.yaml"), Path("dvc.lock"), Path("data/sources.lock.json")):
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()
+
+
+def _changed() -> bool:
+    """Whether any stage would run."""
+    return subprocess.run([sys.executable, "-m", "dvc", "status", "--quiet"], capture_output=True).returncode != 0
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return _said(["git", "-C", str(folder), *arguments])
+
+
+def _said(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    return done.stdout.strip()

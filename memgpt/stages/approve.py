@@ -1,0 +1,99 @@
+"""A person's word on a version that the gate holds: it becomes champion, or it is rejected."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from memgpt import environment, gate, packaging, registry, tracking
+from memgpt.config import MODELS, Config
+from memgpt.errors import UserError
+from memgpt.registry import CHALLENGER, CHAMPION, Change
+from memgpt.stages.promote import WORK, deciding
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+@dataclass(frozen=True)
+class Held:
+    """What waits for approval. champion: the version that it would replace, if any; numbers: what the gate measured."""
+
+    model: str
+    version: str
+    champion: str | None
+    reasons: str
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+def held(client: "MlflowClient", model: str, version: str | None = None) -> Held:
+    """The challenger that the gate holds; `version`, if given, must be that one.
+
+    Raises:
+        UserError: if none is held, a newer candidate has taken its place, or the champion is not the one that it was
+            compared with.
+    """
+    if model not in MODELS:
+        raise UserError(f"{model}: no such model; one of {', '.join(MODELS)}")
+    known = registry.aliases(client, model)
+    challenger, champion = known.get(CHALLENGER), known.get(CHAMPION)
+    if challenger is None or challenger == champion:
+        raise UserError(f"{registry.name(model)}: no version is held; `memgpt promote {model}` judges a candidate")
+    if version not in (None, challenger):
+        raise UserError(f"{registry.uri(model, str(version))}: superseded, version {challenger} is the challenger now")
+    for run in registry.records(client, model):
+        tags = run.data.tags
+        if tags["to"] == challenger and tags["state"] == "done":
+            before = None if tags["from"] == "none" else tags["from"]
+            if tags["verdict"] != "hold":
+                break
+            if before != champion:
+                raise UserError(
+                    f"{registry.uri(model, challenger)}: was compared with champion {before or 'none'}, and it is "
+                    f"{champion or 'none'} now; `memgpt promote {model}` judges it anew"
+                )
+            return Held(model, challenger, champion, tags["reasons"], dict(run.data.metrics))
+    raise UserError(f"{registry.uri(model, challenger)}: is not held; `memgpt promote {model}` judges it")
+
+
+def run(
+    config: Config,
+    model: str,
+    *,
+    approve: bool,
+    version: str | None = None,
+    actor: str | None = None,
+    reason: str = "",
+) -> Held:
+    """Carry the decision out, once the version has been seen to load and predict.
+
+    Raises:
+        UserError: if it is not the held one (see `held`), or does not load and predict; nothing changes then.
+    """
+    tracking.use()
+    client = tracking.client()
+    with deciding(model):
+        registry.reconcile(client, model)
+        waiting = held(client, model, version)
+        if approve:
+            uri = registry.uri(model, waiting.version)
+            with gate.Version(uri, WORK / model, environment.threads(config.runtime.threads)) as new:
+                try:
+                    new.ask(packaging.EXAMPLES[model])
+                    new.answer()
+                except gate.VersionError as error:
+                    raise UserError(f"{error}; it stays held, and the champion is unchanged") from None
+        who = actor or registry.actor()
+        word = "approved" if approve else "rejected"
+        registry.carry_out(
+            client,
+            Change(
+                model,
+                "promote" if approve else "reject",
+                waiting.version,
+                waiting.champion,
+                [f"{word} by {who}", f"held because: {waiting.reasons}"],
+                who,
+                reason,
+                waiting.numbers,
+            ),
+        )
+    return waiting
