@@ -62,7 +62,8 @@ def llama(width: int) -> LlamaForCausalLM:
 
 
 def bert(width: int) -> BertForMaskedLM:
-    """BERT's shape: learned positions, norm after each layer, GELU of four times the width."""
+    """BERT's shape: learned positions, norm after each layer, GELU of four times the width. Without its dropout, as the
+    others are: no text is seen twice."""
     return BertForMaskedLM(
         BertConfig(
             vocab_size=VOCABULARY,
@@ -72,6 +73,8 @@ def bert(width: int) -> BertForMaskedLM:
             num_attention_heads=max(2, width // 32),
             max_position_embeddings=CONTEXT * 2,
             pad_token_id=0,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
     )
 

@@ -1,1 +1,24 @@
 """Flows: what operators run and watch in Prefect. A flow only orchestrates; the work is in memgpt/stages."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec
+
+from prefect.states import Failed, State
+
+from memgpt.errors import UserError
+
+P = ParamSpec("P")
+
+
+def in_one_line(flow: Callable[P, State[Any]]) -> Callable[P, State[Any]]:
+    """A flow's function that fails with a user's mistake as its message, without a stack trace in the logs."""
+
+    @wraps(flow)
+    def told(*arguments: P.args, **named: P.kwargs) -> State[Any]:
+        try:
+            return flow(*arguments, **named)
+        except UserError as error:
+            return Failed(message=str(error))
+
+    return told

@@ -17,6 +17,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, State
 from pydantic import Field
 
+from flows import in_one_line
 from memgpt import config, environment, registry, tracking
 from memgpt.cli import Model
 from memgpt.stages import approve as stage
@@ -34,6 +35,7 @@ class Answer(RunInput):
 
 
 @flow(name="promote", flow_run_name="promote {model}")
+@in_one_line
 def promote(
     model: Annotated[Model, Field(description="Whose held version.")],
     version: Annotated[str | None, Field(description="Such as 4. Empty: the one that is held now.")] = None,

@@ -25,12 +25,12 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
 from prefect.events import emit_event
 from prefect.futures import PrefectFuture, wait
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed, Crashed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows import promote, server, workspace
+from flows import in_one_line, promote, server, workspace
 from flows.crew import Crew, Order, Step, steps
 from memgpt import config, console, environment, tracking
 from memgpt.cli import Model, Task
@@ -50,6 +50,7 @@ def run_step(step: Step, crew: Crew) -> State[Any]:
 
 
 @flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=64))
+@in_one_line
 def retrain(
     tasks: Annotated[list[Task], Field(description="Which are trained and judged, beside the core.")] = ALL,
     overrides: Annotated[
@@ -70,7 +71,7 @@ def retrain(
     order = Order(tuple(tasks), force, tuple(replace), approval == "manual")
     with workspace.occupied(str(flow_run.id)) as last:
         _mark_crashed(last)
-        deployed = os.environ.get("MEMGPT_DEPLOYED") if flow_run.deployment_id else None
+        deployed = os.environ.get("MEMGPT_DEPLOYED")  # the worker sets it
         if deployed:
             _stand_for_late_runs()
             workspace.reset(Path(), deployed)
@@ -130,7 +131,7 @@ def _conclude(failures: list[str], order: Order, page: str) -> State[Any]:
                 resource={"prefect.resource.id": f"memgpt.model.{verdict['model']}"},
                 payload={**told, "version": verdict["version"], "reasons": "; ".join(verdict["reasons"])},
             )
-        elif verdict["verdict"] == "hold" and flow_run.deployment_id:
+        elif verdict["verdict"] == "hold" and deployment.id:
             promote.request(verdict["model"], verdict["version"])
     if failures:
         return Failed(message="\n".join(failures))
@@ -180,7 +181,7 @@ def _stand_for_late_runs() -> None:
             flow_run_filter=FlowRunFilter(
                 state={"type": {"any_": ["SCHEDULED"]}}, expected_start_time={"before_": datetime.now(UTC)}
             ),
-            deployment_filter=DeploymentFilter(id={"any_": [flow_run.deployment_id]}),
+            deployment_filter=DeploymentFilter(id={"any_": [deployment.id]}),
         )
         for other in late:
             if other.auto_scheduled and str(other.id) != flow_run.id:

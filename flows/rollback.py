@@ -6,12 +6,14 @@ from prefect import flow
 from prefect.states import Completed, State
 from pydantic import Field
 
+from flows import in_one_line
 from memgpt import config, environment, registry
 from memgpt.cli import Model
 from memgpt.stages import rollback as stage
 
 
 @flow(name="rollback")
+@in_one_line
 def rollback(
     model: Annotated[Model, Field(description="Whose champion.")],
     name: Annotated[str, Field(description="Who decides: kept in the history.")],

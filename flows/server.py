@@ -26,8 +26,7 @@ PATIENCE = 180.0  # seconds; the first start makes the database
 
 @contextmanager
 def running() -> Iterator[str]:
-    """Yield the API's URL: the configured one, that of `make up`, or of a server that is started here and ends with this
-    process."""
+    """Yield the API's URL: the configured one, that of `make up`, or one started here that ends with this process."""
     found = PREFECT_API_URL.value() or up.api()
     if found:
         _reach(found)

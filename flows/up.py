@@ -39,7 +39,10 @@ GRACE = 20.0  # seconds from SIGTERM to SIGKILL
 
 @dataclass(frozen=True)
 class Service:
-    """A process that outlives this one. answers: whether it is ready to serve; port: where, and what sets it."""
+    """A process that outlives this one.
+
+    command: a module and its arguments; answers: whether it is ready to serve; port: where, and what sets it.
+    """
 
     name: str
     command: list[str]
@@ -52,20 +55,20 @@ class Service:
     def log(self) -> Path:
         return FOLDER / f"{self.name}.log"
 
-    def start(self) -> bool:
-        """Start it unless it runs; True if it was started. Returns once it answers.
+    def start(self) -> str:
+        """Start it unless it runs; what was done.
 
         Raises:
-            UserError: if its port is taken, it ends, or it does not answer in time.
+            UserError: if its port is taken.
         """
         if running(self.name):
-            return False
+            return "runs already"
         if self.port:
             _free(self.name, *self.port)
         FOLDER.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                self.command,
+                [sys.executable, "-m", *self.command],
                 env=self.env,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
@@ -75,13 +78,19 @@ class Service:
             )
         began = psutil.Process(process.pid).create_time()
         atomic.write_json(FOLDER / f"{self.name}.json", {"pid": process.pid, "began": began})
+        return "started"
+
+    def wait(self) -> None:
+        """
+        Raises:
+            UserError: if it ends, or does not answer in time.
+        """
         deadline = time.monotonic() + PATIENCE
         while not self.answers():
-            if process.poll() is not None or time.monotonic() > deadline:
+            if not running(self.name) or time.monotonic() > deadline:
                 stop(self.name)
                 raise UserError(f"{self.name}: did not start; see {self.log}")
             time.sleep(0.2)
-        return True
 
 
 def running(name: str) -> psutil.Process | None:
@@ -130,9 +139,8 @@ def up() -> None:
     with suppress(UserError), workspace.occupied(None, place):  # else a run is at it; the next one resets it anyway
         workspace.reset(place, commit)
 
-    port = os.environ.get("MEMGPT_PREFECT_PORT", "4200")
+    port, ui_port = os.environ.get("MEMGPT_PREFECT_PORT", "4200"), os.environ.get("MEMGPT_MLFLOW_PORT", "5000")
     url = os.environ.get("PREFECT_API_URL") or f"http://127.0.0.1:{port}/api"
-    ui_port = os.environ.get("MEMGPT_MLFLOW_PORT", "5000")
     store = os.environ["MLFLOW_TRACKING_URI"]
     ui = store if store.startswith("http") else f"http://127.0.0.1:{ui_port}"
     env = {
@@ -149,34 +157,27 @@ def up() -> None:
         "MEMGPT_WORKSPACE": str(place),
         "MEMGPT_DEPLOYED": commit,
     }
-    services = []
-    if "PREFECT_API_URL" not in os.environ:
-        command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
-        services.append(
-            Service(
-                "prefect", _python(command), env, root, lambda: _answers(f"{url}/health"), (port, "MEMGPT_PREFECT_PORT")
-            )
-        )
-    if not store.startswith("http"):
-        command = ["mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", ui_port]
-        services.append(
-            Service(
-                "mlflow", _python(command), env, root, lambda: _answers(f"{ui}/health"), (ui_port, "MEMGPT_MLFLOW_PORT")
-            )
-        )
-    for service in services:
-        began = time.monotonic()
-        word = "started" if service.start() else "runs already"
-        board.say(f"  {service.name:<12}{word:<16}{time.monotonic() - began:6.1f} s")
+    server = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    pages = ["mlflow", "server", "--host", "127.0.0.1", "--port", ui_port, "--workers", "1"]
+    pages += ["--backend-store-uri", store]
+    services = [
+        Service("prefect", server, env, root, lambda: _answers(f"{url}/health"), (port, "MEMGPT_PREFECT_PORT")),
+        Service("mlflow", pages, env, root, lambda: _answers(f"{ui}/health"), (ui_port, "MEMGPT_MLFLOW_PORT")),
+    ]
+    theirs = {"prefect": "PREFECT_API_URL" in os.environ, "mlflow": store.startswith("http")}
+    ours = [service for service in services if not theirs[service.name]]
+    for service in ours:
+        board.say(f"  {service.name:<12}{service.start()}")
+    for service in ours:
+        service.wait()
     atomic.write_text(FOLDER / "api", url)
-    began = time.monotonic()
+
     _deploy(env, root)
-    board.say(f"  {'deployments':<12}{commit[:12]:<16}{time.monotonic() - began:6.1f} s")
+    board.say(f"  {'deployments':<12}of commit {commit[:12]}")
     command = ["prefect", "worker", "start", "--pool", POOL, "--name", socket.gethostname()]
-    worker = Service("worker", _python(command), {**env, "PYTHONPATH": str(place)}, place, lambda: _online(url))
-    began = time.monotonic()
-    word = "started" if worker.start() else "runs already"
-    board.say(f"  {worker.name:<12}{word:<16}{time.monotonic() - began:6.1f} s")
+    worker = Service("worker", command, {**env, "PYTHONPATH": str(place)}, place, lambda: _online(url))
+    board.say(f"  {worker.name:<12}{worker.start()}")
+    worker.wait()
     board.say("")
     board.say(f"Prefect  {url.removesuffix('/api')}   runs, schedules, approvals")
     board.say(f"MLflow   {ui}   curves, models, promotions")
@@ -187,10 +188,6 @@ def down() -> None:
     board = Board()
     for name in ("worker", "mlflow", "prefect"):
         board.say(f"  {name:<12}{'stopped' if stop(name) else 'did not run'}")
-
-
-def _python(command: list[str]) -> list[str]:
-    return [sys.executable, "-m", *command]
 
 
 def _free(name: str, port: str, setting: str) -> None:
@@ -228,7 +225,7 @@ def _deploy(env: dict[str, str], root: Path) -> None:
         ["prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite"],
         ["prefect", "--no-prompt", "deploy", "--all"],
     ):
-        done = subprocess.run(_python(command), env=env, cwd=root, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", *command], env=env, cwd=root, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{' '.join(command)}: {(done.stdout + done.stderr).strip()}")
 
