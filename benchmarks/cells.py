@@ -329,7 +329,7 @@ HEADS = {
 
 
 def finetune(name: str, spec: dict[str, Any], source: Path) -> dict[str, Any]:
-    """The pretrained cell `spec["start"]` on a task; for every kind alike without dropout, and the last step's score."""
+    """The pretrained cell `spec["start"]` on a task; every kind without dropout, and scored after the last step."""
     task = spec["task"]
     train_set, test_set = examples(task, source)
     set_seed(spec["seed"])

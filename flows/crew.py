@@ -28,17 +28,8 @@ _PASSING = (
     "no MLflow server answers",
     "database is locked",
 )
-_DVC_SAYS = (
-    "Running stage",
-    "> ",
-    "Updating lock",
-    "Generating lock",
-    "To track",
-    "To enable",
-    "\t",
-    "Use `dvc",
-    "Stage '",
-)
+_DVC_SAYS = ("Running stage", "> ", "Stage '")  # not news on the console, where each stage has a line
+_DVC_HINTS = ("Updating lock", "Generating lock", "To track", "To enable", "\t", "Use `dvc")  # not ours to follow
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,11 @@ def steps(settings: config.Config, tasks: Sequence[str] = config.TASKS) -> list[
         *(Step(f"validate@{source}", ingested) for source in config.SOURCES),  # it compares texts with another source's
         Step("tokenize", tuple(f"validate@{source}" for source in config.SOURCES), alone=True),
         Step("pretrain", ("tokenize",), alone=True),
-        *([Step("multitask", ("pretrain",), rank=-9 if jointly else 9)] if jointly or len(models) > 3 else []),
+        *(
+            [Step("multitask", ("pretrain",), rank=-9 if jointly else 9)]
+            if jointly or set(tasks) == set(config.TASKS)
+            else []
+        ),
         *(Step(f"finetune@{task}", (trunk[start[task]],), rank=i - 3) for i, task in enumerate(longest_first)),
         *(Step(f"evaluate@{model}", (trained[model],)) for model in models),
         *(Step(f"promote@{model}", (f"evaluate@{model}",)) for model in models),
@@ -164,6 +159,8 @@ class Crew:
             progress = Progress(step.name)
 
             def hear(line: str) -> None:
+                if line.startswith(_DVC_HINTS):
+                    return
                 said.append(line)
                 logger.info(line)
                 progress.hear(line)

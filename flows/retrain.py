@@ -26,7 +26,7 @@ from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
 from prefect.events import emit_event
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import deployment, flow_run
-from prefect.states import Cancelled, Completed, Crashed, Failed, State
+from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
@@ -70,7 +70,7 @@ def retrain(
     environment.prepare()
     order = Order(tuple(tasks), force, tuple(replace), approval == "manual")
     with workspace.occupied(str(flow_run.id)) as last:
-        _mark_crashed(last)
+        workspace.mark_crashed(last)
         deployed = os.environ.get("MEMGPT_DEPLOYED")  # the worker sets it
         if deployed:
             _stand_for_late_runs()
@@ -164,14 +164,6 @@ def _publish(found: list[dict[str, Any]], page: str) -> None:
 def _mlflow() -> str:
     uri = console.tracking_uri()
     return uri if uri.startswith("http") else os.environ.get("MEMGPT_MLFLOW_UI", "http://127.0.0.1:5000")
-
-
-def _mark_crashed(run_id: str) -> None:
-    """The run that held this workspace's lock before us: if the server takes it for running, it was killed."""
-    with get_client(sync_client=True) as client:
-        for other in client.read_flow_runs(flow_run_filter=FlowRunFilter(id={"any_": [run_id]})) if run_id else []:
-            if other.state is None or not other.state.is_final():
-                client.set_flow_run_state(other.id, Crashed(message="its process was killed"), force=True)
 
 
 def _stand_for_late_runs() -> None:

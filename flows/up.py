@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import workspace
 from memgpt import atomic, environment, tracking
@@ -136,8 +137,10 @@ def up() -> None:
     if dirty:
         board.say("note: uncommitted changes are not deployed")
     place = workspace.create(root, commit)
-    with suppress(UserError), workspace.occupied(None, place):  # else a run is at it; the next one resets it anyway
+    crashed = ""
+    with suppress(UserError), workspace.occupied(None, place) as last:  # else a run is at it; the next one resets it
         workspace.reset(place, commit)
+        crashed = last
 
     port, ui_port = os.environ.get("MEMGPT_PREFECT_PORT", "4200"), os.environ.get("MEMGPT_MLFLOW_PORT", "5000")
     url = os.environ.get("PREFECT_API_URL") or f"http://127.0.0.1:{port}/api"
@@ -172,6 +175,8 @@ def up() -> None:
         service.wait()
     atomic.write_text(FOLDER / "api", url)
 
+    with temporary_settings({PREFECT_API_URL: url}):
+        workspace.mark_crashed(crashed)
     _deploy(env, root)
     board.say(f"  {'deployments':<12}of commit {commit[:12]}")
     command = ["prefect", "worker", "start", "--pool", POOL, "--name", socket.gethostname()]

@@ -16,6 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.states import Crashed
+
 from memgpt import atomic, provenance
 from memgpt.errors import UserError
 
@@ -73,14 +77,24 @@ def occupied(run: str | None, folder: Path = Path()) -> Iterator[str]:
             yield last
             return
         _write(file, f"{os.getpid()} {run}")
-        yield last
-        _write(file, "")
+        try:
+            yield last
+        finally:
+            _write(file, "")
 
 
 def _write(file: IO[str], text: str) -> None:
     file.truncate(0)
     file.write(text)
     file.flush()
+
+
+def mark_crashed(run: str) -> None:
+    """The run that held a folder's lock last, which is free: if the server takes it for running, it was killed."""
+    with get_client(sync_client=True) as client:
+        for other in client.read_flow_runs(flow_run_filter=FlowRunFilter(id={"any_": [run]})) if run else []:
+            if other.state is None or not other.state.is_final():
+                client.set_flow_run_state(other.id, Crashed(message="its process was killed"), force=True)
 
 
 def settled(tasks: Sequence[str]) -> bool:
