@@ -57,7 +57,7 @@ def steps(settings: config.Config, tasks: Sequence[str] = config.TASKS) -> list[
     start = {task: getattr(settings.finetune, task).start for task in tasks}
     longest_first = [task for task in ("recommendation", "sentiment", "ner") if task in tasks]
     models = ("base", *(task for task in config.TASKS if task in tasks))
-    jointly = "multitask" in start.values()
+    awaited, every = "multitask" in start.values(), set(tasks) == set(config.TASKS)
     return [
         Step("snapshot"),
         *(Step(f"ingest@{source}", ("snapshot",)) for source in config.SOURCES),

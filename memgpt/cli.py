@@ -415,6 +415,7 @@ def promote(
 
     Example: [bold]memgpt promote ner[/]
     """
+    from memgpt import registry
     from memgpt.stages import promote as stage
     from memgpt.stages import verify as check
 
@@ -423,7 +424,7 @@ def promote(
     print(f"promote {model}: {verdict.verdict} version {verdict.version} ({'; '.join(verdict.reasons)})", flush=True)
     if verdict.verdict == "reject":
         raise UserError(f"memgpt-{model} version {verdict.version} is rejected: {'; '.join(verdict.reasons)}")
-    if verdict.verdict != "promote":  # the gate has just loaded what it promoted
+    if verdict.verdict != "promote" and "champion" in registry.aliases(_client(), model):  # it has just loaded that one
         check.run(config, model)
 
 

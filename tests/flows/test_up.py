@@ -14,8 +14,9 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
-from conftest import TINY, Pipeline
+from conftest import CROWN, TINY, Pipeline
 
+LONG = [*TINY, "pretrain.tokens=50000000", "pretrain.checkpoint_steps=5"]
 SLOW = 180.0  # seconds; of a machine that does other things too
 
 
@@ -134,30 +135,32 @@ def test_a_wrong_override_is_told_in_one_line(up: Up) -> None:
     assert state["message"] == "overrides: finetune.ner.epoch: unknown key; did you mean 'epochs'?"
 
 
-def test_approved_by_a_person_then_nothing_to_do(up: Up) -> None:
-    state = up.ended(up.run("retrain/retrain", overrides=TINY, approval="manual", tasks=[]))
-    assert (state["type"], state["message"]) == ("COMPLETED", "base hold")
-    assert (up.place.root / "params.yaml").read_text() != ""
+def test_held_approved_by_a_person_then_nothing_to_do(up: Up) -> None:
+    order = {"overrides": TINY, "tasks": ["recommendation"]}
+    state = up.ended(up.run("retrain/retrain", **order, approval="manual"))
+    assert state["message"].startswith("promote@base: memgpt-base version 1 is rejected: ")  # a tiny core is no good
     assert subprocess.run(["git", "diff", "--quiet"], cwd=up.place.root).returncode == 0  # nobody's checkout is touched
 
     def waiting() -> list[dict[str, Any]]:
         return [run for run in up.runs("promote") if run["state"]["name"] == "Suspended"]
 
     first = up.until(waiting, lambda runs: len(runs) == 1)[0]
-    newer = up.run("promote/promote", model="base")
+    assert first["parameters"]["model"] == "recommendation"
+    newer = up.run("promote/promote", model="recommendation")
     up.until(lambda: up.state(first["id"]), lambda state: state["name"] == "Superseded")
     up.until(lambda: up.state(newer), lambda state: state["name"] == "Suspended")
     answer = {"decision": "approve", "name": "Ada", "comment": "looks right", "version": "1"}
     up.post(f"flow_runs/{newer}/resume", {"run_input": answer})
     assert up.ended(newer)["name"] == "Approved"
-    told = up.place.run("memgpt", "history", "base")
+    told = up.place.run("memgpt", "history", "recommendation")
     assert "Ada" in told.stdout
     assert "looks right" in told.stdout
 
-    again = up.ended(up.run("retrain/retrain", overrides=TINY, tasks=[]))
-    assert again["name"] == "Nothing to do"
+    assert up.place.run(sys.executable, "-c", CROWN).returncode == 0
+    assert up.ended(up.run("retrain/retrain", **order))["message"] == "base unchanged, recommendation unchanged"
+    assert up.ended(up.run("retrain/retrain", **order))["name"] == "Nothing to do"
     artifacts = {each["key"] for each in up.post("artifacts/latest/filter", {})}
-    assert {"retrain-summary", "retrain-metrics", "retrain-mlflow", "approve-base"} <= artifacts
+    assert {"retrain-summary", "retrain-metrics", "retrain-mlflow", "approve-recommendation"} <= artifacts
 
 
 def test_late_runs_of_the_schedule_collapse_into_one(up: Up) -> None:
@@ -176,7 +179,7 @@ def test_late_runs_of_the_schedule_collapse_into_one(up: Up) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_cancelled_the_training_is_gone_within_ten_seconds(up: Up) -> None:
-    run = up.run("retrain/retrain", overrides=[*TINY, "pretrain.tokens=50000000"], tasks=[])
+    run = up.run("retrain/retrain", overrides=LONG, tasks=[])
     up.until(up.training, bool)
     up.post(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}, "force": False})
     up.until(up.training, lambda found: not found, 10)
@@ -185,9 +188,7 @@ def test_cancelled_the_training_is_gone_within_ten_seconds(up: Up) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_everything_comes_back_and_training_resumes(up: Up) -> None:
-    run = up.run(
-        "retrain/retrain", overrides=[*TINY, "pretrain.tokens=50000000", "pretrain.checkpoint_steps=5"], tasks=[]
-    )
+    run = up.run("retrain/retrain", overrides=LONG, tasks=[])
     checkpoints = up.place.root / ".memgpt/workspace/.memgpt/checkpoints"
     up.until(lambda: list(checkpoints.rglob("complete")), bool)
     for process in up.processes():  # the machine loses power
@@ -196,7 +197,7 @@ def test_killed_everything_comes_back_and_training_resumes(up: Up) -> None:
     again = up.place.run(sys.executable, "-m", "flows.up", timeout=600)
     assert again.returncode == 0, again.stdout + again.stderr
     assert up.until(lambda: up.state(run), lambda state: state["type"] == "CRASHED")
-    resumed = up.run("retrain/retrain", overrides=long, tasks=[])
+    resumed = up.run("retrain/retrain", overrides=LONG, tasks=[])
     up.until(lambda: " ".join(log["message"] for log in up.logs(resumed)), lambda text: "resuming at step" in text)
     up.post(f"flow_runs/{resumed}/set_state", {"state": {"type": "CANCELLING"}, "force": False})
     up.until(up.training, lambda found: not found)
