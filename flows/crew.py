@@ -64,11 +64,7 @@ def steps(settings: config.Config, tasks: Sequence[str] = config.TASKS) -> list[
         *(Step(f"validate@{source}", ingested) for source in config.SOURCES),  # it compares texts with another source's
         Step("tokenize", tuple(f"validate@{source}" for source in config.SOURCES), alone=True),
         Step("pretrain", ("tokenize",), alone=True),
-        *(
-            [Step("multitask", ("pretrain",), rank=-9 if jointly else 9)]
-            if jointly or set(tasks) == set(config.TASKS)
-            else []
-        ),
+        *([Step("multitask", ("pretrain",), rank=-9 if awaited else 9)] if awaited or every else []),
         *(Step(f"finetune@{task}", (trunk[start[task]],), rank=i - 3) for i, task in enumerate(longest_first)),
         *(Step(f"evaluate@{model}", (trained[model],)) for model in models),
         *(Step(f"promote@{model}", (f"evaluate@{model}",)) for model in models),
