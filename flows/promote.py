@@ -36,12 +36,14 @@ class Answer(RunInput):
 
 @flow(name="promote", flow_run_name="promote {model}")
 @in_one_line
-def promote(
-    model: Annotated[Model, Field(description="Whose held version.")],
-    version: Annotated[str | None, Field(description="Such as 4. Empty: the one that is held now.")] = None,
-    days: Annotated[float, Field(gt=0, description="It stays held if nobody decides so long.")] = 7.0,
-) -> State[None]:
-    """Show what the gate measured, wait for somebody's decision, and carry it out."""
+def promote(model: Model, version: str | None = None, days: Annotated[float, Field(gt=0)] = 7.0) -> State[None]:
+    """Show what the gate measured, wait for somebody's decision, and carry it out.
+
+    Args:
+        model: Whose held version.
+        version: Such as 4. Empty, the one that is held now.
+        days: It stays held if nobody decides so long.
+    """
     environment.prepare()
     tracking.use()
     waiting = stage.held(tracking.client(), model, version)

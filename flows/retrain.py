@@ -52,21 +52,21 @@ def run_step(step: Step, crew: Crew) -> State[Any]:
 @flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=64))
 @in_one_line
 def retrain(
-    tasks: Annotated[list[Task], Field(description="Which are trained and judged, beside the core.")] = ALL,
-    overrides: Annotated[
-        list[Annotated[str, Field(pattern=r"^[a-z_]+(\.[a-z_]+)+=")]],
-        Field(description="Keys of params.yaml for this run alone, such as finetune.ner.epochs=2."),
-    ] = [],  # noqa: B006
-    force: Annotated[bool, Field(description="Run every stage, unchanged ones too.")] = False,
-    approval: Annotated[
-        Literal["auto", "manual"],
-        Field(description="auto: only what the gate holds waits for somebody's approval. manual: everything does."),
-    ] = "auto",
-    replace: Annotated[
-        list[Model], Field(description="Models that may replace a champion they cannot be compared with.")
-    ] = [],  # noqa: B006
+    tasks: list[Task] = ALL,
+    overrides: list[Annotated[str, Field(pattern=r"^[a-z_]+(\.[a-z_]+)+=")]] = [],  # noqa: B006
+    force: bool = False,
+    approval: Literal["auto", "manual"] = "auto",
+    replace: list[Model] = [],  # noqa: B006
 ) -> State[Any]:
-    """Bring every model up to date with its sources, and promote what the gate lets through."""
+    """Bring every model up to date with its sources, and promote what the gate lets through.
+
+    Args:
+        tasks: Which are trained and judged, beside the core.
+        overrides: Keys of params.yaml for this run alone, such as finetune.ner.epochs=2.
+        force: Run every stage, unchanged ones too.
+        approval: With auto, only what the gate holds waits for somebody's approval; with manual, everything does.
+        replace: Models that may replace a champion they cannot be compared with.
+    """
     environment.prepare()
     order = Order(tuple(tasks), force, tuple(replace), approval == "manual")
     with workspace.occupied(str(flow_run.id)) as last:

@@ -124,11 +124,11 @@ def ways_to_look() -> list[str]:
     if server:
         lines.append(f"Prefect  {server}")
     else:
-        lines.append("Prefect  prefect server start                          then open http://127.0.0.1:4200")
+        lines.append("Prefect  make up      then open http://127.0.0.1:4200")
     if uri.startswith("http"):
         lines.append(f"MLflow   {uri}")
     else:
-        lines.append(f"MLflow   mlflow ui --backend-store-uri {uri}  then open http://127.0.0.1:5000")
+        lines.append("MLflow   make up      then open http://127.0.0.1:5000")
     return [
         *lines,
         'ask      memgpt predict ner@champion "Ada Brandt of Norvale Systems opened a plant in Westhaven."',

@@ -24,6 +24,7 @@ COMMANDS = [
     "index",
     "retrain",
     "promote",
+    "approve",
     "rollback",
     "verify",
     "history",
@@ -198,6 +199,7 @@ def test_threads_are_set_unless_they_are_given(place: Path, monkeypatch: pytest.
 
 def test_ui_says_how_to_open_both(place: Path) -> None:
     told = memgpt("ui", cwd=place).stdout
-    assert "prefect server start" in told
-    assert f"mlflow ui --backend-store-uri sqlite:///{place}/mlflow.db" in told
+    assert "Prefect  make up" in told
+    assert "MLflow   make up" in told
+    assert f"sqlite:///{place}/mlflow.db" in told
     assert f"sqlite:///{place}/mlflow.db" in told
