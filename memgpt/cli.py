@@ -162,12 +162,15 @@ def _tracked(verb: str, item: str | None = None, *, log: bool = False) -> None:
     log: it trains, which takes a slot.
     """
     from memgpt import slots, tracking
+    from memgpt.config import TASKS
 
     config = _config()
-    section = getattr(config, verb)
-    params = getattr(section, item) if verb == "finetune" and item else section
+    params = getattr(config, verb).model_dump()
+    named = {verb: {item: params[item]} if verb == "finetune" else params}  # as params.yaml names them
+    reads = {"pretrain": ["corpus"], "multitask": TASKS}.get(verb) or ["corpus" if item == "base" else str(item)]
     slot = slots.slot(f"{verb} {item or ''}".strip(), config.runtime.slots) if log else nullcontext()
-    with slot, tracking.stage_run(verb, item, params.model_dump()) as run:
+    with slot, tracking.stage_run(verb, item, named) as run, run.machine() if log else nullcontext():
+        run.inputs(reads, "training" if log else "evaluation")
         curve = _Curve(run)
         metrics = _stage(verb, item, torch=True, **({"log": curve} if log else {}))
         curve.flush()

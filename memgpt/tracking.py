@@ -2,24 +2,26 @@
 elsewhere: a server, or a database, for which MLFLOW_DEFAULT_ARTIFACT_ROOT says where artifacts go.
 
     tracking.use()
-    with tracking.stage_run("finetune", "ner", params) as run:
+    with tracking.stage_run("finetune", "ner", {"finetune": {"ner": params}}) as run:
         run.metrics(stage(...))
 
 MLflow is imported on first use (1.5 s); explicit run ids throughout, never its process-wide active run.
 """
 
 import fcntl
+import json
 import os
 import re
 import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memgpt import lineage
 from memgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ STAGES = "memgpt"  # the experiment of stage and flow runs
 PROMOTIONS = "promotions"  # the experiment of promotion records, one run per decision
 PARENT = "MEMGPT_PARENT_RUN"  # environment: the flow's run, under which stage runs nest
 LOCAL = Path(".memgpt")
+TABLES = Path("data/tables")
 
 _BATCH = 1000  # metrics in one request, MLflow's limit
 _NAME = re.compile(r"[^\w.\- /]")  # what MLflow refuses in a metric's name
@@ -113,6 +116,44 @@ class Run:
         ]
         for start in range(0, len(entries), _BATCH):
             self.client.log_batch(self.id, metrics=entries[start : start + _BATCH])
+
+    def inputs(self, sources: Iterable[str], context: str) -> None:
+        """The tables that the run reads, as MLflow's datasets; a source without tables is passed over.
+
+        context: what for, such as "training". The digest is the start of the one in lineage.json: MLflow holds 36
+        characters.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        datasets = []
+        for name in sources:
+            folder = TABLES / name
+            if not (folder / "manifest.json").is_file():
+                continue
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            scheme, separator, _ = manifest["source"].partition("://")
+            dataset = Dataset(
+                name=name,
+                digest=lineage.digest(folder)[:32],
+                source_type=scheme if separator else "local",
+                source=json.dumps({"uri": manifest["source"]}),
+                profile=json.dumps({f"{table}_rows": rows for table, rows in manifest["rows"].items()}),
+            )
+            datasets.append(DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)]))
+        self.client.log_inputs(self.id, datasets)
+
+    @contextmanager
+    def machine(self) -> Iterator[None]:
+        """Log meanwhile what the machine does, every ten seconds: `system/` CPU, memory, disk, network, GPU. It is the
+        whole machine, other processes included; a run that is over sooner has none."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(self.id)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
 
     def tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
