@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ PARENT = "MEMGPT_PARENT_RUN"  # environment: the flow's run, under which stage r
 LOCAL = Path(".memgpt")
 TABLES = Path("data/tables")
 
+_TURN = 6_368_110  # any number that no other program locks
 _BATCH = 1000  # metrics in one request, MLflow's limit
 _NAME = re.compile(r"[^\w.\- /]")  # what MLflow refuses in a metric's name
 
@@ -44,7 +46,7 @@ def use(root: Path | str = ".") -> str:
     it and one would die; a kill half-way leaves none.
 
     Raises:
-        UserError: if the configured server cannot be reached.
+        UserError: if the configured server or database cannot be reached.
     """
     root = Path(root).resolve()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -53,6 +55,8 @@ def use(root: Path | str = ".") -> str:
         uri = os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
     if uri.startswith(("http://", "https://")):
         _reach(uri)
+    elif uri.startswith("postgresql"):
+        _take_turns(uri)
     elif uri.startswith("sqlite:///"):
         database = Path(uri.removeprefix("sqlite:///"))
         if not database.exists():
@@ -222,6 +226,34 @@ def _create(database: Path) -> None:
     aside.rename(database)
 
 
+@cache
+def _take_turns(uri: str) -> None:
+    """Make MLflow's tables in a PostgreSQL database if it has none, one process of all machines at a time: of three
+    first uses at once, two would die."""
+    import sqlalchemy
+    from mlflow import MlflowClient
+
+    try:
+        with sqlalchemy.create_engine(uri, connect_args={"connect_timeout": 10}).connect() as connection:
+            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_TURN})"))  # until the connection ends
+            first = MlflowClient(tracking_uri=uri)
+            first.search_experiments(max_results=1)
+            first.search_registered_models(max_results=1)
+    except ModuleNotFoundError as error:
+        raise UserError(f"MLFLOW_TRACKING_URI={shown(uri)}: no {error.name}; write postgresql+psycopg2://") from None
+    except sqlalchemy.exc.OperationalError as error:
+        why = str(error.orig).strip().splitlines()[0]
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={shown(uri)}: no database there ({why}); start or create it, or unset the variable "
+            "to track in mlflow.db"
+        ) from None
+
+
+def shown(uri: str) -> str:
+    """Without a password."""
+    return re.sub(r"//([^/@:]*):[^/@]*@", r"//\1:***@", uri)
+
+
 def _experiment(mlflow_client: "MlflowClient", name: str, artifacts: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
@@ -263,9 +295,8 @@ def _reach(uri: str) -> None:
         reason: object = f"HTTP {error.code}"
     except (OSError, ValueError) as error:  # URLError is an OSError
         reason = getattr(error, "reason", error)
-    shown = re.sub(r"//[^/@]*@", "//", uri)
     raise UserError(
-        f"MLFLOW_TRACKING_URI={shown}: no MLflow server answers ({reason}); "
+        f"MLFLOW_TRACKING_URI={shown(uri)}: no MLflow server answers ({reason}); "
         "start it, or unset the variable to track in mlflow.db"
     )
 

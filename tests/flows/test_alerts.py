@@ -1,8 +1,6 @@
 """The server alerts, whatever became of the run: a real one, a local webhook, and processes that are killed."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import threading
@@ -13,13 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from conftest import ROOT, clean_environment
+import servers
+from conftest import ROOT
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Suspended
 
-from flows import alerts, server
-from memgpt.errors import UserError
+from flows import alerts
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -35,7 +33,7 @@ HANG = """
 def retrain():
     time.sleep(3)  # the first heartbeat is on its way
     print("running", flush=True)
-    time.sleep(600)
+    time.sleep(100)
 retrain()
 """
 TWICE = """
@@ -54,10 +52,10 @@ score()
 
 @dataclass
 class Place:
-    """A server, and the texts that came to the webhook."""
+    """A server, a webhook, and the texts that came to it."""
 
-    url: str
-    env: dict[str, str]
+    webhook: str = ""
+    env: dict[str, str] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)
 
     def start(self, script: str) -> subprocess.Popen[str]:
@@ -82,13 +80,7 @@ def until(found: Callable[[], Any], seconds: float = 60) -> Any:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A fresh server with the alerts set up, windows of 12 seconds instead of minutes and days."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    home, url = tmp_path_factory.mktemp("home"), f"http://127.0.0.1:{port}/api"
-    env = {**clean_environment(), "PREFECT_HOME": str(home), "PREFECT_API_URL": url}
-    env |= {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_LOOP_SECONDS": "1"}
-    made = Place(url, env)
+    made = Place()
 
     class Webhook(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -101,28 +93,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
     webhook = ThreadingHTTPServer(("127.0.0.1", 0), Webhook)
     threading.Thread(target=webhook.serve_forever, daemon=True).start()
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "server.log").open("wb") as log:
-        running = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
-    try:
-        until(lambda: answers(url), 120)
-        with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: url}):
+    made.webhook = f"http://127.0.0.1:{webhook.server_port}"
+    home = tmp_path_factory.mktemp("home")
+    with servers.prefect(home, PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_LOOP_SECONDS="1") as env:
+        made.env = env
+        with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: env["PREFECT_API_URL"]}):
             patch.setattr(alerts, "MISSED", 12 / 30)
             patch.delenv(alerts.WEBHOOK, raising=False)
-            patch.setenv("MEMGPT_TEST_WEBHOOK", f"http://127.0.0.1:{webhook.server_port}")
             yield made
-    finally:
-        running.terminate()
-        running.wait(30)
-        webhook.shutdown()
-
-
-def answers(url: str) -> bool:
-    try:
-        server._reach(url)
-    except UserError:
-        return False
-    return True
+    webhook.shutdown()
 
 
 def automations() -> dict[str, Any]:
@@ -139,7 +118,7 @@ def test_without_a_webhook_nothing_alerts(place: Place, capsys: pytest.CaptureFi
 
 
 def test_what_is_there_stays_as_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(alerts.WEBHOOK, os.environ["MEMGPT_TEST_WEBHOOK"])
+    monkeypatch.setenv(alerts.WEBHOOK, place.webhook)
     alerts.ensure(8)
     before = automations()
     assert len([name for name in before if "alert" in name]) == 6
@@ -169,7 +148,7 @@ def test_failed_crashed_and_unanswered_runs(place: Place) -> None:
         place.run(FAIL)
         (failed,) = until(lambda: place.about("retrain / tidy: Failed"))
         assert 'said "no"' in failed
-        assert f"{place.url.removesuffix('/api')}/runs/flow-run/" in failed
+        assert f"{place.env['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/" in failed
         until(lambda: client.read_flow_run(waiting).state_name == "Held")
         assert client.read_flow_run(waiting).state.is_completed()
     (crashed,) = until(lambda: place.about("retrain / lost: Crashed"))
