@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 import time
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -156,13 +157,20 @@ def _stage(verb: str, item: str | None = None, *, torch: bool = False, **extra: 
 
 
 def _tracked(verb: str, item: str | None = None, *, log: bool = False) -> None:
-    """A stage inside an MLflow run. Tracking reads what the stage says and never changes its bytes."""
-    from memgpt import tracking
+    """A stage inside an MLflow run. Tracking reads what the stage says and never changes its bytes.
+
+    log: it trains, which takes a slot.
+    """
+    from memgpt import slots, tracking
+    from memgpt.config import TASKS
 
     config = _config()
-    section = getattr(config, verb)
-    params = getattr(section, item) if verb == "finetune" and item else section
-    with tracking.stage_run(verb, item, params.model_dump()) as run:
+    params = getattr(config, verb).model_dump()
+    named = {verb: {item: params[item]} if verb == "finetune" else params}  # as params.yaml names them
+    reads = {"pretrain": ["corpus"], "multitask": TASKS}.get(verb) or ["corpus" if item == "base" else str(item)]
+    slot = slots.slot(f"{verb} {item or ''}".strip(), config.runtime.slots) if log else nullcontext()
+    with slot, tracking.stage_run(verb, item, named) as run, run.machine() if log else nullcontext():
+        run.inputs(reads, "training" if log else "evaluation")
         curve = _Curve(run)
         metrics = _stage(verb, item, torch=True, **({"log": curve} if log else {}))
         curve.flush()

@@ -231,7 +231,10 @@ class Promote(Section):
 
 
 class Runtime(Section):
+    """slots: how many of pretrain, multitask and finetune run at once, over all checkouts of a user on a machine."""
+
     threads: Positive | None
+    slots: Positive | None
 
 
 class Config(Section):

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from memgpt import tracking
 from memgpt.config import MODELS
 
 VERDICTS = Path(".memgpt/verdicts")
@@ -113,7 +114,8 @@ def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def tracking_uri() -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    """To be shown: without a password."""
+    return tracking.shown(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}")
 
 
 def ways_to_look() -> list[str]:

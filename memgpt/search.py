@@ -68,7 +68,8 @@ def search(task: str, params: Finetune, space: Space, trials: int, told: Told) -
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     question = [params.model_dump(), space, digest(MODELS / params.start), digest(TABLES / task)]
     name = f"{task}-{hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]}"
-    with tracking.locked(STUDIES / f"{name}.lock"), tracking.stage_run("tune", task, space) as parent:
+    with tracking.locked(STUDIES / f"{name}.lock"), tracking.stage_run("tune", task, _named(task, space)) as parent:
+        parent.inputs([task], "training")
         study = optuna.create_study(
             storage=f"sqlite:///{STUDIES / 'studies.db'}",
             study_name=name,
@@ -84,7 +85,7 @@ def search(task: str, params: Finetune, space: Space, trials: int, told: Told) -
             trial = study.ask()
             values = {key: _suggest(trial, key, choice) for key, choice in space.items()}
             tried = type(params)(**{**params.model_dump(), **values})
-            with tracking.stage_run("trial", task, values, parent=parent.id) as run:
+            with tracking.stage_run("trial", task, _named(task, values), parent=parent.id) as run:
                 score = _score(trial, task, tried)
                 if score is None:
                     study.tell(trial, state=TrialState.PRUNED)
@@ -95,6 +96,11 @@ def search(task: str, params: Finetune, space: Space, trials: int, told: Told) -
         parent.metrics({f"best_validation_{judge(task).PRIMARY}": study.best_value})
         parent.params({"best": _rounded(study.best_params)})
     return study
+
+
+def _named(task: str, values: dict[str, Any]) -> dict[str, Any]:
+    """As params.yaml names them."""
+    return {"finetune": {task: values}}
 
 
 def as_settings(task: str, study: "Study") -> str:

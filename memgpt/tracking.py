@@ -2,24 +2,27 @@
 elsewhere: a server, or a database, for which MLFLOW_DEFAULT_ARTIFACT_ROOT says where artifacts go.
 
     tracking.use()
-    with tracking.stage_run("finetune", "ner", params) as run:
+    with tracking.stage_run("finetune", "ner", {"finetune": {"ner": params}}) as run:
         run.metrics(stage(...))
 
 MLflow is imported on first use (1.5 s); explicit run ids throughout, never its process-wide active run.
 """
 
 import fcntl
+import json
 import os
 import re
 import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memgpt import lineage
 from memgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +32,9 @@ STAGES = "memgpt"  # the experiment of stage and flow runs
 PROMOTIONS = "promotions"  # the experiment of promotion records, one run per decision
 PARENT = "MEMGPT_PARENT_RUN"  # environment: the flow's run, under which stage runs nest
 LOCAL = Path(".memgpt")
+TABLES = Path("data/tables")
 
+_TURN = 6_368_110  # any number that no other program locks
 _BATCH = 1000  # metrics in one request, MLflow's limit
 _NAME = re.compile(r"[^\w.\- /]")  # what MLflow refuses in a metric's name
 
@@ -41,7 +46,7 @@ def use(root: Path | str = ".") -> str:
     it and one would die; a kill half-way leaves none.
 
     Raises:
-        UserError: if the configured server cannot be reached.
+        UserError: if the configured server or database cannot be reached.
     """
     root = Path(root).resolve()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -50,6 +55,8 @@ def use(root: Path | str = ".") -> str:
         uri = os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
     if uri.startswith(("http://", "https://")):
         _reach(uri)
+    elif uri.startswith("postgresql"):
+        _take_turns(uri)
     elif uri.startswith("sqlite:///"):
         database = Path(uri.removeprefix("sqlite:///"))
         if not database.exists():
@@ -120,6 +127,44 @@ class Run:
         for start in range(0, len(entries), _BATCH):
             self.client.log_batch(self.id, metrics=entries[start : start + _BATCH])
 
+    def inputs(self, sources: Iterable[str], context: str) -> None:
+        """The tables that the run reads, as MLflow's datasets; a source without tables is passed over.
+
+        context: what for, such as "training". The digest is the start of the one in lineage.json: MLflow holds 36
+        characters.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        datasets = []
+        for name in sources:
+            folder = TABLES / name
+            if not (folder / "manifest.json").is_file():
+                continue
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            scheme, separator, _ = manifest["source"].partition("://")
+            dataset = Dataset(
+                name=name,
+                digest=lineage.digest(folder)[:32],
+                source_type=scheme if separator else "local",
+                source=json.dumps({"uri": manifest["source"]}),
+                profile=json.dumps({f"{table}_rows": rows for table, rows in manifest["rows"].items()}),
+            )
+            datasets.append(DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)]))
+        self.client.log_inputs(self.id, datasets)
+
+    @contextmanager
+    def machine(self) -> Iterator[None]:
+        """Log meanwhile what the machine does, every ten seconds: `system/` CPU, memory, disk, network, GPU. It is the
+        whole machine, other processes included; a run that is over sooner has none."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(self.id)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
+
     def tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
@@ -187,6 +232,34 @@ def _create(database: Path) -> None:
     aside.rename(database)
 
 
+@cache
+def _take_turns(uri: str) -> None:
+    """Make MLflow's tables in a PostgreSQL database if it has none, one process of all machines at a time: of three
+    first uses at once, two would die."""
+    import sqlalchemy
+    from mlflow import MlflowClient
+
+    try:
+        with sqlalchemy.create_engine(uri, connect_args={"connect_timeout": 10}).connect() as connection:
+            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_TURN})"))  # until the connection ends
+            first = MlflowClient(tracking_uri=uri)
+            first.search_experiments(max_results=1)
+            first.search_registered_models(max_results=1)
+    except ModuleNotFoundError as error:
+        raise UserError(f"MLFLOW_TRACKING_URI={shown(uri)}: no {error.name}; write postgresql+psycopg2://") from None
+    except sqlalchemy.exc.OperationalError as error:
+        why = str(error.orig).strip().splitlines()[0]
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={shown(uri)}: no database there ({why}); start or create it, or unset the variable "
+            "to track in mlflow.db"
+        ) from None
+
+
+def shown(uri: str) -> str:
+    """Without a password."""
+    return re.sub(r"//([^/@:]*):[^/@]*@", r"//\1:***@", uri)
+
+
 def _experiment(mlflow_client: "MlflowClient", name: str, artifacts: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
@@ -228,9 +301,8 @@ def _reach(uri: str) -> None:
         reason: object = f"HTTP {error.code}"
     except (OSError, ValueError) as error:  # URLError is an OSError
         reason = getattr(error, "reason", error)
-    shown = re.sub(r"//[^/@]*@", "//", uri)
     raise UserError(
-        f"MLFLOW_TRACKING_URI={shown}: no MLflow server answers ({reason}); "
+        f"MLFLOW_TRACKING_URI={shown(uri)}: no MLflow server answers ({reason}); "
         "start it, or unset the variable to track in mlflow.db"
     )
 

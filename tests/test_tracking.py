@@ -1,5 +1,6 @@
 """Runs are logged where they should be, first uses do not race, and a server that is not there says so in one line."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from memgpt import environment, tracking
+from memgpt import environment, lineage, tracking
 from memgpt.errors import UserError
 
 
@@ -43,6 +44,30 @@ def test_a_stage_run_holds_params_metrics_and_curves(store: Path) -> None:
     history = tracking.client().get_metric_history(run.id, "loss")
     assert [(point.step, point.value) for point in history] == [(10, 1.5), (20, 1.0), (30, 0.5)]
     assert found.info.artifact_uri.startswith((store / "mlartifacts" / "memgpt").as_uri())
+
+
+def test_a_stage_run_names_its_data(store: Path) -> None:
+    folder = store / "data" / "tables" / "ner"
+    folder.mkdir(parents=True)
+    manifest = {"source": "s3://news/wikigold", "rows": {"train": 3, "test": 1}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with tracking.stage_run("finetune", "ner") as run:
+        run.inputs(["ner", "sentiment"], "training")  # sentiment has no tables here
+    (found,) = tracking.client().get_run(run.id).inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.source_type) == ("ner", "s3")
+    assert json.loads(found.dataset.source) == {"uri": "s3://news/wikigold"}
+    assert json.loads(found.dataset.profile) == {"train_rows": 3, "test_rows": 1}
+    assert lineage.digest(folder).startswith(found.dataset.digest)
+    assert {tag.key: tag.value for tag in found.tags} == {"mlflow.data.context": "training"}
+
+
+def test_a_long_run_shows_the_machine(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    with tracking.stage_run("pretrain") as run, run.machine():
+        deadline = time.monotonic() + 20
+        while not (found := tracking.client().get_run(run.id).data.metrics) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(found)
 
 
 def test_a_failing_stage_is_a_failed_run(store: Path) -> None:

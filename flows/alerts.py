@@ -1,0 +1,138 @@
+"""What the Prefect server tells a person, and what it puts right, when a run cannot: automations.
+
+They live in the server, so that the alert of a crash does not depend on what crashed. Alerts go to a webhook that takes
+Slack's JSON, `{"text": "..."}`; its address is in the Prefect block `memgpt-alerts`.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect.automations import Automation, AutomationCore, ChangeFlowRunState, EventTrigger, Posture, SendNotification
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+
+BLOCK = "memgpt-alerts"
+WEBHOOK = "MEMGPT_ALERT_WEBHOOK"
+UNANSWERED = "The flow was paused and never resumed."  # Prefect's words for a suspended run whose time ran out
+HEARTBEAT = "prefect.flow-run.heartbeat"
+MISSED = 3.0  # heartbeats, after which a run is taken for dead
+QUIET = ("Completed", "Failed", "Crashed", "Cancelled", "Suspended", "Paused", "Held")  # states without heartbeats
+
+_RUN = """{{ flow.name }} / {{ flow_run.name }}: {{ flow_run.state.name }}
+{{ flow_run.state.message }}
+{{ flow_run | ui_url }}"""
+_EVENT = "{{ event.payload.summary }}{% if flow_run %}\n{{ flow_run | ui_url }}{% endif %}"
+
+
+def ensure(days: float) -> None:
+    """Bring the server's automations in line with this file; without a webhook, say how to get alerts.
+
+    days: without a successful `retrain` after which to alert. The window starts with the last success or alert, or
+    when the automation is made or changed; what is as it should be is left alone.
+    """
+    block = _webhook()
+    wanted = [_crash_the_silent(), _hold_the_unanswered()]
+    if block:
+        wanted += _alerts(block, days)
+    else:
+        print(f"alerts: none; set {WEBHOOK} to a webhook's URL, or make a Custom Webhook block named {BLOCK} in the UI")
+    for automation in wanted:
+        _keep(automation)
+
+
+def _webhook() -> UUID | None:
+    """The block's id. The variable, where it is set, wins over the URL in the block."""
+    url = os.environ.get(WEBHOOK)
+    if url:
+        block = CustomWebhookNotificationBlock(
+            name="memgpt", url="{{url}}", json_data={"text": "{{body}}"}, secrets={"url": url}
+        )
+        return block.save(BLOCK, overwrite=True)
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_block_document_by_name(BLOCK, "custom-webhook", include_secrets=False).id
+        except ObjectNotFound:
+            return None
+
+
+def _alerts(block: UUID, days: float) -> list[Automation]:
+    runs = {"prefect.resource.id": "prefect.flow-run.*"}
+    success = {"prefect.flow-run.Completed"}
+    silence = EventTrigger(
+        posture=Posture.Proactive,
+        after=success,  # each starts the window anew; without this it would be found out up to two windows late
+        expect=success,
+        match=runs,
+        match_related=_flow("retrain"),
+        within=timedelta(days=days),
+    )
+    overdue = f"retrain: no run has succeeded for {days:g} days\n{{{{ automation | ui_url }}}}"
+    return [
+        _alert("failed", block, _RUN, _once("Failed", {**runs, "prefect.state-message": f"!{UNANSWERED}"})),
+        _alert("crashed", block, _RUN, _once("Crashed", runs)),
+        _alert("rejected", block, _EVENT, _once("memgpt.gate.rejected")),
+        _alert("surge", block, _EVENT, _once("memgpt.monitor.surge")),
+        _alert("drift", block, _EVENT, _once("memgpt.monitor.drift")),
+        _alert("overdue", block, overdue, silence),
+    ]
+
+
+def _alert(name: str, block: UUID, text: str, trigger: EventTrigger) -> Automation:
+    action = SendNotification(block_document_id=block, subject="memgpt", body=text)
+    return Automation(name=f"memgpt alert: {name}", trigger=trigger, actions=[action])
+
+
+def _once(event: str, match: dict[str, Any] | None = None) -> EventTrigger:
+    """One alert a minute for a resource: delivered twice, which Prefect may do, an event fires once."""
+    name = event if "." in event else f"prefect.flow-run.{event}"
+    each = {"prefect.resource.id"}
+    return EventTrigger(expect={name}, match=match or {}, for_each=each, within=timedelta(minutes=1))
+
+
+def _crash_the_silent() -> Automation:
+    """A run whose process is gone, worker and all, would be Running for ever: nobody is left to say otherwise."""
+    # prefect.toml's setting, with which the flows run too
+    seconds = MISSED * (get_current_settings().flows.heartbeat_frequency or 30)
+    trigger = EventTrigger(
+        posture=Posture.Proactive,
+        after={HEARTBEAT},
+        expect={HEARTBEAT, *(f"prefect.flow-run.{state}" for state in QUIET)},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        for_each={"prefect.resource.id"},
+        within=timedelta(seconds=seconds),
+    )
+    action = ChangeFlowRunState(state=StateType.CRASHED, message=f"No heartbeat for {seconds:g} seconds.")
+    return Automation(name="memgpt: a silent run has crashed", trigger=trigger, actions=[action])
+
+
+def _hold_the_unanswered() -> Automation:
+    """Prefect fails a suspended run that nobody resumed in time; for an approval that is an answer: not now."""
+    match = {"prefect.resource.id": "prefect.flow-run.*", "prefect.state-message": UNANSWERED}
+    trigger = EventTrigger(expect={"prefect.flow-run.Failed"}, match=match, match_related=_flow("promote"))
+    action = ChangeFlowRunState(
+        state=StateType.COMPLETED, name="Held", message="Nobody approved in time: the champion stays.", force=True
+    )
+    return Automation(name="memgpt: an unanswered promotion is held", trigger=trigger, actions=[action])
+
+
+def _flow(name: str) -> dict[str, str]:
+    return {"prefect.resource.role": "flow", "prefect.resource.name": name}
+
+
+def _keep(wanted: Automation) -> None:
+    """Make or update by name; one that was disabled in the UI stays so. An update starts its windows anew, so none is
+    made without need."""
+    with get_client(sync_client=True) as client:
+        found = client.read_automations_by_name(wanted.name)
+        if not found:
+            client.create_automation(AutomationCore(**wanted.model_dump(exclude={"id"})))
+            return
+        fields = set(AutomationCore.model_fields) - {"enabled", "owner_resource"}  # an update with an owner is refused
+        if found[0].model_dump(include=fields) != wanted.model_dump(include=fields):
+            core = AutomationCore(**wanted.model_dump(include=fields), enabled=found[0].enabled)
+            client.update_automation(found[0].id, core)
