@@ -399,6 +399,39 @@ def index(
     print(f"index {directory}: {added} items added, {len(arrived) - added} known already")
 
 
+@app.command(rich_help_panel=MODELS)
+def score(
+    model: Annotated[str, typer.Argument(help="ner, its champion; ner@champion; ner/3.")],
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A file, glob or folder of .jsonl, .csv, .parquet, .txt; s3://….")
+    ],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="A folder, or s3://bucket/prefix, for the parts.")],
+    column: Annotated[
+        str | None, typer.Option("--text", metavar="COLUMN", help="Of the texts. Default: the usual names.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Rows of one part.", min=1)] = 2000,
+    force: Annotated[bool, typer.Option(help="Start anew where OUT holds another version's or input's parts.")] = False,
+) -> None:
+    """Score files of texts with a registered version: Parquet parts with every input row and its answer.
+
+    Cut short, the same command goes on with what is missing. For recommendation IN has a column `history`.
+    Example: [bold]memgpt score sentiment@champion data/arriving .memgpt/scored[/]
+    """
+    from tqdm import tqdm
+
+    from memgpt import scoring
+
+    with tqdm(unit="row", disable=None, leave=False) as bar:
+
+        def show(done: int, rows: int) -> None:
+            bar.total = rows
+            bar.update(done - bar.n)
+
+        done = scoring.score(_config(), model, source, target, column=column, chunk=chunk, force=force, progress=show)
+    kept = f", {done.skipped} of them there already" if done.skipped else ""
+    print(f"score {done.version}: {done.rows} rows in {target}, {done.parts} parts{kept}")
+
+
 # --- registry -----------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ COMMANDS = [
     "convert",
     "tune",
     "index",
+    "score",
     "retrain",
     "promote",
     "rollback",
