@@ -83,7 +83,7 @@ def score(
     version = registry.uri(model, number)
     plan = {
         "version": version,
-        "inputs": {file["path"]: _digest(file) for file in files},
+        "inputs": {file["path"]: digest(file) for file in files},
         "column": column,
         "chunk": chunk,
     }
@@ -166,7 +166,7 @@ def _checked(file: dict[str, Any], model: str, column: str | None) -> list[Row]:
     return rows
 
 
-def _digest(file: dict[str, Any]) -> str:
+def digest(file: dict[str, Any]) -> str:
     return file.get("sha256") or " ".join(filter(None, (file["etag"], file["version"])))
 
 

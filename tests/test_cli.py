@@ -23,6 +23,7 @@ COMMANDS = [
     "tune",
     "index",
     "score",
+    "monitor",
     "retrain",
     "promote",
     "rollback",
