@@ -8,7 +8,7 @@ import errno
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +19,8 @@ from memgpt import environment
 from memgpt.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from mlflow import MlflowClient
 
     from memgpt.config import Config
@@ -407,6 +409,76 @@ def index(
         predictor = Predictor(aside)
         added = extend_index(predictor.model, predictor.tokenizer, arrived, aside)
     print(f"index {directory}: {added} items added, {len(arrived) - added} known already")
+
+
+@app.command(rich_help_panel=MODELS)
+def score(
+    model: Annotated[str, typer.Argument(help="ner, its champion; ner@champion; ner/3.")],
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A file, glob or folder of .jsonl, .csv, .parquet, .txt; s3://….")
+    ],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="A folder, or s3://bucket/prefix, for the parts.")],
+    column: Annotated[
+        str | None, typer.Option("--text", metavar="COLUMN", help="Of the texts. Default: the usual names.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Rows of one part.", min=1)] = 2000,
+    force: Annotated[bool, typer.Option(help="Start anew where OUT holds another version's or input's parts.")] = False,
+) -> None:
+    """Score files of texts with a registered version: Parquet parts with every input row and its answer.
+
+    Cut short, the same command goes on with what is missing. For recommendation IN has a column `history`.
+    Example: [bold]memgpt score sentiment@champion data/arriving .memgpt/scored[/]
+    """
+    from memgpt import scoring
+
+    with _bar("row") as show:
+        done = scoring.score(_config(), model, source, target, column=column, chunk=chunk, force=force, progress=show)
+    kept = f", {done.skipped} of them there already" if done.skipped else ""
+    print(f"score {done.version}: {done.rows} rows in {target}, {done.parts} parts{kept}")
+
+
+@app.command(rich_help_panel=MODELS)
+def monitor(
+    uri: Annotated[
+        str | None, typer.Option(help="Where texts arrive: a file, glob, folder or s3://…. Default: monitor.uri.")
+    ] = None,
+    directory: Annotated[
+        Path, typer.Option("--dir", metavar="DIR", help="What was scored and told already, and the pictures.")
+    ] = Path(".memgpt/monitor"),
+    as_json: AsJson = False,
+) -> None:
+    """Score the texts that have arrived since the last time; show surges of negative ones by topic, and drift.
+
+    Section `monitor` of params.yaml has the settings. The flow of this name also raises alerts: docs/monitoring.md.
+    Example: [bold]memgpt monitor --uri data/arriving[/]
+    """
+    from memgpt import monitoring
+
+    with _bar("text") as show:
+        report = monitoring.run(_config(), directory, uri=uri, progress=show)
+    if as_json:
+        _show(dataclasses.asdict(report))
+        return
+    print(f"monitor: {report.new} new texts by {report.version}; pictures in {directory}")
+    if report.blank:
+        print(f"monitor: {report.blank} rows without text left out")
+    _show(monitoring.table(report))
+    for line in [found.summary for found in report.surges] + [found.summary for found in report.drifting]:
+        print(line)
+
+
+@contextmanager
+def _bar(unit: str) -> "Iterator[Callable[[int, int], None]]":
+    """A progress bar on a terminal, as a function of how many of how many are done."""
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, disable=None, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 # --- registry -----------------------------------------------------------------

@@ -230,6 +230,36 @@ class Promote(Section):
     recommendation: Gate
 
 
+class MaxPsi(Section):
+    """Population stability index above which a distribution has drifted; by custom 0.1 is little, 0.25 much."""
+
+    length: Rate
+    tokens: Rate
+    topic: Rate
+    label: Rate
+
+
+class Monitor(Section):
+    """Texts that arrive; no stage of the pipeline reads this. uri: a file, glob or folder, or `s3://bucket/prefix`.
+    text: its column of texts; null: one of the usual names. false_alarms: surges that are reported by chance, per topic
+    and year. history_weeks: what a day is compared with; a topic with texts on fewer than least_days of it is not
+    judged. drift_days: the latest, which are compared with the training tables from drift_texts texts on. retrain:
+    start a retraining, for a person to approve, on a surge or drift, at most once in cooldown_days."""
+
+    uri: str | None
+    text: str | None
+    model: str
+    negative: str
+    false_alarms: Rate
+    history_weeks: Positive
+    least_days: Positive
+    drift_days: Positive
+    drift_texts: Positive
+    max_psi: MaxPsi
+    retrain: bool
+    cooldown_days: Rate
+
+
 class Runtime(Section):
     """slots: how many of pretrain, multitask and finetune run at once, over all checkouts of a user on a machine."""
 
@@ -247,6 +277,7 @@ class Config(Section):
     finetune: FinetuneTasks
     evaluate: Evaluate
     promote: Promote
+    monitor: Monitor
     runtime: Runtime
 
 

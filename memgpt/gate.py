@@ -137,6 +137,7 @@ class Version:
                 text=True,
             )
         self.weight_bytes = 0
+        self._loaded = False
 
     def __enter__(self) -> Self:
         return self
@@ -160,7 +161,9 @@ class Version:
         Raises:
             VersionError: if the version does not load or predict.
         """
-        self.weight_bytes = self._receive("load")["bytes"]
+        if not self._loaded:  # said once, by the first answer
+            self.weight_bytes = self._receive("load")["bytes"]
+            self._loaded = True
         self._receive("predict")
         predictions = json.loads(self.out.read_text(encoding="utf-8"))
         if not isinstance(predictions, list) or len(predictions) != self.asked:

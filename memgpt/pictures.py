@@ -66,3 +66,30 @@ def _calibration(axes: "Axes", bins: np.ndarray) -> None:
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the answer given", ylabel="share that is right")
     axes.legend()
     axes.grid(alpha=0.3)
+
+
+def draw_trend(target: Path, title: str, table: pd.DataFrame) -> None:
+    """A share by day, with the band in which it is nothing unusual; days outside it are marked.
+
+    `table` has day, share, expected, low and high; NaN where there is none.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+    axes.set_title(title, fontsize=10)
+    known = table[table["share"].notna()]
+    axes.fill_between(known["day"], known["low"], known["high"], alpha=0.2, step="mid", label="nothing unusual")
+    axes.plot(known["day"], known["expected"], linestyle="--", linewidth=1, color="gray", label="expected")
+    axes.plot(known["day"], known["share"], marker=".", linewidth=1, label="seen")
+    beyond = known[known["share"] > known["high"]]
+    axes.scatter(beyond["day"], beyond["share"], color="red", zorder=3)
+    axes.set_ylim(-0.02, 1.02)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=3)
+    with atomic.replacing(target) as aside:
+        figure.savefig(aside, format="png", dpi=80, metadata={"Software": None})
+    plt.close(figure)

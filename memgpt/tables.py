@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import pyarrow as pa
@@ -132,7 +132,7 @@ def bio_error(tags: Sequence[str]) -> tuple[int, str] | None:
     return None
 
 
-def write(table: pa.Table, path: Path) -> None:
+def write(table: pa.Table, path: Path | IO[bytes]) -> None:
     """Parquet with fixed settings, so that equal rows are equal bytes."""
     pq.write_table(table, path, compression="zstd", row_group_size=1 << 16, version="2.6", write_statistics=True)
 
@@ -376,6 +376,36 @@ def _recommendation(read: list[Rows], source: config.Source) -> Built:
     tables = {"items": _table("items", records["items"])}
     tables |= {split: _table("interactions", rows) for split, rows in leave_last_out(records["interactions"]).items()}
     return Built(tables, None, columns, sorted(licences))
+
+
+def read_texts(part: Part, column: str | None = None, history: bool = False) -> list[dict[str, Any]]:
+    """Rows {id, text, topic, time, at} of a file without labels; at: where the row stands. What a row lacks is None.
+
+    column: of the texts, if it has none of its usual names. history: {id, history, …} instead, lists of strings.
+
+    Raises:
+        UserError: naming the file, or the row, that cannot be read so.
+    """
+    rows = formats.read(part)
+    main = "history" if history else "text"
+    usual = {name: USUAL["sentiment"][name] for name in ("id", "text", "topic", "time")}
+    usual[main] = (column,) if column else usual["text"] if main == "text" else (main,)
+    found = {ours: name for ours, names in usual.items() for name in reversed(names) if name in rows.frame.columns}
+    if main not in found:
+        has = ", ".join(str(name) for name in rows.frame.columns)
+        raise UserError(f"{rows.name}: no column {' or '.join(map(repr, usual[main]))}; it has {has}")
+    values = {ours: _values(rows, found, ours) for ours in usual}
+    read = []
+    for index in range(len(rows.frame)):
+        row: dict[str, Any] = {name: _string(values[name][index]) for name in ("id", "topic")}
+        value, time = values[main][index], values["time"][index]
+        if not history:
+            row["text"] = _string(value)
+        else:
+            row["history"] = _sequence(value, rows, index, found[main]) if _present(value) else None
+        row["time"] = _moment(time, rows, index, found["time"]).to_pydatetime() if _present(time) else None
+        read.append({**row, "at": rows.at(index)})
+    return read
 
 
 def read_items(path: Path) -> list[dict[str, Any]]:

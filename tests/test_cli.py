@@ -22,6 +22,8 @@ COMMANDS = [
     "convert",
     "tune",
     "index",
+    "score",
+    "monitor",
     "retrain",
     "promote",
     "approve",

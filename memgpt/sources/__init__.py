@@ -15,6 +15,7 @@ from typing import Any
 
 from memgpt import atomic, config
 from memgpt.errors import UserError
+from memgpt.sources import naming
 from memgpt.sources.naming import Part
 
 LOCK = Path("data/sources.lock.json")
@@ -28,13 +29,14 @@ def scheme(name: str, uri: str) -> str:
         UserError: for an empty URI or a scheme that is none of ours.
     """
     if not uri.strip():
-        raise UserError(f"data.{name}.uri: empty; write a path, s3://…, hf://… or sample://newsroom")
+        raise UserError(f"{naming.key(name)}: empty; write a path, s3://…, hf://… or sample://newsroom")
     found, separator, _ = uri.partition("://")
     if not separator:
         return "file"
     if found not in SCHEMES or found == "file":
         raise UserError(
-            f"data.{name}.uri: unknown scheme {found}://; known are sample://, s3:// and hf://; a local path has none"
+            f"{naming.key(name)}: unknown scheme {found}://; "
+            f"known are sample://, s3:// and hf://; a local path has none"
         )
     return found
 

@@ -29,11 +29,9 @@ def fetch(name: str, entry: dict[str, Any]) -> list[Part]:
         try:
             same = path.stat().st_size == file["size"] and sha256(path) == file["sha256"]
         except FileNotFoundError:
-            raise UserError(
-                f"{path}: gone since the snapshot of {name}; bring it back or run `memgpt snapshot`"
-            ) from None
+            raise UserError(f"{path}: gone {naming.since(name)}") from None
         if not same:
-            raise UserError(f"{path}: changed since the snapshot of {name}; run `memgpt snapshot`")
+            raise UserError(f"{path}: changed {naming.since(name)}")
         parts.append(Part(role=file["role"], name=str(path), path=path))
     return parts
 
@@ -55,12 +53,13 @@ def _expand(name: str, uri: str) -> tuple[bool, list[Path]]:
     if path.is_file():
         if not naming.data_format(path.name):
             formats = ", .".join(naming.FORMATS)
-            raise UserError(f"data.{name}.uri: {uri}: not a format that is read; formats are .{formats}, each also .gz")
+            key = naming.key(name)
+            raise UserError(f"{key}: {uri}: not a format that is read; formats are .{formats}, each also .gz")
         return False, [path]
     if any(character in uri for character in "*?["):
         matches = map(Path, glob.glob(str(path)))  # noqa: PTH207 (Path.glob would descend at **)
         return False, [match for match in matches if match.is_file()]
-    raise UserError(f"data.{name}.uri: {uri}: no such file or folder")
+    raise UserError(f"{naming.key(name)}: {uri}: no such file or folder")
 
 
 def licence(folders: set[Path]) -> tuple[str | None, bool]:

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
+from memgpt import config
 from memgpt.errors import UserError
 
 FORMATS = ("conll", "jsonl", "csv", "parquet", "txt")
@@ -37,6 +38,18 @@ class Part:
     frame: pd.DataFrame | None = None
 
 
+def key(source: str) -> str:
+    """How a message calls a source: `data.ner.uri`; what is no source of the pipeline by its name (`monitor.uri`)."""
+    return f"data.{source}.uri" if source in config.SOURCES else source
+
+
+def since(source: str) -> str:
+    """Since when content differs, and the fix."""
+    if source in config.SOURCES:
+        return f"since the snapshot of {source}; run `memgpt snapshot`"
+    return "meanwhile; run the command again"
+
+
 def data_format(name: str) -> str | None:
     """`train.jsonl.gz` → jsonl; None if it is not a format that we read."""
     suffix = PurePosixPath(name.lower().removesuffix(".gz")).suffix.removeprefix(".")
@@ -56,15 +69,18 @@ def split_of(word: str) -> str | None:
 
 def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, str]:
     """File name → role, for one source's files; in a folder, files without a role are left out beside those with one.
+    Of what is no source of the pipeline, all files are wanted.
 
     Raises:
         UserError: if no file is data, a glob mixes split and unsplit files, or a split comes in two formats.
     """
-    key = f"data.{source}.uri"
+    where = key(source)
     tables = source == "recommendation"
     data = sorted(name for name in names if is_data(name))
     if not data:
-        raise UserError(f"{key}: no data files at {uri}; formats are .{', .'.join(FORMATS)}, each also .gz")
+        raise UserError(f"{where}: no data files at {uri}; formats are .{', .'.join(FORMATS)}, each also .gz")
+    if source not in config.SOURCES:
+        return dict.fromkeys(data, WHOLE)
     found: dict[str, str | None] = {}
     for name in data:
         base = PurePosixPath(name).name
@@ -75,22 +91,22 @@ def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, st
         missing = {"items", "interactions"} - set(named.values())
         if missing:
             raise UserError(
-                f"{key}: no {' and no '.join(sorted(missing))} file at {uri}; needed are items.* and interactions.*"
+                f"{where}: no {' and no '.join(sorted(missing))} file at {uri}; needed are items.* and interactions.*"
             )
     elif not named:
         named = dict.fromkeys(data, WHOLE)
     elif "train" not in named.values():
         if len(data) > 1:
-            raise UserError(f"{key}: no train file at {uri}; found {_some(data)}")
+            raise UserError(f"{where}: no train file at {uri}; found {_some(data)}")
         named = dict.fromkeys(data, WHOLE)
     elif len(named) < len(data) and not folder:
         rest = [name for name in data if name not in named]
-        raise UserError(f"{key}: {_some(rest)} names no split while others do; narrow {uri}")
+        raise UserError(f"{where}: {_some(rest)} names no split while others do; narrow {uri}")
     for role in set(named.values()):
         mine = [name for name, its in named.items() if its == role]
         formats = {(data_format(name), name.endswith(".gz")) for name in mine}
         if len(formats) > 1:
-            raise UserError(f"{key}: {role} comes in more than one format at {uri}: {_some(mine)}; keep one")
+            raise UserError(f"{where}: {role} comes in more than one format at {uri}: {_some(mine)}; keep one")
     return named
 
 

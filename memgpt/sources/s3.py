@@ -34,9 +34,9 @@ class _Damaged(Exception):
 
 
 def resolve(name: str, uri: str) -> dict[str, Any]:
-    bucket, key = _parse(name, uri)
-    with _explained(name, uri):
-        client = _client()
+    bucket, key = parse(name, uri)
+    with explained(name, uri):
+        client = connect()
         folder, keys = _list(client, bucket, key)
         roles = naming.roles(name, uri, keys, folder=folder)
         licence, restricted = _licence(client, bucket, keys)
@@ -57,24 +57,24 @@ def fetch(name: str, entry: dict[str, Any]) -> list[Part]:
         base = PurePosixPath(file["path"]).name
         path = CACHE / hashlib.sha256(identity.encode()).hexdigest()[:16] / base
         if not path.exists():
-            with _explained(name, file["path"]):
+            with explained(name, file["path"]):
                 _download(name, file, path)
         parts.append(Part(role=file["role"], name=file["path"], path=path))
     return parts
 
 
-def _client() -> Any:
+def connect() -> Any:
     """A client that gives up within seconds on an endpoint that does not answer."""
     settings = Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 3})
     return boto3.client("s3", config=settings, region_name=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"))
 
 
-def _parse(name: str, uri: str) -> tuple[str, str]:
+def parse(name: str, uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if "@" in bucket:
-        raise UserError(f"data.{name}.uri: credentials do not belong in a URI; set AWS_ACCESS_KEY_ID instead")
+        raise UserError(f"{naming.key(name)}: credentials do not belong in a URI; set AWS_ACCESS_KEY_ID instead")
     if not bucket:
-        raise UserError(f"data.{name}.uri: {uri} names no bucket; write s3://bucket/prefix")
+        raise UserError(f"{naming.key(name)}: {uri} names no bucket; write s3://bucket/prefix")
     return bucket, key
 
 
@@ -82,15 +82,15 @@ def _list(client: Any, bucket: str, key: str) -> tuple[bool, list[str]]:
     """(is it a folder, keys). Like a local path: the object itself, or what lies right below it."""
     if any(character in key for character in "*?["):
         parent, _, pattern = key.rpartition("/")
-        below = _keys(client, bucket, f"{parent}/" if parent else "")
+        below = keys_below(client, bucket, f"{parent}/" if parent else "")
         return False, [found for found in below if fnmatch.fnmatchcase(PurePosixPath(found).name, pattern)]
     if key and not key.endswith("/"):
-        below = _keys(client, bucket, f"{key}/")
-        return (True, below) if below else (False, [found for found in _keys(client, bucket, key) if found == key])
-    return True, _keys(client, bucket, key)
+        below = keys_below(client, bucket, f"{key}/")
+        return (True, below) if below else (False, [found for found in keys_below(client, bucket, key) if found == key])
+    return True, keys_below(client, bucket, key)
 
 
-def _keys(client: Any, bucket: str, prefix: str) -> list[str]:
+def keys_below(client: Any, bucket: str, prefix: str) -> list[str]:
     pages = client.get_paginator("list_objects_v2").paginate(
         Bucket=bucket, Prefix=prefix, Delimiter="/", PaginationConfig={"PageSize": PAGE}
     )
@@ -126,7 +126,7 @@ def _download(name: str, file: dict[str, Any], path: Path) -> None:
     bucket, _, key = file["path"].removeprefix("s3://").partition("/")
     # a version is asked for by id; without versions the ETag must still be the locked one
     locked = {"VersionId": file["version"]} if file["version"] else {"IfMatch": f'"{file["etag"]}"'}
-    client = _client()
+    client = connect()
 
     @retry(
         retry=retry_if_exception_type(_Damaged),
@@ -159,14 +159,14 @@ def _download(name: str, file: dict[str, Any], path: Path) -> None:
     except exceptions.ClientError as error:
         gone = ("PreconditionFailed", "412", "NoSuchKey", "NoSuchVersion", "404")
         if error.response.get("Error", {}).get("Code") in gone:
-            raise UserError(f"{file['path']}: changed since the snapshot of {name}; run `memgpt snapshot`") from None
+            raise UserError(f"{file['path']}: changed {naming.since(name)}") from None
         raise
 
 
 @contextmanager
-def _explained(name: str, uri: str) -> Iterator[None]:
+def explained(name: str, uri: str) -> Iterator[None]:
     """Turns what boto3 raises for a user's mistake into one line."""
-    where = f"data.{name}.uri: {uri}"
+    where = f"{naming.key(name)}: {uri}"
     try:
         yield
     except UserError:

@@ -1,0 +1,50 @@
+"""score: files of texts, a registered version → Parquet parts. `memgpt score` does the same by hand."""
+
+import time
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.states import Completed, State
+from pydantic import Field
+
+from flows import in_one_line
+from memgpt import config, environment, scoring
+
+_EVERY = 2.0  # seconds between two reports of progress
+
+
+@flow(name="score")
+@in_one_line
+def score(
+    model: str,
+    source: str,
+    target: str,
+    chunk: Annotated[int, Field(ge=1)] = scoring.CHUNK,
+    column: str | None = None,
+    force: bool = False,
+) -> State[Any]:
+    """Score files of texts with a registered version. Run again, it goes on with the parts that are missing.
+
+    Args:
+        model: The version: ner, its champion; ner@champion; ner/3.
+        source: A file, glob or folder of .jsonl, .csv, .parquet or .txt (each also .gz), or s3://bucket/prefix.
+        target: A folder or s3://bucket/prefix, for the Parquet parts.
+        chunk: Rows of one part.
+        column: The column of texts; empty: one of the usual names.
+        force: Start anew where the target holds parts of another version or input.
+    """
+    environment.prepare()
+    bar = create_progress_artifact(0.0, key="score-progress", description=f"{model}: {source} → {target}")
+    told = 0.0
+
+    def show(done: int, rows: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > _EVERY:
+            told = time.monotonic()
+            update_progress_artifact(bar, 100 * done / rows)
+
+    done = scoring.score(config.load(), model, source, target, column=column, chunk=chunk, force=force, progress=show)
+    update_progress_artifact(bar, 100.0)
+    kept = f", {done.skipped} of them there already" if done.skipped else ""
+    return Completed(message=f"{done.rows} rows in {target} by {done.version}, {done.parts} parts{kept}")

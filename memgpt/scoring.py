@@ -1,0 +1,314 @@
+"""Batch scoring: files of texts, a registered version → Parquet parts, in a folder or on S3, that a second run goes on
+with.
+
+Each part has the rows of one chunk, in the order of the input, and is there whole or not at all. `_plan.json` says what
+a run began with, so that another version or other content never mixes in; `manifest.json` is written last. The columns:
+
+    id, topic, time      of the input row, null where it has none; time in UTC
+    text                 of the input row; for recommendation `history`, a list of item ids and texts
+    origin               where the row stands: the file and its line
+    base                 nats, tokens, bytes, bits_per_byte
+    ner                  entities: a list of {text, type, score, start, end}
+    sentiment            label, score_LABEL for each label, predicted_topic (null if the version learnt no topics)
+    recommendation       items: a list of {item_id, title, score}
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from memgpt import atomic, environment, gate, registry, sources, tables, tracking
+from memgpt.config import Config, Source
+from memgpt.errors import UserError
+
+CHUNK = 2000  # rows
+PLAN, MANIFEST = "_plan.json", "manifest.json"
+_WORK = Path(".memgpt/score")  # what passes between a version's process and this one
+_ENTITY = pa.struct(
+    [("text", pa.string()), ("type", pa.string()), ("score", pa.float64()), ("start", pa.int64()), ("end", pa.int64())]
+)
+_ITEM = pa.struct([("item_id", pa.string()), ("title", pa.string()), ("score", pa.float64())])
+_COLUMNS = {
+    "base": [("nats", pa.float64()), ("tokens", pa.int64()), ("bytes", pa.int64()), ("bits_per_byte", pa.float64())],
+    "ner": [("entities", pa.list_(_ENTITY))],
+    "recommendation": [("items", pa.list_(_ITEM))],
+}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a run did. skipped: of the parts, those that were there already."""
+
+    version: str
+    rows: int
+    parts: int
+    skipped: int
+
+
+def score(
+    settings: Config,
+    reference: str,
+    uri: str,
+    target: str,
+    *,
+    column: str | None = None,
+    chunk: int = CHUNK,
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, rows: None,
+) -> Scored:
+    """Score every row at `uri` with the version that `reference` names, into the parts at `target`.
+
+    column: the input's column of texts, if it has none of the usual names. force: first remove what is there.
+    progress: told how many of how many rows are done.
+
+    Raises:
+        UserError: for input that cannot be read, naming file and row; for a target that was begun with something else.
+    """
+    tracking.use()
+    client = tracking.client()
+    model, number = registry.resolve(client, reference)
+    names = json.loads(registry.version_tags(client, model, number)["labels"]) if model == "sentiment" else []
+    files = find("input", uri)
+    out = _open(target)
+    version = registry.uri(model, number)
+    plan = {
+        "version": version,
+        "inputs": {file["path"]: digest(file) for file in files},
+        "column": column,
+        "chunk": chunk,
+    }
+    work = _WORK / hashlib.sha256(target.encode()).hexdigest()[:16]
+    with tracking.locked(work / "lock"):  # of two runs into one target, the second goes on where the first ends
+        present = _begin(out, target, plan, force)
+        if MANIFEST in present:
+            manifest = json.loads(out.read(MANIFEST))
+            return Scored(version, manifest["rows"], manifest["parts"], manifest["parts"])
+        total = sum(len(_checked(file, model, column)) for file in files)  # before any work: a bad row is told at once
+        rows = (row for file in files for row in _checked(file, model, column))
+        done = parts = skipped = 0
+        with asking(settings, model, number, work) as ask:
+            while taken := list(islice(rows, chunk)):
+                name = f"part-{parts:05d}.parquet"
+                if name in present:
+                    skipped += 1
+                else:
+                    out.write(name, _parquet(_table(model, names, taken, ask(taken))))
+                parts, done = parts + 1, done + len(taken)
+                progress(done, total)
+        columns = {field.name: str(field.type) for field in _schema(model, names)}
+        whole = {"rows": done, "parts": parts, "columns": columns, "version": version, "inputs": plan["inputs"]}
+        out.write(MANIFEST, _json(whole))
+    return Scored(version, done, parts, skipped)
+
+
+def find(key: str, uri: str) -> list[dict[str, Any]]:
+    """The data files at a path, a glob, a folder or s3://bucket/prefix, each with what tells its content.
+
+    key: what the URI is called in a message.
+    """
+    kind = sources.scheme(key, uri)
+    if kind not in ("file", "s3"):
+        raise UserError(f"{key}: {uri}: only files and s3://bucket/prefix are read here")
+    files: list[dict[str, Any]] = sources.resolve(key, Source(uri=uri))["files"]
+    return [{**file, "key": key, "uri": uri, "scheme": kind} for file in files]
+
+
+def read(file: dict[str, Any], column: str | None = None, history: bool = False) -> list[Row]:
+    """The rows of a file that `find` found, as `tables.read_texts` gives them."""
+    entry = {"uri": file["uri"], "scheme": file["scheme"], "files": [file]}
+    (part,) = sources.fetch(file["key"], Source(uri=file["uri"]), entry)
+    return tables.read_texts(part, column, history)
+
+
+@contextmanager
+def asking(settings: Config, model: str, number: str, work: Path) -> Iterator[Callable[[list[Row]], list[Any]]]:
+    """Rows → answers of a registered version, in a process of its own that loads once.
+
+    Raises:
+        UserError: if the version does not load or predict.
+    """
+    with gate.Version(registry.uri(model, number), work, environment.threads(settings.runtime.threads)) as version:
+
+        def ask(rows: list[Row]) -> list[Any]:
+            version.ask([_input(model, row) for row in rows])
+            try:
+                return version.answer()
+            except gate.VersionError as error:
+                raise UserError(str(error)) from None
+
+        yield ask
+
+
+def _input(model: str, row: Row) -> Any:
+    if model == "recommendation":
+        return {"history": row["history"]}
+    return {"text": row["text"], "topic": row["topic"]} if model == "sentiment" else row["text"]
+
+
+def _checked(file: dict[str, Any], model: str, column: str | None) -> list[Row]:
+    rows = read(file, column, history=model == "recommendation")
+    for row in rows:
+        if model == "recommendation":
+            if row["history"] is None:
+                raise UserError(f"{row['at']}: no history; give every row one, if only an empty list")
+        elif not (row["text"] or "").strip():
+            raise UserError(f"{row['at']}: no text; take the row out, or give it one")
+    return rows
+
+
+def digest(file: dict[str, Any]) -> str:
+    return file.get("sha256") or " ".join(filter(None, (file["etag"], file["version"])))
+
+
+# ---- parts
+
+
+def _schema(model: str, names: list[str]) -> pa.Schema:
+    own = _COLUMNS.get(model) or [
+        ("label", pa.string()),
+        *((f"score_{name}", pa.float64()) for name in names),
+        ("predicted_topic", pa.string()),
+    ]
+    main = ("history", pa.list_(pa.string())) if model == "recommendation" else ("text", pa.string())
+    kept = [("id", pa.string()), ("topic", pa.string()), ("time", pa.timestamp("us")), main, ("origin", pa.string())]
+    return pa.schema([*kept, *own])
+
+
+def _table(model: str, names: list[str], rows: list[Row], answers: list[Any]) -> pa.Table:
+    return pa.Table.from_pylist(
+        [{**row, "origin": row["at"], **_flat(model, names, said)} for row, said in zip(rows, answers, strict=True)],
+        schema=_schema(model, names),
+    )
+
+
+def _flat(model: str, names: list[str], answer: Any) -> dict[str, Any]:
+    if model == "sentiment":
+        scores = {f"score_{name}": answer["scores"].get(name) for name in names}
+        return {"label": answer["label"], **scores, "predicted_topic": answer.get("predicted_topic")}
+    return {"ner": {"entities": answer}, "recommendation": {"items": answer}}.get(model) or answer
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    tables.write(table, buffer)
+    return buffer.getvalue()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+# ---- where they go
+
+
+class _Place(Protocol):
+    """Named files, each there whole or not at all."""
+
+    def names(self) -> set[str]: ...
+    def read(self, name: str) -> bytes: ...
+    def write(self, name: str, data: bytes) -> None: ...
+    def remove(self, name: str) -> None: ...
+
+
+class _Folder:
+    def __init__(self, target: str) -> None:
+        self.path = Path(target).expanduser()
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{target}: is a file; name a folder for the parts")
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        with atomic.replacing(self.path / name) as aside:
+            aside.write_bytes(data)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink()
+
+
+class _Bucket:
+    """An object appears with its last byte."""
+
+    def __init__(self, target: str) -> None:
+        from memgpt.sources import s3  # boto3 is slow to import
+
+        self._s3, self._target = s3, target
+        self._bucket, key = s3.parse("output", target)
+        self._prefix = f"{key.rstrip('/')}/" if key else ""
+        self._client = s3.connect()
+
+    def names(self) -> set[str]:
+        with self._s3.explained("output", self._target):
+            keys = self._s3.keys_below(self._client, self._bucket, self._prefix)
+        return {key.removeprefix(self._prefix) for key in keys}
+
+    def read(self, name: str) -> bytes:
+        with self._s3.explained("output", self._target):
+            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._s3.explained("output", self._target):
+            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=data)
+
+    def remove(self, name: str) -> None:
+        with self._s3.explained("output", self._target):
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+
+
+def _open(target: str) -> _Place:
+    kind = sources.scheme("output", target)
+    if kind not in ("file", "s3"):
+        raise UserError(f"output: {target}: parts go to a folder or to s3://bucket/prefix")
+    return _Bucket(target) if kind == "s3" else _Folder(target)
+
+
+def _begin(out: _Place, target: str, plan: dict[str, Any], force: bool) -> set[str]:
+    """The names of what is there of this plan already, once the plan is written down.
+
+    Raises:
+        UserError: saying what differs, if the target holds something else.
+    """
+    present = out.names()
+    ours = {name for name in present if name in (PLAN, MANIFEST) or _is_part(name)}
+    if PLAN in present and not force:
+        differs = _difference(json.loads(out.read(PLAN)), plan)
+        if differs:
+            raise UserError(f"{target}: begun with {differs}; name another output, or start anew with --force")
+        return present
+    if ours and not force:
+        raise UserError(f"{target}: has {min(ours)} but no {PLAN}; name another output, or start anew with --force")
+    for name in sorted(ours, key=lambda name: name != MANIFEST):  # the manifest first: it promises the others
+        out.remove(name)
+    out.write(PLAN, _json(plan))
+    return set()
+
+
+def _is_part(name: str) -> bool:
+    return name.startswith("part-") and name.endswith(".parquet")
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """What the target was begun with, and what it is now, in words; None if nothing differs."""
+    for key, what in (("version", "version"), ("chunk", "chunks of"), ("column", "column")):
+        if old[key] != new[key]:
+            return f"{what} {old[key]}, now {new[key]}"
+    before, now = old["inputs"], new["inputs"]
+    for path in sorted(before.keys() | now.keys()):
+        if before.get(path) != now.get(path):
+            how = "which is gone" if path not in now else "which has changed" if path in before else None
+            return f"{path}, {how}" if how else f"other input, without {path}"
+    return None
