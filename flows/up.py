@@ -5,7 +5,8 @@
 
 All listen on loopback. State is in .prefect, mlflow.db and mlartifacts/ of the checkout; logs, and what was started, in
 .memgpt/up. A Prefect server that PREFECT_API_URL names, or an MLflow server in MLFLOW_TRACKING_URI, is used instead of
-one of ours. Ports: MEMGPT_PREFECT_PORT and MEMGPT_MLFLOW_PORT.
+one of ours. Ports: MEMGPT_PREFECT_PORT and MEMGPT_MLFLOW_PORT. Alerts: MEMGPT_ALERT_WEBHOOK, and MEMGPT_ALERT_DAYS (8)
+without a successful retrain.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 import psutil
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import workspace
+from flows import alerts, workspace
 from memgpt import atomic, environment, tracking
 from memgpt.console import Board
 from memgpt.errors import UserError
@@ -177,6 +178,7 @@ def up() -> None:
 
     with temporary_settings({PREFECT_API_URL: url}):
         workspace.mark_crashed(crashed)
+        alerts.ensure(float(os.environ.get("MEMGPT_ALERT_DAYS", "8")))
     _deploy(env, root)
     board.say(f"  {'deployments':<12}of commit {commit[:12]}")
     command = ["prefect", "worker", "start", "--pool", POOL, "--name", socket.gethostname()]
