@@ -1,6 +1,7 @@
 """score: files of texts, a registered version → Parquet parts. `memgpt score` does the same by hand."""
 
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from prefect import flow
@@ -35,16 +36,21 @@ def score(
         force: Start anew where the target holds parts of another version or input.
     """
     environment.prepare()
-    bar = create_progress_artifact(0.0, key="score-progress", description=f"{model}: {source} → {target}")
-    told = 0.0
-
-    def show(done: int, rows: int) -> None:
-        nonlocal told
-        if time.monotonic() - told > _EVERY:
-            told = time.monotonic()
-            update_progress_artifact(bar, 100 * done / rows)
-
+    show = progress("score-progress", f"{model}: {source} → {target}")
     done = scoring.score(config.load(), model, source, target, column=column, chunk=chunk, force=force, progress=show)
-    update_progress_artifact(bar, 100.0)
+    show(1, 1)
     kept = f", {done.skipped} of them there already" if done.skipped else ""
     return Completed(message=f"{done.rows} rows in {target} by {done.version}, {done.parts} parts{kept}")
+
+
+def progress(key: str, description: str) -> Callable[[int, int], None]:
+    """A progress bar among the run's artifacts, as a function of how many of how many are done."""
+    bar, told = create_progress_artifact(0.0, key=key, description=description), 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal told
+        if done == total or time.monotonic() - told > _EVERY:
+            told = time.monotonic()
+            update_progress_artifact(bar, 100 * done / total)
+
+    return show

@@ -123,7 +123,7 @@ def test_the_deployments_make_a_form(up: Up) -> None:
     assert set(fields) == {"tasks", "overrides", "force", "approval", "replace"}
     assert all(field["description"] for field in fields.values())
     assert fields["approval"]["enum"] == ["auto", "manual"]
-    for name in ("promote", "rollback", "score"):
+    for name in ("promote", "rollback", "score", "monitor"):
         found = up.get(f"deployments/name/{name}/{name}")
         assert found["description"]
         assert all(field.get("description") for field in found["parameter_openapi_schema"]["properties"].values())

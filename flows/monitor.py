@@ -1,0 +1,96 @@
+"""monitor: score the texts that have arrived, tell surges of negative ones and drift as events, to which alerts react.
+
+`memgpt monitor` shows the same by hand and tells nobody. What a run has told is remembered only after it was told, so
+that a run which is cut short tells it again.
+"""
+
+import base64
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.deployments import run_deployment
+from prefect.events import emit_event
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Completed, State
+
+from flows import in_one_line
+from flows.score import progress
+from memgpt import config, environment, monitoring
+from memgpt.monitoring import Report
+
+RETRAIN = "retrain/retrain"  # the deployment
+_PICTURES = 8  # in the artifact; all are in the folder
+
+
+@flow(name="monitor")
+@in_one_line
+def monitor(uri: str | None = None, folder: str = str(monitoring.FOLDER)) -> State[Any]:
+    """Score the texts that have arrived since the last run; tell surges of negative ones by topic, and drift.
+
+    Args:
+        uri: A file, glob or folder, or s3://bucket/prefix; empty: monitor.uri of params.yaml.
+        folder: Where is kept what was scored and told, and the pictures.
+    """
+    environment.prepare()
+    place = Path(folder)
+    settings = config.load()
+    report = monitoring.run(settings, place, uri=uri, progress=progress("monitor-progress", "new texts scored"))
+    create_markdown_artifact(_page(report, place), key="monitor", description=report.summary)
+    _tell(report)
+    monitoring.announce(report, place)
+    told = [report.summary, *_retrain(settings, report, place)]
+    name = "Surge" if report.surges else "Drift" if report.drifts else "Completed"
+    return Completed(name=name, message="; ".join(told))
+
+
+def _tell(report: Report) -> None:
+    """One event for each topic and one for the data: an alert is sent once a minute for a resource."""
+    for topic, surges in groupby(sorted(report.surges, key=lambda surge: surge.topic), lambda surge: surge.topic):
+        found = list(surges)
+        emit_event(
+            "memgpt.monitor.surge",
+            {"prefect.resource.id": f"memgpt.topic.{topic}", "prefect.resource.name": topic},
+            payload={"summary": "; ".join(one.summary for one in found), "surges": [vars(one) for one in found]},
+        )
+    if report.drifts:
+        emit_event(
+            "memgpt.monitor.drift",
+            {"prefect.resource.id": "memgpt.data.sentiment", "prefect.resource.name": report.source},
+            payload={
+                "summary": "; ".join(one.summary for one in report.drifts),
+                "drifts": [vars(one) for one in report.drifts],
+            },
+        )
+
+
+def _retrain(settings: config.Config, report: Report, place: Path) -> list[str]:
+    """Start a retraining whose promotions a person approves, if it is due; what was done, in words."""
+    last, now = monitoring.last_retraining(report, place), datetime.now(UTC)
+    if not monitoring.retraining_is_due(settings.monitor, report, last, now):
+        return []
+    try:
+        # the key: two starts after the same last one are one
+        key = f"memgpt-monitor-{last.isoformat() if last else 'first'}"
+        run = run_deployment(RETRAIN, parameters={"approval": "manual"}, timeout=0, idempotency_key=key)
+    except ObjectNotFound:
+        return [f"no retraining: {RETRAIN} is not deployed"]
+    monitoring.note_retraining(report, now, place)
+    return [f"started {RETRAIN} ({run.name})"]
+
+
+def _page(report: Report, place: Path) -> str:
+    """Markdown: what is unusual, the topics on the latest day, and their trends, the unusual and the largest first."""
+    unusual = {surge.topic for surge in report.surges}
+    rows = sorted(report.trends, key=lambda row: (row["topic"] not in unusual, -int(row["texts"])))
+    lines = [f"# {report.day or 'No texts yet'}", "", report.summary]
+    lines += [f"- {drift.summary}" for drift in report.drifting]
+    lines += ["", "| topic | texts | negative | expected | at most |", "|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(cell.replace('|', ' ') for cell in row.values())} |" for row in rows]
+    for row in rows[:_PICTURES]:
+        data = base64.b64encode(monitoring.picture(place, row["topic"]).read_bytes()).decode()
+        lines += ["", f"![{row['topic']}](data:image/png;base64,{data})"]
+    return "\n".join(lines)
