@@ -201,7 +201,8 @@ class _Epochs(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self.steps == 0:
             model = self.average.model.module if self.average else model
-            control.should_training_stop = not self.ask(model, state.global_step)
+            if not self.ask(model, state.global_step):
+                control.should_training_stop = True
 
 
 class _MarkComplete(TrainerCallback):

@@ -54,7 +54,7 @@ def fit(
     model = tuning.prepare(model, params, steps)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoints = checkpoint.directory(f"finetune-{task}", settings, [parent, tables])
-    epochs = _Epochs(task, params, tokenizer, checkpoints / "epochs", watch)
+    epochs = _EarlyStopping(task, params, tokenizer, checkpoints / "epochs", watch)
     model = train(
         model,
         data,
@@ -137,7 +137,7 @@ def validate(task: str, directory: Path) -> dict[str, float]:
     return found
 
 
-class _Epochs:
+class _EarlyStopping:
     """Early stopping: the model directory of the best epoch, judged on validation as it would be served.
 
     The scores are kept by step, so that a resumed run decides as an undisturbed one.
