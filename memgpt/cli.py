@@ -74,11 +74,19 @@ def _disk_is_full(error: Exception) -> bool:
 
 
 @app.command(rich_help_panel=STAGES)
-def snapshot() -> None:
+def snapshot(
+    diff: Annotated[bool, typer.Option("--diff", help="Only show what has been added, changed or removed.")] = False,
+) -> None:
     """Write down what every source holds now, with digests, in data/sources.lock.json.
 
-    Ingest fetches exactly that: new data means a changed lock. Example: [bold]memgpt snapshot[/]
+    Ingest fetches exactly that: new data means a changed lock.
+    Example: [bold]memgpt snapshot[/], [bold]memgpt snapshot --diff[/]
     """
+    if diff:
+        from memgpt.stages import snapshot as stage
+
+        _show(stage.difference(_config()) or ["nothing has changed since the snapshot"])
+        return
     _stage("snapshot")
 
 

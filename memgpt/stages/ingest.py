@@ -29,6 +29,7 @@ def _manifest(where: config.Source, entry: dict[str, Any], built: tables.Built) 
         "licence": licence,
         "non_commercial": restricted,
         "labels": built.labels,
+        "files": {file["path"]: file.get("size") for file in entry["files"]},
         "rows": _rows(built.tables),
         "columns": built.columns,
     }

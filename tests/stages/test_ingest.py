@@ -44,6 +44,7 @@ def test_every_source_becomes_its_tables() -> None:
         "licence": None,
         "non_commercial": False,
         "labels": ["bad", "good"],
+        "files": {"src/reviews.jsonl": Path("src/reviews.jsonl").stat().st_size},
         "rows": {"train": 319, "validation": 40, "test": 41},
         "columns": {"text": "text", "label": "label", "time": "time"},
     }

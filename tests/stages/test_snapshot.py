@@ -49,3 +49,19 @@ def test_a_source_that_fails_leaves_the_lock_as_it_was() -> None:
     with pytest.raises(UserError, match=r"data.sentiment.uri: nowhere: no such file or folder"):
         snapshot.run(data_place.configured("data.sentiment.uri=nowhere"))
     assert sources.LOCK.read_bytes() == before
+
+
+def test_the_difference_names_what_came_and_writes_nothing() -> None:
+    assert any(line.startswith("ner: source none → ") for line in snapshot.difference(data_place.configured()))
+    snapshot.run(data_place.configured())
+    assert snapshot.difference(data_place.configured()) == []
+    before = sources.LOCK.read_bytes()
+    with Path("src/reviews.jsonl").open("a") as stream:
+        stream.write('{"text": "one more", "label": "good"}\n')
+    data_place.put("src/ner/train-2.conll", "Ann\tB-PER\n")
+    lines = snapshot.difference(data_place.configured())
+    assert [line.partition(" (")[0] for line in lines] == [
+        "ner: added src/ner/train-2.conll",
+        "sentiment: changed src/reviews.jsonl",
+    ]
+    assert sources.LOCK.read_bytes() == before
