@@ -157,6 +157,7 @@ def up() -> None:
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # a run without heartbeat is marked as crashed, see alerts.py
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the server has the runs' logs
         "PREFECT_WORKER_QUERY_SECONDS": "5",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven idle processes for what nothing here uses
         "MEMGPT_MLFLOW_UI": ui,
         "MEMGPT_WORKSPACE": str(place),
         "MEMGPT_DEPLOYED": commit,
