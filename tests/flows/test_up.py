@@ -166,8 +166,10 @@ def test_held_approved_by_a_person_then_nothing_to_do(up: Up) -> None:
 
 def test_late_runs_of_the_schedule_collapse_into_one(up: Up) -> None:
     deployment = up.get("deployments/name/retrain/retrain")["id"]
-    often = {"active": True, "schedule": {"interval": 1, "anchor_date": "2026-01-01T00:00:00Z"}}
-    made = up.post(f"deployments/{deployment}/schedules", [often])
+    often = {"interval": 1, "anchor_date": "2026-01-01T00:00:00Z"}
+    wrong = {"overrides": ["finetune.ner.epoch=2"]}  # ends soon
+    schedule = {"active": True, "schedule": often, "parameters": wrong}
+    made = up.post(f"deployments/{deployment}/schedules", [schedule])
     stood_for: list[dict[str, Any]] = []
     try:
         stood_for = up.until(lambda: [r for r in up.runs("retrain") if r["state"]["name"] == "Cancelled"], bool)
