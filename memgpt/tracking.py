@@ -39,8 +39,10 @@ _BATCH = 1000  # metrics in one request, MLflow's limit
 _NAME = re.compile(r"[^\w.\- /]")  # what MLflow refuses in a metric's name
 
 
-def use(root: Path | str = ".") -> str:
+def use(root: Path | str | None = None) -> str:
     """Make the tracking store ready and return its URI; cheap when it is.
+
+    root: of the checkout; by default this folder, or the one whose queued experiment DVC runs in a folder of its own.
 
     A fresh SQLite file is built aside and renamed, under a lock: two first uses at once would otherwise both migrate
     it and one would die; a kill half-way leaves none.
@@ -48,7 +50,7 @@ def use(root: Path | str = ".") -> str:
     Raises:
         UserError: if the configured server or database cannot be reached.
     """
-    root = Path(root).resolve()
+    root = Path(root or os.environ.get("DVC_ROOT") or ".").resolve()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     if uri.startswith("sqlite:///"):  # absolute, since versions are loaded in processes that work elsewhere
@@ -188,6 +190,7 @@ def stage_run(
     name = f"{stage} {item}" if item else stage
     _bury(mlflow_client, experiment_id, name)
     tags = {"stage": stage, "item": item or "", "host": socket.gethostname(), "pid": str(os.getpid())}
+    tags["experiment"] = os.environ.get("DVC_EXP_NAME", "")
     parent = parent or os.environ.get(PARENT)
     if parent:
         tags["mlflow.parentRunId"] = parent

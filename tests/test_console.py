@@ -82,3 +82,10 @@ def test_verdicts_come_in_the_order_of_the_models(tmp_path: Path, monkeypatch: p
     for model in ("sentiment", "base"):
         (console.VERDICTS / f"{model}.json").write_text(json.dumps({"model": model}))
     assert [verdict["model"] for verdict in console.verdicts()] == ["base", "sentiment"]
+
+
+def test_a_password_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg2://ada:secret@db.example:5432/mlflow")
+    told = "\n".join(console.ways_to_look())
+    assert "postgresql+psycopg2://ada:***@db.example:5432/mlflow" in told
+    assert "secret" not in told

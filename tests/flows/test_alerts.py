@@ -171,3 +171,6 @@ def test_no_success_for_long(place: Place) -> None:
     with get_client(sync_client=True) as client:
         client.resume_automation(automations()["memgpt alert: overdue"]["id"])
     until(lambda: place.about("no run has succeeded"))
+    assert [text.split(":")[0] for text in place.about(": Crashed")] == ["retrain / lost"], (
+        "others ended and fell silent"
+    )
