@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from itertools import islice
@@ -36,6 +36,7 @@ from memgpt.errors import UserError
 FOLDER = Path(".memgpt/monitor")
 TOKENIZER = Path("models/tokenizer/tokenizer.json")
 WINDOWS = (1, 3)  # days: a sharp surge shows on the first, a lasting one in the sum
+RHO = 0.02  # intraclass correlation of a day's texts, where nothing is known of it
 SHOWN = 56  # days of a picture
 _SAVE = 60.0  # seconds between two savings while texts are scored
 _REFERENCE = 5000  # training rows that the latest texts are compared with, at most
@@ -364,7 +365,8 @@ def predict(negative: np.ndarray, texts: np.ndarray, ahead: np.ndarray) -> tuple
     freedom = held.sum((-1, -2)) - (all_texts > 0).sum(-1)
     weight = (held * (n - 1) * (1 - n / np.maximum(all_texts, 1)[..., None, :])).sum((-1, -2))
     caution = 0.5 * np.sqrt(2 * np.maximum(freedom, 1))  # half a standard error: too small a rho costs false alarms
-    rho = np.clip((pearson - freedom + caution) / np.maximum(weight, 1e-9), 0, 0.5)[..., None]
+    # few texts a day cannot tell it: a prior worth 100 of them
+    rho = np.clip((pearson - freedom + caution + 100 * RHO) / (weight + 100), 0, 0.5)[..., None]
     # how much weekdays differ; a day counts for as many independent texts as it is worth
     worth = (n / np.maximum(1 + (n - 1) * rho[..., None], 1)).sum(-2)
     whole = worth.sum(-1, keepdims=True)
@@ -409,13 +411,13 @@ def drifts(monitor: config.Monitor, texts: pd.DataFrame) -> list[Drift]:
     if len(latest) < monitor.drift_texts:
         return []
     reference = pd.DataFrame(_training_rows())
-    tokenizer = _tokenizer()
-    old, new = (_encode(tokenizer, list(frame["text"])) for frame in (reference, latest))
+    read = {"length": lambda text: [len(text)], "tokens": _tokenizer()}
     found = []
     for what, limit in monitor.max_psi.model_dump().items():
-        if what in ("length", "tokens"):
-            edges = _edges([len(ids) for ids in old] if what == "length" else np.concatenate(old), _BINS[what])
-            before, after = (_shares(what, ids, edges) for ids in (old, new))
+        if what in read:
+            old, new = ([read[what](text) for text in frame["text"]] for frame in (reference, latest))
+            edges = np.unique(np.quantile(np.concatenate(old), np.arange(1, _BINS[what]) / _BINS[what]))
+            before, after = (_shares(values, edges) for values in (old, new))
         elif reference[what].notna().all():  # topics may be missing
             before, after = _one_hot(reference[what], latest[what])
         else:
@@ -449,26 +451,17 @@ def _training_rows() -> list[dict[str, Any]]:
     return rows.take(np.sort(chosen)).to_pylist()
 
 
-def _tokenizer() -> Tokenizer:
+def _tokenizer() -> Callable[[str], list[int]]:
     if not TOKENIZER.is_file():
         raise UserError(f"{TOKENIZER}: not found, texts are compared by its tokens; `dvc checkout` restores it")
-    return Tokenizer.from_file(str(TOKENIZER))
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    return [np.array(encoded.ids, int) for encoded in tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-
-def _edges(values: Sequence[int] | np.ndarray, bins: int) -> np.ndarray:
-    return np.unique(np.quantile(values, np.arange(1, bins) / bins))
-
-
-def _shares(what: str, ids: list[np.ndarray], edges: np.ndarray) -> np.ndarray:
-    """[texts, bins]: in which bin a text's length is, or the shares of its tokens in each."""
-    values = [np.array([len(one)]) for one in ids] if what == "length" else ids
-    return np.stack(
-        [np.bincount(np.searchsorted(edges, one), minlength=len(edges) + 1) / max(1, len(one)) for one in values]
-    )
+def _shares(values: list[list[int]], edges: np.ndarray) -> np.ndarray:
+    """[texts, bins]: the shares of a text's values (its length, its tokens) in each bin."""
+    bins = len(edges) + 1
+    return np.stack([np.bincount(np.searchsorted(edges, one), minlength=bins) / max(1, len(one)) for one in values])
 
 
 def _one_hot(before: pd.Series, after: pd.Series) -> tuple[np.ndarray, np.ndarray]:
