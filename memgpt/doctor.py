@@ -1,6 +1,7 @@
 """Is this installation whole, and is what runs here well? Findings for `memgpt doctor`, each with its fix. Nothing is
 changed, made or started."""
 
+import json
 import os
 import shutil
 import sqlite3
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from memgpt import config, environment, housekeeping, registry, tracking
 from memgpt.errors import UserError
@@ -39,6 +42,7 @@ def examine() -> list[Finding]:
         _databases,
         _registry,
         _prefect,
+        _services,
         _runs,
     ]
     found: list[Finding] = []
@@ -165,8 +169,18 @@ def _prefect() -> Iterator[Finding]:
             yield Finding("prefect", "well", f"{url} answers")
     except (OSError, ValueError) as error:  # HTTPError and URLError are OSErrors
         why = getattr(error, "reason", error)
-        fix = "start it (`prefect server start`), or unset PREFECT_API_URL"
+        fix = "start it, or unset PREFECT_API_URL and `make up`"
         yield Finding("prefect", "broken", f"{url}: no server answers ({why})", fix)
+
+
+def _services() -> Iterator[Finding]:
+    """What `make up` started, which `make down` would have struck off."""
+    for noted in sorted(Path(".memgpt/up").glob("*.json")):
+        started = json.loads(noted.read_text(encoding="utf-8"))
+        if psutil.pid_exists(started["pid"]) and psutil.Process(started["pid"]).create_time() == started["began"]:
+            yield Finding(noted.stem, "well", f"runs (process {started['pid']})")
+        else:
+            yield Finding(noted.stem, "broken", "was started by `make up` and is gone", "`make up`")
 
 
 def _runs() -> Iterator[Finding]:

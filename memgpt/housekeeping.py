@@ -18,6 +18,7 @@ from memgpt import atomic, checkpoint, provenance, tracking
 from memgpt.errors import UserError
 
 BACKUPS = Path(".memgpt/backups")
+WORKSPACE = Path(".memgpt/workspace")  # where deployed runs work; it shares DVC's cache
 RETRAIN = Path(".memgpt/retrain.lock")  # held by a running flow
 _DAY = 86400.0
 
@@ -37,7 +38,8 @@ def gc(days: float, dry_run: bool) -> Iterator[Item]:
 
     A lock tells what is in use, not a file with a process id: it ends with its process.
     """
-    for place in sorted(path for path in checkpoint.ROOT.glob("*") if path.is_dir()):
+    checkpoints = [*checkpoint.ROOT.glob("*"), *(WORKSPACE / checkpoint.ROOT).glob("*")]
+    for place in sorted(path for path in checkpoints if path.is_dir()):
         with _unused(place) as unused:
             yield _dispose(place, unused, days, dry_run)
     for place in sorted(path for path in provenance.WORKTREES.glob("*") if path.is_dir()):
@@ -51,13 +53,17 @@ def gc(days: float, dry_run: bool) -> Iterator[Item]:
 
 
 def running() -> str | None:
-    """The flow or stage that works here now, if any."""
-    if RETRAIN.exists():
-        with _unused(RETRAIN) as unused:
+    """The flow or stage that works here or in the workspace now, if any."""
+    return _running(Path()) or _running(WORKSPACE)
+
+
+def _running(root: Path) -> str | None:
+    if (root / RETRAIN).exists():
+        with _unused(root / RETRAIN) as unused:
             if not unused:
-                return f"memgpt retrain (process {RETRAIN.read_text(encoding='utf-8')})"
+                return f"memgpt retrain (process {(root / RETRAIN).read_text(encoding='utf-8').partition(' ')[0]})"
     with suppress(OSError, json.JSONDecodeError):  # none there, or being written
-        for held in json.loads(Path(".dvc/tmp/rwlock").read_text(encoding="utf-8")).values():
+        for held in json.loads((root / ".dvc/tmp/rwlock").read_text(encoding="utf-8")).values():
             for holder in (held.get("write"), *held.get("read", [])):
                 if holder and tracking.alive(holder["pid"]):
                     return f"{holder['cmd']} (process {holder['pid']})"
@@ -96,6 +102,7 @@ def _cache(dry_run: bool) -> Item:
     where = _run([sys.executable, "-m", "dvc", "cache", "dir"], "DVC's cache").strip()
     before = _size(Path(where))
     named = ["--workspace", "--all-commits", "--all-experiments", "--skip-failed"]  # some old dvc.yaml may not parse
+    named += ["--projects", str(WORKSPACE)] if WORKSPACE.is_dir() else []
     command = [sys.executable, "-m", "dvc", "gc", *named, "--force"]
     if dry_run:
         return Item(where, before, _run([*command, "--dry"], "DVC's cache").strip().splitlines()[-1])

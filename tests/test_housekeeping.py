@@ -10,11 +10,12 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from judged_place import Place, empty_registry, settle
 from typer.testing import CliRunner
 
-from memgpt import checkpoint, cli, doctor, housekeeping, registry, tracking
+from memgpt import atomic, checkpoint, cli, doctor, housekeeping, registry, tracking
 from memgpt.errors import UserError
 from memgpt.registry import Change
 
@@ -89,10 +90,15 @@ def test_gc_removes_what_no_commit_names_from_the_cache_unless_a_stage_runs(plac
         (place.root / "file").write_text(text, encoding="utf-8")
         subprocess.run([*dvc, "add", "--quiet", "file"], check=True)
         if text.startswith("kept"):
-            place.git("add", "file.dvc")
+            place.git("add", "file.dvc", ".dvc")
             place.git("commit", "-qm", "kept")
     place.git("checkout", "-q", "--", "file.dvc")
     (place.root / "file").unlink()
+    workspace = place.root / housekeeping.WORKSPACE
+    place.git("worktree", "add", "-q", "--detach", str(workspace))
+    (workspace / "file").write_text("deployed" * 1000, encoding="utf-8")
+    for command in (["cache", "dir", "--local", str(place.root / ".dvc/cache")], ["add", "--quiet", "file"]):
+        subprocess.run([*dvc, "--cd", str(workspace), *command], check=True)
     rwlock = place.root / ".dvc/tmp/rwlock"
     holder = {"pid": os.getpid(), "cmd": "dvc repro pretrain"}
     rwlock.write_text(json.dumps({"models/base": {"write": holder}}), encoding="utf-8")
@@ -105,7 +111,7 @@ def test_gc_removes_what_no_commit_names_from_the_cache_unless_a_stage_runs(plac
     [item] = housekeeping.gc(0, False)
     assert (item.kept, item.bytes) == ("", len("forgotten" * 1000))
     cached = [path.read_text() for path in (place.root / ".dvc/cache/files").rglob("*") if path.is_file()]
-    assert cached == ["kept" * 1000]
+    assert sorted(cached) == ["deployed" * 1000, "kept" * 1000]
 
 
 def test_a_backup_is_one_moment_of_a_database_that_is_written_to(
@@ -182,6 +188,10 @@ def test_doctor_finds_what_is_broken_and_makes_nothing(
     (place.root / "requirements.lock").unlink()
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     assert state("prefect")[0] == "broken"
+    own = psutil.Process()
+    for name, pid in (("worker", own.pid), ("mlflow", 2**22 + 1)):
+        atomic.write_json(Path(f".memgpt/up/{name}.json"), {"pid": pid, "began": own.create_time()})
+    assert (state("worker")[0], state("mlflow")[0]) == ("well", "broken")
     (place.root / "params.yaml").write_text("pretrain: {tokns: 1}\n", encoding="utf-8")
     assert state("checkout")[0] == "broken"
     (place.root / "mlflow.db").write_bytes(b"SQLite format 3\0" + bytes(5000))
