@@ -21,12 +21,16 @@ WEBHOOK = "MEMGPT_ALERT_WEBHOOK"
 UNANSWERED = "The flow was paused and never resumed."  # Prefect's words for a suspended run whose time ran out
 HEARTBEAT = "prefect.flow-run.heartbeat"
 MISSED = 3.0  # heartbeats, after which a run is taken for dead
-QUIET = ("Completed", "Failed", "Crashed", "Cancelled", "Suspended", "Paused", "Held")  # states without heartbeats
+# States without heartbeats. A flow may give its last one another name; the server then refuses to crash what has ended.
+QUIET = ("Completed", "Failed", "Crashed", "Cancelled", "Suspended", "Paused")
 
 _RUN = """{{ flow.name }} / {{ flow_run.name }}: {{ flow_run.state.name }}
 {{ flow_run.state.message }}
 {{ flow_run | ui_url }}"""
-_EVENT = "{{ event.payload.summary }}{% if flow_run %}\n{{ flow_run | ui_url }}{% endif %}"
+_EVENT = (
+    "{{ event.payload.summary }}{% if event.payload.reasons %}: {{ event.payload.reasons }}{% endif %}"
+    "{% if flow_run %}\n{{ flow_run | ui_url }}{% endif %}"
+)
 
 
 def ensure(days: float) -> None:

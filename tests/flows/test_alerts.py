@@ -21,7 +21,12 @@ from flows import alerts
 
 pytestmark = pytest.mark.timeout(240)
 
-HEAD = "import os, sys, time\nfrom prefect import flow\nfrom prefect.events import emit_event\n"
+HEAD = """
+import time
+from prefect import flow
+from prefect.events import emit_event
+from prefect.states import Completed
+"""
 FAIL = """
 @flow(flow_run_name="tidy")
 def retrain(): raise ValueError('said "no"')
@@ -39,13 +44,14 @@ retrain()
 TWICE = """
 for _ in range(2):
     emit_event("memgpt.gate.rejected", {"prefect.resource.id": "memgpt.model.ner"},
-               payload={"summary": "ner 7 is rejected: unseen fell", "version": "7", "reasons": ["unseen fell"]})
+               payload={"summary": "ner 7 is rejected", "version": "7", "reasons": "unseen fell; f1 fell"})
 emit_event("memgpt.monitor.surge", {"prefect.resource.id": "memgpt.topic.orders"}, payload={"summary": "orders: 40 %"})
 """
 IN_A_FLOW = """
 @flow
 def score():
     emit_event("memgpt.monitor.drift", {"prefect.resource.id": "memgpt.source.sentiment"}, payload={"summary": "away"})
+    return Completed(name="Drift")
 score()
 """
 
@@ -163,7 +169,7 @@ def test_events_are_told_once_each(place: Place) -> None:
     place.run(IN_A_FLOW)
     (drift,) = until(lambda: place.about("away"))
     assert "/runs/flow-run/" in drift
-    assert place.about("rejected") == ["ner 7 is rejected: unseen fell"]
+    assert place.about("rejected") == ["ner 7 is rejected: unseen fell; f1 fell"]
 
 
 def test_no_success_for_long(place: Place) -> None:
