@@ -26,6 +26,7 @@ PAUSES = (1, 2, 4, 8, 15, 30, 60)  # seconds to wait before a step is tried agai
 _PASSING = (
     " is busy, it is being blocked by",  # somebody else's `dvc repro` holds the stage
     "no MLflow server answers",
+    "no database there",
     "database is locked",
 )
 _DVC_SAYS = ("Running stage", "> ", "Stage '")  # not news on the console, where each stage has a line

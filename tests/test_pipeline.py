@@ -257,7 +257,9 @@ def test_deployments_name_flows_and_their_parameters() -> None:
     for deployment in YAML(typ="safe").load((ROOT / "prefect.yaml").read_text())["deployments"]:
         path, _, name = deployment["entrypoint"].partition(":")
         module = import_module(path.removesuffix(".py").replace("/", "."))
-        assert set(deployment["parameters"]) <= set(getattr(module, name).parameters.properties)
+        flow = getattr(module, name)
+        assert flow.name == name == deployment["name"]
+        assert set(deployment.get("parameters", ())) <= set(flow.parameters.properties)
 
 
 def test_the_lock_is_for_every_machine() -> None:
