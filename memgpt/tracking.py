@@ -248,8 +248,8 @@ def _take_turns(uri: str) -> None:
             first = MlflowClient(tracking_uri=uri)
             first.search_experiments(max_results=1)
             first.search_registered_models(max_results=1)
-    except ModuleNotFoundError as error:
-        raise UserError(f"MLFLOW_TRACKING_URI={shown(uri)}: no {error.name}; write postgresql+psycopg2://") from None
+    except ModuleNotFoundError as error:  # another driver's name in the URI
+        raise UserError(f"MLFLOW_TRACKING_URI={shown(uri)}: no {error.name}; write postgresql://") from None
     except sqlalchemy.exc.OperationalError as error:
         why = str(error.orig).strip().splitlines()[0]
         raise UserError(

@@ -40,7 +40,7 @@ def cloud(database: str) -> Iterator[dict[str, str]]:
     with servers.s3("mlflow") as env:
         yield {
             **env,
-            "MLFLOW_TRACKING_URI": f"postgresql+psycopg2://{database}/mlflow",
+            "MLFLOW_TRACKING_URI": f"postgresql://{database}/mlflow",
             "MLFLOW_DEFAULT_ARTIFACT_ROOT": "s3://mlflow/artifacts",
         }
 
@@ -97,8 +97,8 @@ def test_a_version_goes_to_s3_and_predicts_from_there(
 def test_a_database_that_is_not_there_is_one_line(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where = database.replace("memgpt@", "memgpt:secret@")
     for uri, told in {
-        f"postgresql+psycopg2://{where}/nowhere": r'database "nowhere" does not exist',
-        f"postgresql://{where}/mlflow": r"write postgresql\+psycopg2",
+        f"postgresql://{where}/nowhere": r'database "nowhere" does not exist',
+        f"postgresql+pg8000://{where}/mlflow": r"no pg8000; write postgresql://",
     }.items():
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(UserError, match=told) as caught:
