@@ -378,7 +378,7 @@ def predict(negative: np.ndarray, texts: np.ndarray, ahead: np.ndarray) -> tuple
     pearson = (held * (x - n * share[..., None, :]) ** 2 / np.maximum(n * smooth * (1 - smooth), 1e-9)).sum((-1, -2))
     freedom = held.sum((-1, -2)) - (all_texts > 0).sum(-1)
     weight = (held * (n - 1) * (1 - n / np.maximum(all_texts, 1)[..., None, :])).sum((-1, -2))
-    caution = 0.5 * np.sqrt(2 * np.maximum(freedom, 1))  # half a standard error: too small a rho costs false alarms
+    caution = np.sqrt(2 * np.maximum(freedom, 1))  # a standard error: too small a rho costs false alarms
     # few texts a day cannot tell it: a prior worth 100 of them
     rho = np.clip((pearson - freedom + caution + 100 * RHO) / (weight + 100), 0, 0.5)[..., None]
     # how much weekdays differ; a day counts for as many independent texts as it is worth
