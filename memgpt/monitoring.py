@@ -263,7 +263,7 @@ def _judge(monitor: config.Monitor, texts: pd.DataFrame, today: date, state: dic
     """The report with what is unusual; `state` notes what was looked at."""
     counts = _counts(texts, monitor.negative)
     last: date = texts["day"].max()
-    # of the days before the first run only the last is judged; then every day that texts were added to since
+    # the first run judges the last day alone, a later one every day from the last that was judged
     first = max(map(date.fromisoformat, state["looks"]), default=last)
     known = {(surge["topic"], surge["day"]) for surge in state["surges"]}
     looks: dict[str, dict[str, Any]] = {}
