@@ -58,7 +58,7 @@ def alarms(negative: np.ndarray, texts: np.ndarray, weeks: int, false_alarms: fl
     for days in WINDOWS:
         x, n = negative[:, -7 * weeks - days :], texts[:, -7 * weeks - days :]
         chances = survival(n[:, -days:].sum(1), *predict(x[:, :-days], n[:, :-days], n[:, -days:]))
-        alarm |= chances[np.arange(len(x)), x[:, -days:].sum(1)] <= alarm_level(false_alarms, 1)
+        alarm |= chances[np.arange(len(x)), x[:, -days:].sum(1)] <= alarm_level(false_alarms)
     return alarm
 
 

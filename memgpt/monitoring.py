@@ -36,6 +36,7 @@ from memgpt.errors import UserError
 FOLDER = Path(".memgpt/monitor")
 TOKENIZER = Path("models/tokenizer/tokenizer.json")
 WINDOWS = (1, 3)  # days: a sharp surge shows on the first, a lasting one in the sum
+LAST_LOOK = 0.8  # of what is left of a day's false alarms, spent when it is over
 RHO = 0.02  # intraclass correlation of a day's texts, where nothing is known of it
 SHOWN = 56  # days of a picture
 _SAVE = 60.0  # seconds between two savings while texts are scored
@@ -148,7 +149,7 @@ def run(
                 seen = _score(rows, ask, seen, folder, progress)
         report = Report(registry.uri(model, number), uri, len(rows), blank, None)
         if len(seen):
-            report = _judge(monitor, seen, state, report)
+            report = _judge(monitor, seen, today, state, report)
             _forget(seen, folder, monitor.drift_days)
             _draw(monitor, seen, folder)
         state["files"] = digests
@@ -189,8 +190,8 @@ def note_retraining(report: Report, now: datetime, folder: Path = FOLDER) -> Non
 
 
 def _state(folder: Path, uri: str) -> dict[str, Any]:
-    """files: path → digest, read already. looks: day → topic → [how often it was judged, with how many texts last].
-    drift: what drifts → whether that was announced."""
+    """files: path → digest, read already. looks: day → topic → [share of the day's false alarms that is spent, texts at
+    the last look, whether the day was over then]. drift: what drifts → whether that was announced."""
     empty: dict[str, Any] = {"uri": uri, "files": {}, "looks": {}, "surges": [], "drift": {}, "retrained": None}
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -258,23 +259,26 @@ def _forget(texts: pd.DataFrame, folder: Path, days: int) -> None:
 # ---- surges
 
 
-def _judge(monitor: config.Monitor, texts: pd.DataFrame, state: dict[str, Any], report: Report) -> Report:
+def _judge(monitor: config.Monitor, texts: pd.DataFrame, today: date, state: dict[str, Any], report: Report) -> Report:
     """The report with what is unusual; `state` notes what was looked at."""
     counts = _counts(texts, monitor.negative)
     last: date = texts["day"].max()
-    # of the days before the first run only the last is judged; then every day that texts were added to since
+    # the first run judges the last day alone, a later one every day from the last that was judged
     first = max(map(date.fromisoformat, state["looks"]), default=last)
     known = {(surge["topic"], surge["day"]) for surge in state["surges"]}
-    looks: dict[str, dict[str, list[int]]] = {}
+    looks: dict[str, dict[str, Any]] = {}
     for day in sorted(set(texts["day"][texts["day"] >= first])):
         looks[day.isoformat()] = before = state["looks"].get(day.isoformat(), {})
         for topic, count in counts.items():
-            _, all_texts = count.until(day, 1)
-            past, told = before.get(topic, (0, 0))
-            if all_texts[0] == told:
+            _, all_texts = count.until(day, 7 * monitor.history_weeks + 1)
+            now, usual = int(all_texts[-1]), all_texts[:-1:7].mean()  # of this weekday
+            spent, then, was_over = before.get(topic, (0.0, 0, False))
+            over = day < today
+            if not now or (now == then and over == was_over):
                 continue
-            before[topic] = [past + 1, int(all_texts[0])]
-            surge = judge(monitor, topic, count, day, past + 1)
+            share = spend(spent, over, now / usual if usual else 1.0)
+            before[topic] = [spent + share, now, over]
+            surge = judge(monitor, topic, count, day, share)
             if surge and (topic, surge.day) not in known:
                 state["surges"].append({**dataclasses.asdict(surge), "announced": False})
     state["looks"] = looks
@@ -323,10 +327,10 @@ def _counts(texts: pd.DataFrame, negative: str) -> dict[str, Counts]:
     return found
 
 
-def judge(monitor: config.Monitor, topic: str, count: Counts, day: date, look: int) -> Surge | None:
-    """The surge in the days that end with `day`, if there is one: over one day, or over three. look: how often the day
-    has been judged, this time included."""
-    level = alarm_level(monitor.false_alarms, look)
+def judge(monitor: config.Monitor, topic: str, count: Counts, day: date, share: float) -> Surge | None:
+    """The surge in the days that end with `day`, if there is one: over one day, or over three. share: of the day's
+    false alarms, what this look at it may spend."""
+    level = alarm_level(monitor.false_alarms, share)
     found = []
     for days in WINDOWS:
         negative, texts = count.until(day, 7 * monitor.history_weeks + days)
@@ -342,10 +346,20 @@ def judge(monitor: config.Monitor, topic: str, count: Counts, day: date, look: i
     return min(found, key=lambda surge: surge.probability, default=None)
 
 
-def alarm_level(false_alarms: float, look: int) -> float:
-    """Chance at which a window is a surge. The k-th look at a growing day spends 6 / (pi k)^2 of the day's share of the
-    yearly `false_alarms`, so that all its looks together spend no more than that."""
-    return false_alarms / 365 * 6 / (np.pi * look) ** 2 / len(WINDOWS)
+def spend(spent: float, over: bool, filled: float) -> float:
+    """What the next look at a day may spend, as a share of the day's false alarms, of which `spent` is gone.
+
+    Half of them are spent while the day grows, as its texts come in (filled: of the usual number; linear spending
+    function, Lan & DeMets 1983). The first look when it is `over` may spend four fifths of the rest; a later one, at
+    texts that come late, of what is left then.
+    """
+    return LAST_LOOK * (1 - spent) if over else max(0.0, 0.5 * min(1.0, filled) - spent)
+
+
+def alarm_level(false_alarms: float, share: float = LAST_LOOK) -> float:
+    """Chance at which a window is a surge, where a look may spend a `share` of the day's part of the yearly
+    `false_alarms`; by default that of a day which is looked at once, when it is over."""
+    return false_alarms / 365 * share / len(WINDOWS)
 
 
 def predict(negative: np.ndarray, texts: np.ndarray, ahead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -364,7 +378,7 @@ def predict(negative: np.ndarray, texts: np.ndarray, ahead: np.ndarray) -> tuple
     pearson = (held * (x - n * share[..., None, :]) ** 2 / np.maximum(n * smooth * (1 - smooth), 1e-9)).sum((-1, -2))
     freedom = held.sum((-1, -2)) - (all_texts > 0).sum(-1)
     weight = (held * (n - 1) * (1 - n / np.maximum(all_texts, 1)[..., None, :])).sum((-1, -2))
-    caution = 0.5 * np.sqrt(2 * np.maximum(freedom, 1))  # half a standard error: too small a rho costs false alarms
+    caution = np.sqrt(2 * np.maximum(freedom, 1))  # a standard error: too small a rho costs false alarms
     # few texts a day cannot tell it: a prior worth 100 of them
     rho = np.clip((pearson - freedom + caution + 100 * RHO) / (weight + 100), 0, 0.5)[..., None]
     # how much weekdays differ; a day counts for as many independent texts as it is worth
@@ -502,7 +516,7 @@ def _trend(monitor: config.Monitor, topic: str, count: Counts, day: date) -> dic
 
 def band(texts: int, mean: np.ndarray, spread: np.ndarray, false_alarms: float) -> tuple[int, int]:
     """Between how many negative texts a day is nothing unusual, judged once, on its own."""
-    level = alarm_level(false_alarms, look=1)
+    level = alarm_level(false_alarms)
     chances = survival(texts, mean, spread)
     low = np.flatnonzero(chances >= 1 - level).max()
     beyond = np.flatnonzero(chances <= level)
