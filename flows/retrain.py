@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +32,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from flows import in_one_line, promote, server, workspace
-from flows.crew import Crew, Order, Step, steps
+from flows.crew import PAUSES, Crew, Order, Step, steps
 from memgpt import config, console, environment, tracking
 from memgpt.cli import Model, Task
 from memgpt.errors import UserError
@@ -100,6 +101,7 @@ def _run(order: Order, only_if_changed: bool) -> State[Any]:
             first.wait()
             if only_if_changed and not crew.failures and workspace.settled(order.tasks):
                 return Completed(name="Nothing to do", message="data, params and code are as they were")
+            _reach_registry(board)
             with tracking.flow_run("retrain", settings.model_dump(by_alias=True)) as run:
                 for step in plan.values():
                     futures[step.name] = submit(step)
@@ -108,6 +110,22 @@ def _run(order: Order, only_if_changed: bool) -> State[Any]:
         finally:
             crew.children.stop()
     return _conclude(crew.failures, order, pages)
+
+
+def _reach_registry(board: console.Board) -> None:
+    """
+    Raises:
+        UserError: if it does not answer for two minutes.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            tracking.use()
+            return
+        except UserError as error:
+            if pause is None:
+                raise
+            board.say(f"{error}; trying again in {pause} s")
+            time.sleep(pause)
 
 
 def _keep_pages(run: tracking.Run) -> str:

@@ -13,8 +13,10 @@ from conftest import Pipeline
 from ruamel.yaml import YAML
 
 from flows import crew as crews
+from flows import retrain
 from flows.crew import Crew, Order, Queue, Step, _outcome, _reason, steps
 from memgpt import config, console
+from memgpt.errors import UserError
 
 STAGES_PER_RUN = 18
 
@@ -67,6 +69,22 @@ def test_another_dvc_at_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
     made, asked = crew(monkeypatch, [busy, busy, (0, ["Running stage 'finetune@ner':"])])
     assert made.run(Step("finetune@ner")).is_completed()
     assert len(asked) == 3
+
+
+def test_a_registry_that_comes_back_is_waited_for_and_one_that_does_not_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retrain.time, "sleep", lambda _: None)
+    answers = iter([UserError("no MLflow server answers"), UserError("no MLflow server answers"), None])
+
+    def use() -> None:
+        if error := next(answers, UserError("gone for good")):
+            raise error
+
+    monkeypatch.setattr(retrain.tracking, "use", use)
+    retrain._reach_registry(console.Board())
+    with pytest.raises(UserError, match="gone for good"):
+        retrain._reach_registry(console.Board())
 
 
 def test_a_failure_speaks_in_the_stages_words(monkeypatch: pytest.MonkeyPatch) -> None:
