@@ -70,7 +70,7 @@ def described(waiting: stage.Held) -> str:
     against = f"Champion: version {waiting.champion}." if waiting.champion else "There is no champion yet."
     rows = [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in sorted(waiting.numbers.items())]
     where = f"`memgpt compare {waiting.model}@champion {waiting.model}/{waiting.version}` shows changed answers."
-    return "\n".join([f"{title} {against}", "", "| | |", "|---|---|", *rows, "", where])
+    return "\n".join([f"{title} {against}", "", "| measured by the gate | |", "|---|---|", *rows, "", where])
 
 
 def _supersede(model: str) -> None:
