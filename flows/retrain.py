@@ -161,15 +161,17 @@ def _publish(found: list[dict[str, Any]], page: str) -> None:
     table = console.rows(found)
     create_table_artifact(table=table, key="retrain-metrics", description="Test metrics, baselines and verdicts")
     lines = [
-        "| model | verdict | version | metric | value | champion | why |",
+        "| model | verdict | version | metric | value | champion | baseline |",
         "|---|---|---|---|---|---|---|",
         *(
             f"| {row['task']} | **{row['verdict']}** | {row['version']} | {row['metric']} | {row['value']} "
-            f"({row['95 % interval']}) | {row['champion']} | {'; '.join(verdict['reasons'])} |"
-            for row, verdict in zip(table, found, strict=True)
+            f"({row['95 % interval']}) | {row['champion']} | {row['baseline']} |"
+            for row in table
         ),
         "",
-        f"Training curves, [the checks of the data and the pictures]({page}/artifacts): [the run in MLflow]({page}).",
+        *(f"- {verdict['model']}: {'; '.join(verdict['reasons'])}" for verdict in found),
+        "",
+        f"In MLflow: [training curves]({page}), [checks of the data and pictures]({page}/artifacts).",
     ]
     create_markdown_artifact("\n".join(lines), key="retrain-summary", description="The gate's verdicts")
     create_link_artifact(page, key="retrain-mlflow", link_text="the run in MLflow")
