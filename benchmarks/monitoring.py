@@ -94,14 +94,15 @@ def false_drifts(train: pd.DataFrame, held_out: pd.DataFrame, samples: int = 200
     tokenizer.train_from_iterator(train["text"], vocab_size=4096, show_progress=False)
     found: dict[str, int] = dict.fromkeys(settings.max_psi.model_dump(), 0)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for path in (tables.TABLES / "sentiment", monitoring.TOKENIZER.parent):
-            path.mkdir(parents=True)
+        for path in (monitoring.TRAIN, monitoring.TOKENIZER):
+            path.parent.mkdir(parents=True)
         rows = pa.Table.from_pandas(train[["text", "topic", "label"]], preserve_index=False)
-        tables.write(rows, tables.TABLES / "sentiment" / "train.parquet")
+        tables.write(rows, monitoring.TRAIN)
         tokenizer.save(str(monitoring.TOKENIZER))
+        monitoring.keep_reference(Path("reference"), "1")
         for seed in tqdm(range(samples), desc="drift"):
             sample = held_out.sample(texts, random_state=seed)[["text", "topic", "label"]]
-            for drift in monitoring.drifts(settings, sample.assign(day=date(2024, 6, 3))):
+            for drift in monitoring.drifts(settings, sample.assign(day=date(2024, 6, 3)), Path("reference")):
                 found[drift.what] += 1
     return found
 

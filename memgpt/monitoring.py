@@ -14,8 +14,10 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from itertools import islice
@@ -34,7 +36,8 @@ from memgpt import atomic, config, pictures, registry, scoring, tables, tracking
 from memgpt.errors import UserError
 
 FOLDER = Path(".memgpt/monitor")
-TOKENIZER = Path("models/tokenizer/tokenizer.json")
+TRAIN, TOKENIZER = tables.TABLES / "sentiment/train.parquet", Path("models/tokenizer/tokenizer.json")
+REFERENCE = "reference"  # a copy of both
 WINDOWS = (1, 3)  # days: a sharp surge shows on the first, a lasting one in the sum
 LAST_LOOK = 0.8  # of what is left of a day's false alarms, spent when it is over
 RHO = 0.02  # intraclass correlation of a day's texts, where nothing is known of it
@@ -149,7 +152,9 @@ def run(
                 seen = _score(rows, ask, seen, folder, progress)
         report = Report(registry.uri(model, number), uri, len(rows), blank, None)
         if len(seen):
-            report = _judge(monitor, seen, today, state, report)
+            keep_reference(folder / REFERENCE, report.version)
+            drifting = drifts(monitor, seen, folder / REFERENCE)
+            report = _judge(monitor, seen, today, state, dataclasses.replace(report, drifting=drifting))
             _forget(seen, folder, monitor.drift_days)
             _draw(monitor, seen, folder)
         state["files"] = digests
@@ -283,8 +288,7 @@ def _judge(monitor: config.Monitor, texts: pd.DataFrame, today: date, state: dic
                 state["surges"].append({**dataclasses.asdict(surge), "announced": False})
     state["looks"] = looks
     state["surges"] = state["surges"][-1000:]
-    drifting = drifts(monitor, texts)
-    state["drift"] = {drift.what: state["drift"].get(drift.what, False) for drift in drifting}
+    state["drift"] = {drift.what: state["drift"].get(drift.what, False) for drift in report.drifting}
     fresh = [
         Surge(**{key: value for key, value in surge.items() if key != "announced"})
         for surge in state["surges"]
@@ -294,8 +298,7 @@ def _judge(monitor: config.Monitor, texts: pd.DataFrame, today: date, state: dic
         report,
         day=last.isoformat(),
         surges=fresh,
-        drifts=[drift for drift in drifting if not state["drift"][drift.what]],
-        drifting=drifting,
+        drifts=[drift for drift in report.drifting if not state["drift"][drift.what]],
         trends=[row for topic, count in counts.items() if (row := _trend(monitor, topic, count, last))],
     )
 
@@ -415,8 +418,9 @@ def survival(texts: np.ndarray | int, mean: np.ndarray, spread: np.ndarray) -> n
 # ---- drift
 
 
-def drifts(monitor: config.Monitor, texts: pd.DataFrame) -> list[Drift]:
-    """What the latest texts have drifted in, against the training table of sentiment.
+def drifts(monitor: config.Monitor, texts: pd.DataFrame, reference: Path) -> list[Drift]:
+    """What the latest texts have drifted in, against the training table of sentiment. reference: as `keep_reference`
+    leaves it.
 
     The population stability index (Lewis 1994; Siddiqi 2006) must exceed `monitor.max_psi`, and what chance alone gives
     so few texts: the largest of 500 samples of as many training rows. None if the latest days have too few texts.
@@ -424,16 +428,18 @@ def drifts(monitor: config.Monitor, texts: pd.DataFrame) -> list[Drift]:
     latest = texts[(texts["day"] > texts["day"].max() - timedelta(days=monitor.drift_days)) & texts["text"].notna()]
     if len(latest) < monitor.drift_texts:
         return []
-    reference = pd.DataFrame(_training_rows())
-    read = {"length": lambda text: [len(text)], "tokens": _tokenizer()}
+    if not reference.exists():
+        raise UserError(f"{TRAIN}, {TOKENIZER}: texts are compared with both; `dvc checkout` restores what is missing")
+    train = _training_rows(reference / TRAIN.name)
+    read = {"length": lambda text: [len(text)], "tokens": _tokenizer(reference / TOKENIZER.name)}
     found = []
     for what, limit in monitor.max_psi.model_dump().items():
         if what in read:
-            old, new = ([read[what](text) for text in frame["text"]] for frame in (reference, latest))
+            old, new = ([read[what](text) for text in frame["text"]] for frame in (train, latest))
             edges = np.unique(np.quantile(np.concatenate(old), np.arange(1, _BINS[what]) / _BINS[what]))
             before, after = (_shares(values, edges) for values in (old, new))
-        elif reference[what].notna().all():  # topics may be missing
-            before, after = _one_hot(reference[what], latest[what])
+        elif train[what].notna().all():  # topics may be missing
+            before, after = _one_hot(train[what], latest[what])
         else:
             continue
         psi = float(stability(before.mean(0), after.mean(0), len(before), len(after)))
@@ -456,19 +462,27 @@ def _by_chance(rows: np.ndarray, count: int) -> float:
     return float(stability(rows.mean(0), draws @ rows / count, len(rows), count).max())
 
 
-def _training_rows() -> list[dict[str, Any]]:
-    path = tables.TABLES / "sentiment" / "train.parquet"
-    if not path.is_file():
-        raise UserError(f"{path}: not found, arriving texts are compared with it; `dvc checkout` restores it")
+def keep_reference(target: Path, version: str) -> None:
+    """Copy the training table and the tokenizer to a folder, once for a version: while a retraining makes them anew,
+    they are gone."""
+    note = target / "version"
+    if note.exists() and note.read_text(encoding="utf-8") == version:
+        return
+    with suppress(FileNotFoundError), atomic.replacing(target) as aside:
+        aside.mkdir()
+        shutil.copy(TRAIN, aside)
+        shutil.copy(TOKENIZER, aside)
+        (aside / "version").write_text(version, encoding="utf-8")
+
+
+def _training_rows(path: Path) -> pd.DataFrame:
     rows = pq.read_table(path, columns=["text", "topic", "label"])
     chosen = np.random.default_rng(0).permutation(rows.num_rows)[:_REFERENCE]
-    return rows.take(np.sort(chosen)).to_pylist()
+    return rows.take(np.sort(chosen)).to_pandas()
 
 
-def _tokenizer() -> Callable[[str], list[int]]:
-    if not TOKENIZER.is_file():
-        raise UserError(f"{TOKENIZER}: not found, texts are compared by its tokens; `dvc checkout` restores it")
-    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+def _tokenizer(path: Path) -> Callable[[str], list[int]]:
+    tokenizer = Tokenizer.from_file(str(path))
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 

@@ -29,6 +29,7 @@ import monitoring as simulation
 ROOT = Path(__file__).parents[1]
 SETTINGS = config.load(ROOT / "params.yaml").monitor
 MONDAY = date(2024, 6, 3)
+REFERENCE = Path("reference")
 
 
 # ---- surges, by simulation
@@ -115,12 +116,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         change = registry.Change("sentiment", "promote", version, None, ["by a test"], "test")
         registry.carry_out(tracking.client(), change)
         train = newsroom.generate(scale=0.5)["sentiment"]["train"]
-        path = tables.TABLES / "sentiment" / "train.parquet"
-        tables.write(pa.Table.from_pandas(train, schema=tables.SCHEMAS["sentiment"], preserve_index=False), path)
+        rows = pa.Table.from_pandas(train, schema=tables.SCHEMAS["sentiment"], preserve_index=False)
+        tables.write(rows, monitoring.TRAIN)
         tokenizer = ByteLevelBPETokenizer()
         tokenizer.train_from_iterator(train["text"], vocab_size=600, show_progress=False)
         monitoring.TOKENIZER.parent.mkdir(parents=True)
         tokenizer.save(str(monitoring.TOKENIZER))
+        monitoring.keep_reference(REFERENCE, "1")
         shutil.copy(ROOT / "params.yaml", made.root)
         yield made
 
@@ -265,8 +267,8 @@ def test_held_out_rows_have_not_drifted(place: Place, asked: list[str]) -> None:
     settings = SETTINGS.model_copy(update={"drift_texts": 100})
     rows = held_out()
     for seed in range(10):
-        assert monitoring.drifts(settings, as_seen(rows.sample(150, random_state=seed))) == []
-    assert monitoring.drifts(settings.model_copy(update={"drift_texts": 151}), as_seen(rows[:150])) == []
+        assert monitoring.drifts(settings, as_seen(rows.sample(150, random_state=seed)), REFERENCE) == []
+    assert monitoring.drifts(settings.model_copy(update={"drift_texts": 151}), as_seen(rows[:150]), REFERENCE) == []
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,7 @@ def test_held_out_rows_have_not_drifted(place: Place, asked: list[str]) -> None:
     ],
 )
 def test_what_has_drifted_is_named(place: Place, asked: list[str], what: str, change: Any) -> None:
-    found = {drift.what: drift for drift in monitoring.drifts(SETTINGS, as_seen(change(held_out())))}
+    found = {drift.what: drift for drift in monitoring.drifts(SETTINGS, as_seen(change(held_out())), REFERENCE)}
     assert what in found
     assert found[what].psi > found[what].limit >= getattr(SETTINGS.max_psi, what)
 
@@ -293,7 +295,9 @@ def test_the_newsroom_arrives(place: Place, asked: list[str]) -> None:
     assert report.new == len(rows) and report.drifting == []
     strange = [{"text": f"{n} ΑΒΓΔΕ ζηθικ λμνξο πρστυ", "topic": "energy", "time": "2024-12-31"} for n in range(300)]
     arrive("b.jsonl", strange)
+    moved = monitoring.TRAIN.rename("elsewhere.parquet")  # as a retraining does while it runs
     report = run(place, **changes)
+    moved.rename(monitoring.TRAIN)
     assert {"tokens", "topic"} <= {drift.what for drift in report.drifts}
     monitoring.announce(report)
     report = run(place, **changes)
@@ -303,8 +307,9 @@ def test_the_newsroom_arrives(place: Place, asked: list[str]) -> None:
 def test_what_texts_are_compared_with_must_be_there(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.root)
     monkeypatch.setattr(monitoring, "TOKENIZER", Path("nowhere/tokenizer.json"))
-    with pytest.raises(UserError, match=r"nowhere/tokenizer.json: not found, .*`dvc checkout` restores it"):
-        monitoring.drifts(SETTINGS, as_seen(held_out()))
+    monitoring.keep_reference(Path("other"), "1")
+    with pytest.raises(UserError, match=r"nowhere/tokenizer.json: .*`dvc checkout` restores what is missing"):
+        monitoring.drifts(SETTINGS, as_seen(held_out()), Path("other"))
 
 
 # ---- retraining, and the command
