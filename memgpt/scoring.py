@@ -2,7 +2,7 @@
 with.
 
 Each part has the rows of one chunk, in the order of the input, and is there whole or not at all. `_plan.json` says what
-a run began with, so that another version or other content never mixes in; `manifest.json` is written last. The columns:
+a run began with, so that another version or other content never mixes in; `_manifest.json` is written last. The columns:
 
     id, topic, time      of the input row, null where it has none; time in UTC
     text                 of the input row; for recommendation `history`, a list of item ids and texts
@@ -30,7 +30,7 @@ from memgpt.config import Config, Source
 from memgpt.errors import UserError
 
 CHUNK = 2000  # rows
-PLAN, MANIFEST = "_plan.json", "manifest.json"
+PLAN, MANIFEST = "_plan.json", "_manifest.json"
 _WORK = Path(".memgpt/score")  # what passes between a version's process and this one
 _ENTITY = pa.struct(
     [("text", pa.string()), ("type", pa.string()), ("score", pa.float64()), ("start", pa.int64()), ("end", pa.int64())]

@@ -9,6 +9,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from judged_place import Place, empty_registry, gold, settle
@@ -93,8 +94,8 @@ def test_each_row_with_its_answer_whatever_the_format(place: Place) -> None:
     assert first["origin"] == "in/a.jsonl.gz line 1"
     assert first[f"score_{first['label']}"] == 1.0
     assert rows[5]["origin"] == "in/b-test.csv line 3"
-    manifest = json.loads(Path("out/manifest.json").read_text())
-    assert manifest["rows"] == 8 and manifest["version"] == done.version
+    manifest = json.loads(Path("out/_manifest.json").read_text())
+    assert manifest["rows"] == 8 == len(pd.read_parquet("out")) and manifest["version"] == done.version
     assert manifest["columns"] == {field.name: str(field.type) for field in parts[0].schema}
     assert set(manifest["inputs"]) == {"in/a.jsonl.gz", "in/b-test.csv", "in/c.txt"}
 
@@ -139,7 +140,7 @@ def test_what_does_not_belong_to_the_parts_is_told_and_force_starts_anew(place: 
         score(place)
     done = score(place, reference="sentiment/2", force=True)
     assert (done.version, done.rows, done.skipped) == ("models:/memgpt-sentiment/2", 2, 0)
-    assert {path.name for path in Path("out").iterdir()} == {"_plan.json", "part-00000.parquet", "manifest.json"}
+    assert {path.name for path in Path("out").iterdir()} == {"_plan.json", "part-00000.parquet", "_manifest.json"}
 
 
 @pytest.mark.parametrize(
@@ -218,9 +219,9 @@ def test_from_s3_to_s3(place: Place, at_hand: None, monkeypatch: pytest.MonkeyPa
         keys = {item["Key"] for item in client.list_objects_v2(Bucket=bucket, Prefix="scored/")["Contents"]}
         assert keys == {
             f"scored/today/{name}"
-            for name in ("_plan.json", "manifest.json", "part-00000.parquet", "part-00001.parquet")
+            for name in ("_plan.json", "_manifest.json", "part-00000.parquet", "part-00001.parquet")
         }
-        client.delete_object(Bucket=bucket, Key="scored/today/manifest.json")
+        client.delete_object(Bucket=bucket, Key="scored/today/_manifest.json")
         client.delete_object(Bucket=bucket, Key="scored/today/part-00001.parquet")
         assert score(place, **where).skipped == 1
         client.put_object(Bucket=bucket, Key="news/a.jsonl", Body=b'{"text": "text 3"}\n')
