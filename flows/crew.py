@@ -116,17 +116,20 @@ class Order:
 class Progress:
     """What a stage says of its training, as a progress artifact in the UI."""
 
-    _SAID = re.compile(r"step (?P<step>\d+)/(?P<steps>\d+), (?P<rest>.+)")
+    _SAID = re.compile(r"step (?P<step>\d+)/(?P<steps>\d+), loss (?P<loss>\S+), (?P<left>\d+) s left")
 
-    def __init__(self, name: str) -> None:
-        self._key = f"progress-{name.replace('@', '-')}"
+    def __init__(self, name: str, tokens: int = 0) -> None:
+        """tokens: of a step, where all have as many."""
+        self._key, self._tokens = f"progress-{name.replace('@', '-')}", tokens
         self._artifact: UUID | None = None
 
     def hear(self, line: str) -> None:
         if not (said := self._SAID.search(line)):
             return
-        share = round(100 * int(said["step"]) / int(said["steps"]), 1)
-        text = f"step {said['step']} of {said['steps']}, {said['rest']}"
+        step, steps, left = int(said["step"]), int(said["steps"]), int(said["left"])
+        share = round(100 * step / steps, 1)
+        pace = f", {self._tokens * (steps - step) / left:,.0f} tokens/s" if self._tokens and left else ""
+        text = f"step {step} of {steps}, loss {said['loss']}{pace}, {left} s left"
         if self._artifact is None:
             self._artifact = create_progress_artifact(share, key=self._key, description=text)
         else:
@@ -153,7 +156,7 @@ class Crew:
         with self._queue.place(step.rank):
             self.board.begin(step.name)
             said: list[str] = []
-            progress = Progress(step.name)
+            progress = Progress(step.name, self.tokens.get(step.name, 0))
 
             def hear(line: str) -> None:
                 if line.startswith(_DVC_HINTS):

@@ -88,7 +88,8 @@ def _run(order: Order, only_if_changed: bool) -> State[Any]:
     _note_commit()
     shutil.rmtree(console.VERDICTS, ignore_errors=True)  # so that what is there at the end is of this run
     with console.Board() as board:
-        crew = Crew(board, environment.threads(settings.runtime.threads), order)
+        tokens = {"pretrain": settings.pretrain.batch_size * settings.pretrain.sequence_length}
+        crew = Crew(board, environment.threads(settings.runtime.threads), order, tokens)
         plan = {step.name: step for step in steps(settings, order.tasks)}
         futures: dict[str, PrefectFuture[Any]] = {}
 

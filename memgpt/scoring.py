@@ -2,7 +2,7 @@
 with.
 
 Each part has the rows of one chunk, in the order of the input, and is there whole or not at all. `_plan.json` says what
-a run began with, so that another version or other content never mixes in; `_manifest.json` is written last. The columns:
+a run began with, so that another version or other content never mixes in; `_manifest.json` comes last. The columns:
 
     id, topic, time      of the input row, null where it has none; time in UTC
     text                 of the input row; for recommendation `history`, a list of item ids and texts

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from flows import crew as crews
 from flows import retrain
-from flows.crew import Crew, Order, Queue, Step, _outcome, _reason, steps
+from flows.crew import Crew, Order, Progress, Queue, Step, _outcome, _reason, steps
 from memgpt import config, console
 from memgpt.errors import UserError
 
@@ -85,6 +85,28 @@ def test_a_registry_that_comes_back_is_waited_for_and_one_that_does_not_is_told(
     retrain._reach_registry(console.Board())
     with pytest.raises(UserError, match="gone for good"):
         retrain._reach_registry(console.Board())
+
+
+def test_training_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[float, str]] = []
+
+    def create(share: float, key: str, description: str) -> str:
+        assert key == "progress-finetune-ner"
+        shown.append((share, description))
+        return "artifact"
+
+    def update(artifact: str, share: float, description: str) -> None:
+        shown.append((share, description))
+
+    monkeypatch.setattr(crews, "create_progress_artifact", create)
+    monkeypatch.setattr(crews, "update_progress_artifact", update)
+    progress = Progress("finetune@ner", tokens=1000)
+    for line in ("Running stage", "ner: step 10/40, loss 2.500, 15 s left", "ner: step 40/40, loss 1.500, 0 s left"):
+        progress.hear(line)
+    assert shown == [
+        (25.0, "step 10 of 40, loss 2.500, 2,000 tokens/s, 15 s left"),
+        (100.0, "step 40 of 40, loss 1.500, 0 s left"),
+    ]
 
 
 def test_a_failure_speaks_in_the_stages_words(monkeypatch: pytest.MonkeyPatch) -> None:
