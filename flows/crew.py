@@ -142,8 +142,9 @@ class Crew:
     A plain class, not a dataclass: Prefect looks for futures inside the dataclasses that a task is given.
     """
 
-    def __init__(self, board: console.Board, cores: int, order: "Order") -> None:
-        self.board, self.order = board, order
+    def __init__(self, board: console.Board, cores: int, order: Order, tokens: dict[str, int] | None = None) -> None:
+        """tokens: stage → tokens of one of its training steps, where it is known."""
+        self.board, self.order, self.tokens = board, order, tokens or {}
         self.children = Children()
         self.failures: list[str] = []
         self.places = min(cores, PLACES)
