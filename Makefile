@@ -33,6 +33,8 @@ lock:
 # Only what git does not track goes: -x takes ignored files too, and git keeps every committed one. Patterns apart: beside
 # one, git empties folders but leaves them.
 clean:
-	@git clean -fdxq -- .venv .prefect .memgpt mlflow.db mlflow.db-shm mlflow.db-wal mlartifacts mlruns dvc_plots \
+	@if [ -d .memgpt/up ] && [ -x .venv/bin/python ]; then .venv/bin/python -m flows.up --down; fi
+	@rm -rf .memgpt && git worktree prune  # git clean leaves worktrees
+	@git clean -fdxq -- .venv .prefect mlflow.db mlflow.db-shm mlflow.db-wal mlartifacts mlruns dvc_plots \
 		data/tables data/tokens models reports .dvc/cache .dvc/tmp .pytest_cache .mypy_cache .ruff_cache
 	@git clean -fdxq -- '*.egg-info' '*__pycache__*'
