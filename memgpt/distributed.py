@@ -98,9 +98,7 @@ def average_rows(parameters: Iterable[torch.nn.Parameter]) -> None:
         if parameter.grad is not None and parameter.grad.is_sparse:
             own = parameter.grad.coalesce()
             rows, values = _everyones(own.indices()[0]), _everyones(own.values()) / processes()
-            parameter.grad = torch.sparse_coo_tensor(
-                rows[None], values, own.shape, check_invariants=False
-            ).coalesce()
+            parameter.grad = torch.sparse_coo_tensor(rows[None], values, own.shape, check_invariants=False).coalesce()
 
 
 def _everyones(rows: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ def train(
         data_seed=params.seed,
         max_grad_norm=1.0,
         use_cpu=cpu,
-        ddp_find_unused_parameters=loss is None,  # a step of one task leaves the other tasks' heads alone
+        ddp_find_unused_parameters=whole_batches,  # of one task, so that the other tasks' heads are not used
         ddp_broadcast_buffers=False,  # the same everywhere
     )
     settings = params if isinstance(params, Tuning) else None

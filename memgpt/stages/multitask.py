@@ -20,8 +20,9 @@ BASE, JOINT = Path("models/base"), Path("models/multitask")
 class Mixture(Dataset):
     """Whole batches, each of one task, drawn with probability ∝ size^(1 / mixing_temperature).
 
-    Of several processes each gives its share, except of a recommendation: it compares all items of a batch with each
-    other, so every process computes it whole. Which task and which examples depends on the index alone, so a resumed run sees what it would have seen.
+    Which task and which examples depends on the index alone, so a resumed run sees what it would have seen. Of several
+    processes (torchrun) each gives its share, except of recommendation, which compares all items of a batch with each
+    other: there every process computes the whole.
     """
 
     def __init__(self, data: dict[str, Any], params: Multitask):
