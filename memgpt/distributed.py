@@ -83,11 +83,13 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def leave_rows_to_us(model: torch.nn.Module) -> None:
-    """Keep the memory tables out of the wrapper's averaging: NCCL has none for sparse gradients."""
+def leave_rows_to_us(model: torch.nn.Module) -> bool:
+    """Keep the memory tables out of the wrapper's averaging: NCCL has none for sparse gradients. Whether anything
+    that is trained is left to it."""
     tables = {id(m.weight) for m in model.modules() if getattr(m, "_memory_table", False)}
     names = [name for name, parameter in model.named_parameters() if id(parameter) in tables]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return any(parameter.requires_grad for name, parameter in model.named_parameters() if name not in names)
 
 
 def average_rows(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def train(
     optimizer = optimizer or for_tuning(model, params, settings.optimizer if settings else "adamw")
     if distributed.first():
         callbacks.append(_Progress(title, steps, log))
-    distributed.leave_rows_to_us(model)
+    wrapped = distributed.leave_rows_to_us(model)
     with _memory_to_be_short_of(section, params):
         trainer = _Trainer(
             model=model,
@@ -102,6 +103,8 @@ def train(
         size = 1 if whole_batches else params.batch_size
         trainer.batches = _Batches(len(dataset), size, params.seed, lengths)  # type: ignore[arg-type]
         trainer.remove_callback(_printer())
+        if not wrapped:  # only the memory is trained; DDP refuses to have nothing to do
+            trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
         resume = checkpoint.latest(checkpoints)
         set_seed(params.seed + distributed.rank())  # dropout of its own in each process
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -36,7 +36,7 @@ from memgpt import distributed
 from memgpt.stages import pretrain
 curve = {}
 if pretrain.run(config.load(), lambda numbers, step: curve.update({step: numbers["loss"]})):
-    json.dump(curve, open("curve.json", "x"))
+    json.dump(curve, open("curve.json", "w"))
 distributed.leave()
 """
 KILLED = """
@@ -106,7 +106,8 @@ def test_two_processes_learn_what_one_does(one: Learned, monkeypatch: pytest.Mon
     monkeypatch.chdir(one.place)
     done = two_processes(one.place, UNDISTURBED)
     assert done.returncode == 0, done.stderr
-    losses = {int(step): loss for step, loss in json.loads(Path("curve.json").read_text(encoding="utf-8")).items()}
+    told = json.loads(Path("curve.json").read_text(encoding="utf-8"))
+    losses = {int(step): loss for step, loss in told.items()}
     assert losses == pytest.approx(one.curve, abs=1e-2)
     assert losses[1] == pytest.approx(one.curve[1], abs=1e-5)
     assert_same_weights(one.model, one.place / "models/base")
@@ -121,6 +122,25 @@ def test_what_two_processes_began_one_finishes(one: Learned, monkeypatch: pytest
     assert not Path("models/base").exists()
     assert min(one_process(monkeypatch)) == 8, "it went on from the checkpoint"
     assert_same_weights(one.model, one.place / "models/base")
+
+
+def test_two_processes_update_the_rows_that_one_does(one: Learned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bits, since row-wise Adagrad alone is at work. Each process reads half of the text, backwards."""
+    monkeypatch.chdir(one.place)
+    train = Path("data/tokens/train.npy")
+    np.save(train, np.load(train)[255::-1])
+    settings = [f"pretrain.init={one.model}", "pretrain.update=memory", "pretrain.tokens=256"]
+    config.write(config.override(config.read(), settings))
+    one_process(monkeypatch)
+    alone = Path("models/base").rename("alone")
+    assert not two_processes(one.place, UNDISTURBED).returncode
+    before, weights, others = (
+        load_file(model / "model.safetensors") for model in (one.model, alone, Path("models/base"))
+    )
+    changed = {name for name, weight in weights.items() if not weight.equal(before[name])}
+    assert changed and all(name.endswith(pretrain.TABLE) for name in changed)
+    for name, weight in weights.items():
+        assert (weight.float() - others[name].float()).abs().max() < 1e-6, name
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, rank: int, processes: int) -> None:
