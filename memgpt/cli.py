@@ -160,9 +160,14 @@ def _stage(verb: str, item: str | None = None, *, torch: bool = False, **extra: 
         _compute_with(config)
     began = time.monotonic()
     metrics = import_module(f"memgpt.stages.{verb}").run(config, *([item] if item else []), **extra)
+    if "LOCAL_RANK" in os.environ:
+        from memgpt import distributed
+
+        distributed.leave()
     judged = [name for name in ("value", "ci_low", "ci_high", "baseline", "before") if name in metrics]
     numbers = ", ".join(f"{name} {metrics[name]:.6g}" for name in judged or metrics)
-    print(f"{verb}{f' {item}' if item else ''}: done in {time.monotonic() - began:.1f} s; {numbers}", flush=True)
+    if metrics:  # those of several processes that only helped have none
+        print(f"{verb}{f' {item}' if item else ''}: done in {time.monotonic() - began:.1f} s; {numbers}", flush=True)
     return metrics
 
 
@@ -174,6 +179,9 @@ def _tracked(verb: str, item: str | None = None, *, log: bool = False) -> None:
     from memgpt import slots, tracking
     from memgpt.config import TASKS
 
+    if log and environment.rank():
+        _stage(verb, item, torch=True)
+        return
     config = _config()
     params = getattr(config, verb).model_dump()
     named = {verb: {item: params[item]} if verb == "finetune" else params}  # as params.yaml names them

@@ -43,6 +43,11 @@ def prepare() -> None:
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
+def rank() -> int:
+    """Which of torchrun's processes this is; 0, the one that tells, logs and writes, also without torchrun."""
+    return int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
+
+
 def threads(configured: int | None) -> int:
     """How many threads a stage computes with: the flow's share of the cores (MEMGPT_THREADS), else
     `runtime.threads`, else every core this process may use."""

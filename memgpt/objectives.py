@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from memgpt import distributed
 from memgpt.config import Pretrain
 
 KEPT, RANDOM = 0.1, 0.1  # of the chosen tokens, these stay as they are or become any other (BERT, arXiv 1810.04805)
@@ -16,11 +17,12 @@ class Pretraining:
 
     A batch is read causally, or, in a share of the steps that moves from `masked_share_start` to `masked_share_end`, in
     both directions with `mask_fraction` of its tokens hidden. Either way the hidden state at position t predicts the
-    token at t + 1. What a step draws depends on seed and step alone, so that a resumed run draws the same.
+    token at t + 1. What a step draws depends on seed and step alone, so that a resumed run draws the same, and so do
+    several processes together, of which each sees its share of a batch: they are told how many rows the data have.
     """
 
-    def __init__(self, params: Pretrain, steps: int, vocab_size: int, mask_token_id: int):
-        self.params, self.steps = params, steps
+    def __init__(self, params: Pretrain, steps: int, vocab_size: int, mask_token_id: int, rows: int = 0):
+        self.params, self.steps, self.rows = params, steps, rows
         self.vocab_size, self.mask_token_id = vocab_size, mask_token_id
         self.loss: Callable[..., torch.Tensor] = next_token_loss
         if params.compile:
@@ -36,9 +38,24 @@ class Pretraining:
         )
         ids, positions, z_loss = batch["input_ids"], batch["position_ids"], self.params.z_loss
         if torch.rand((), generator=draw) >= share:
-            return self.loss(model, ids, positions, ids, z_loss)
-        shown, labels = mask(ids, positions, self.params.mask_fraction, self.mask_token_id, self.vocab_size, draw)
-        return self.loss(model, shown, positions, labels, z_loss, attention_mode="bidirectional")
+            return self.loss(model, ids, positions, ids, z_loss, _count(ids))
+        rows, fraction = self._rows(len(ids), step), self.params.mask_fraction
+        shown, labels = mask(ids, positions, fraction, self.mask_token_id, self.vocab_size, draw, rows)
+        return self.loss(model, shown, positions, labels, z_loss, _count(labels), attention_mode="bidirectional")
+
+    def _rows(self, own: int, step: int) -> int:
+        """Of this step's batch in all processes; an epoch's last one may be smaller."""
+        if distributed.processes() == 1:
+            return own
+        size = self.params.batch_size
+        return min(size, self.rows - step % -(-self.rows // size) * size)
+
+
+def _count(labels: torch.Tensor) -> torch.Tensor | None:
+    """How many predictions a loss is the mean of, if that is not for this process alone to say."""
+    if distributed.processes() == 1:
+        return None
+    return distributed.mean((labels[:, 1:] != -100).sum()).clamp(min=1 / distributed.processes())
 
 
 def next_token_loss(
@@ -47,17 +64,19 @@ def next_token_loss(
     position_ids: torch.Tensor,
     labels: torch.Tensor,
     z_loss: float,
+    count: torch.Tensor | None = None,
     **mode: Any,
 ) -> torch.Tensor:
     """Mean of −log p(labels[t + 1] | hidden[t]) over labels [B, T] other than −100, plus `z_loss` · (log Z)², which
-    keeps the logits' normaliser Z near 1 (PaLM, arXiv 2204.02311, section 5)."""
+    keeps the logits' normaliser Z near 1 (PaLM, arXiv 2204.02311, section 5). count: divides the sum in place of the
+    labels' own number."""
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **mode).logits[:, :-1].float()
     targets = labels[:, 1:]
     log_z = logits.logsumexp(-1)
     chosen = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     counted = targets != -100
     losses = log_z - chosen + z_loss * log_z.square()
-    return losses.where(counted, 0.0).sum() / counted.sum().clamp(min=1)
+    return losses.where(counted, 0.0).sum() / (counted.sum().clamp(min=1) if count is None else count)
 
 
 def mask(
@@ -67,12 +86,16 @@ def mask(
     mask_token_id: int,
     vocab_size: int,
     draw: torch.Generator,
+    rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids [B, T] → (what is shown, labels): `fraction` of the tokens hidden, never a document's first."""
-    device = input_ids.device
-    hidden = (torch.rand(input_ids.shape, generator=draw) < fraction).to(device) & (position_ids > 0)
-    fate = torch.rand(input_ids.shape, generator=draw).to(device)
-    other = torch.randint(vocab_size, input_ids.shape, generator=draw).to(device)
+    """input_ids [B, T] → (what is shown, labels): `fraction` of the tokens hidden, never a document's first.
+
+    rows: of the whole batch, if input_ids is this process's share of it."""
+    device, shape = input_ids.device, (rows or len(input_ids), input_ids.shape[1])
+    chance = distributed.share(torch.rand(shape, generator=draw)).to(device)
+    fate = distributed.share(torch.rand(shape, generator=draw)).to(device)
+    other = distributed.share(torch.randint(vocab_size, shape, generator=draw)).to(device)
+    hidden = (chance < fraction) & (position_ids > 0)
     shown = input_ids.masked_fill(hidden & (fate >= KEPT + RANDOM), mask_token_id)
     shown = torch.where(hidden & (fate < RANDOM), other, shown)
     return shown, input_ids.masked_fill(~hidden, -100)

@@ -1,21 +1,24 @@
 """The one training loop: transformers' `Trainer` with our optimizers, schedule, checkpoints and progress."""
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from memgpt import checkpoint, tuning
+from memgpt import checkpoint, distributed, tuning
 from memgpt.config import Training, Tuning
 from memgpt.errors import UserError
 from memgpt.optimizers import clip_gradients, for_tuning
@@ -40,20 +43,28 @@ def train(
     lengths: list[int] | None = None,
     epoch_steps: int = 0,
     after_epoch: AfterEpoch | None = None,
+    whole_batches: bool = False,
 ) -> PreTrainedModel:
     """Train `model` in place for `steps` optimizer steps and return it, or its moving average.
 
     Continues from the newest whole checkpoint below `checkpoints`: weights, optimizer, schedule, random state and
     position in the data, so that a killed run ends with the bytes of an undisturbed one.
 
+    Under torchrun all processes call this alike and end with the same model: a step's batch is divided among them, so
+    that its loss and gradient are those of one process up to rounding. Only the first logs and writes.
+
     optimizer: by `params` if None. loss: of (model, batch, step); the model's own if None.
     lengths: of the elements, to put those of similar length into a batch; None mixes them.
+    whole_batches: an element of the dataset is a process's share of a batch already.
     after_epoch: asked after every `epoch_steps` steps, with the model and the step, whether to go on.
     """
+    section = title.replace(" ", ".")
+    distributed.divides(params.batch_size, f"{section}.batch_size")
+    cpu, bf16 = _device(title)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
-        per_device_train_batch_size=params.batch_size,
+        per_device_train_batch_size=params.batch_size // distributed.processes(),
         save_strategy="steps",
         save_steps=params.checkpoint_steps,
         save_total_limit=2,  # the one before stays until the newest is whole
@@ -63,31 +74,40 @@ def train(
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        bf16=_bf16_pays(),
+        bf16=bf16,
         seed=params.seed,
         data_seed=params.seed,
         max_grad_norm=1.0,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=cpu,
+        ddp_find_unused_parameters=whole_batches,  # of one task, so that the other tasks' heads are not used
+        ddp_broadcast_buffers=False,  # the same everywhere
     )
     settings = params if isinstance(params, Tuning) else None
     average = _Average(model, settings.ema_decay) if settings and settings.ema_decay else None
     callbacks = [_AllocateRanks(), average, _Epochs(epoch_steps, after_epoch, average) if after_epoch else None]
     optimizer = optimizer or for_tuning(model, params, settings.optimizer if settings else "adamw")
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=collate,
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps, params))),
-        callbacks=[*filter(None, callbacks), _MarkComplete(), _StopOnNaN(), _Progress(title, steps, log)],
-    )
-    trainer.loss = loss
-    trainer.adversarial = settings.adversarial if settings else 0.0
-    trainer.lengths = lengths
-    trainer.remove_callback(_printer())
-    resume = checkpoint.latest(checkpoints)
-    set_seed(params.seed)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if distributed.first():
+        callbacks.append(_Progress(title, steps, log))
+    wrapped = distributed.leave_rows_to_us(model)
+    with _memory_to_be_short_of(section, params):
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=collate,
+            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps, params))),
+            callbacks=[*filter(None, callbacks), _MarkComplete(), _StopOnNaN()],
+        )
+        trainer.loss = loss
+        trainer.adversarial = settings.adversarial if settings else 0.0
+        size = 1 if whole_batches else params.batch_size
+        trainer.batches = _Batches(len(dataset), size, params.seed, lengths)  # type: ignore[arg-type]
+        trainer.remove_callback(_printer())
+        if not wrapped:  # only the memory is trained; DDP refuses to have nothing to do
+            trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
+        resume = checkpoint.latest(checkpoints)
+        set_seed(params.seed + distributed.rank())  # dropout of its own in each process
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trained = average.model.module if average else model
     return trained.to("cpu").eval()
 
@@ -102,11 +122,32 @@ def _schedule(steps: int, params: Training) -> Callable[[int], float]:
     return factor
 
 
-def _bf16_pays() -> bool:
-    """Whether this device multiplies matrices in bf16, so that autocast makes training faster."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported()
+def _device(title: str) -> tuple[bool, bool]:
+    """Whether to train on the CPU, and whether in bf16: where the device multiplies matrices in it. Says so if a GPU
+    was to be expected and there is none, or one too old for bf16."""
+    if not torch.cuda.is_available():
+        if torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES", "-1") not in ("", "-1"):
+            distributed.tell(f"{title}: no GPU that torch can use; training on the CPU")
+        return True, torch.cpu._is_avx512_bf16_supported()
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:  # torch would emulate it, slower than 32 bits
+        distributed.tell(
+            f"{title}: {torch.cuda.get_device_name()} (compute capability {major}.{minor}) is too old for bf16, which "
+            "takes 8.0; training in 32 bits"
+        )
+    return False, major >= 8
+
+
+@contextmanager
+def _memory_to_be_short_of(section: str, params: Training) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        length = "sequence_length" if hasattr(params, "sequence_length") else "max_length"
+        raise UserError(
+            f"out of GPU memory; lower {section}.batch_size={params.batch_size} or "
+            f"{section}.{length}={getattr(params, length)}"
+        ) from None
 
 
 def _printer() -> type[TrainerCallback]:
@@ -120,12 +161,18 @@ class _Trainer(Trainer):
 
     loss: Loss | None = None
     adversarial = 0.0
-    lengths: list[int] | None = None
+    batches: "_Batches"
+
+    def get_train_dataloader(self) -> DataLoader:
+        return _Loader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         if self.loss is not None:
             return self.loss(model, inputs, self.state.global_step)
-        outputs = model(**inputs)
+        counted = {}
+        if distributed.processes() > 1:
+            counted["num_items_in_batch"] = distributed.mean((inputs["labels"] != -100).sum())
+        outputs = model(**inputs, **counted)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -133,7 +180,7 @@ class _Trainer(Trainer):
         method, arXiv 1605.07725); the two are added."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.adversarial:
-            embeddings = model.get_input_embeddings().weight
+            embeddings = self.model.get_input_embeddings().weight
             before = embeddings.detach().clone()
             with torch.no_grad():
                 embeddings.add_(embeddings.grad, alpha=self.adversarial / (embeddings.grad.norm().item() + 1e-12))
@@ -142,30 +189,37 @@ class _Trainer(Trainer):
                 embeddings.copy_(before)
         return loss
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        if self.lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        return _ByLength(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
-
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        distributed.average_rows(model.parameters())
         return clip_gradients(model.parameters(), self.args.max_grad_norm)
 
 
-class _ByLength(Sampler):
-    """Elements of similar length next to each other, in an order of their own in each epoch."""
+class _Loader(DataLoader):
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+class _Batches(Sampler):
+    """Row numbers of this process's share of each batch, in an order of its own in each epoch, which the number of
+    processes does not change. With `lengths`, rows of similar length are next to each other."""
+
+    def __init__(self, rows: int, batch_size: int, seed: int, lengths: list[int] | None):
+        self.rows, self.batch_size, self.seed, self.lengths, self.epoch = rows, batch_size, seed, lengths, 0
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return -(-self.rows // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[int]:
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=draw))
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.lengths is None:
+            order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        else:
+            draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = get_length_grouped_indices(self.lengths, self.batch_size, generator=draw)
+        for first in range(0, self.rows, self.batch_size):
+            yield distributed.share(order[first : first + self.batch_size])
 
 
 class _Average(TrainerCallback):
@@ -184,7 +238,8 @@ class _Average(TrainerCallback):
         self.model.update_parameters(model)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        save_model(self.model, str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE))
+        if distributed.first():
+            save_model(self.model, str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE))
 
 
 class _AllocateRanks(TrainerCallback):
@@ -201,15 +256,17 @@ class _Epochs(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self.steps == 0:
             model = self.average.model.module if self.average else model
-            if not self.ask(model, state.global_step):
+            if not distributed.agreed(distributed.first() and self.ask(model, state.global_step)):
                 control.should_training_stop = True
 
 
 class _MarkComplete(TrainerCallback):
-    """Marks a checkpoint once the Trainer has written all of it."""
+    """Marks a checkpoint once the Trainer has written all of it, in every process."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / checkpoint.COMPLETE).touch()
+        distributed.wait()
+        if distributed.first():
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / checkpoint.COMPLETE).touch()
 
 
 class _StopOnNaN(TrainerCallback):

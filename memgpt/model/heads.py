@@ -8,6 +8,7 @@ from typing import Unpack
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_causal_mask
@@ -292,6 +293,11 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
         if config.task_balancing:
             self.log_variance = nn.Parameter(torch.zeros(len(self.heads)))
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.config.task_balancing:  # loading a core leaves it as the memory was
+            init.zeros_(self.log_variance)
 
     @can_return_tuple
     def forward(

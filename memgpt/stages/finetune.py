@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from memgpt import atomic, checkpoint, lineage, predict, tuning
+from memgpt import atomic, checkpoint, distributed, lineage, predict, tuning
 from memgpt.config import Config, Finetune
 from memgpt.errors import UserError
 from memgpt.tasks import TABLES, judge
@@ -40,6 +40,11 @@ def fit(
     settings = params.model_dump()
     parent, tables = MODELS / params.start, TABLES / task
     module = judge(task)
+    if task == "recommendation" and distributed.processes() > 1:
+        raise UserError(
+            "finetune recommendation compares all items of a batch with each other, so that a batch cannot be divided "
+            "among processes; run it without torchrun"
+        )
     tokenizer = AutoTokenizer.from_pretrained(parent)
     set_seed(params.seed if head_seed is None else head_seed)
     model = module.model(parent, TABLES, **settings)
@@ -68,6 +73,8 @@ def fit(
         after_epoch=epochs if params.patience or watch else None,
         log=log,
     )
+    if not distributed.first():
+        return {}
     if params.patience:
         model = predict.load(task, epochs.best).model
     with atomic.replacing(target) as directory:
@@ -89,7 +96,10 @@ def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[st
         member = place / f"seed-{seed}"
         if not member.exists():
             fit(params.model_copy(update={"seed": seed, "soup": 1}), task, member, log, head_seed=params.seed)
-        scores[member] = validate(task, member)[primary]
+        if distributed.first():
+            scores[member] = validate(task, member)[primary]
+    if not distributed.first():
+        return {}
     members = sorted(scores, key=lambda member: -scores[member])
     best, score, taken = members[0], scores[members[0]], members[:1]
     predictor, tokenizer = predict.load(task, best), AutoTokenizer.from_pretrained(best)

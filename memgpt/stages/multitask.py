@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, set_seed
 
-from memgpt import atomic, checkpoint, lineage
+from memgpt import atomic, checkpoint, distributed, lineage
 from memgpt.config import TASKS, Config, Multitask
 from memgpt.model import MemGPTForMultiTask
 from memgpt.tasks import TABLES, judge
@@ -20,7 +20,9 @@ BASE, JOINT = Path("models/base"), Path("models/multitask")
 class Mixture(Dataset):
     """Whole batches, each of one task, drawn with probability ∝ size^(1 / mixing_temperature).
 
-    Which task and which examples depends on the index alone, so a resumed run sees what it would have seen.
+    Which task and which examples depends on the index alone, so a resumed run sees what it would have seen. Of several
+    processes (torchrun) each gives its share, except of recommendation, which compares all items of a batch with each
+    other: there every process computes the whole.
     """
 
     def __init__(self, data: dict[str, Any], params: Multitask):
@@ -37,6 +39,8 @@ class Mixture(Dataset):
         task = list(self.data)[random.choice(len(self.data), p=self.shares)]
         dataset = self.data[task]
         chosen = random.choice(len(dataset), size=min(self.params.batch_size, len(dataset)), replace=False)
+        if task != "recommendation":
+            chosen = distributed.share(chosen)
         return {"task": task, **dataset.collate([dataset[int(index)] for index in chosen])}
 
 
@@ -65,12 +69,15 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
         model,
         Mixture(data, params),
         _the_batch,
-        params.model_copy(update={"batch_size": 1}),  # an element of the mixture is a batch already
+        params,
         steps=params.steps,
         checkpoints=checkpoints,
         title="multitask",
         log=log,
+        whole_batches=True,
     )
+    if not distributed.first():
+        return {}
     metrics = {f"validation_loss_{task}": _loss(model, task, tokenizer, params, lengths[task]) for task in TASKS}
     with atomic.replacing(JOINT) as directory:
         model.save_pretrained(directory)

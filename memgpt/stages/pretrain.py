@@ -1,7 +1,6 @@
 """pretrain: teach the core to predict the next token of the corpus, memory included. Writes models/base."""
 
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
-from memgpt import atomic, checkpoint, lineage
+from memgpt import atomic, checkpoint, distributed, lineage
 from memgpt.config import Config, Pretrain
 from memgpt.errors import UserError
 from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM, canonical_ids
@@ -67,7 +66,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     parent = Path(params.init) if params.init and Path(params.init).is_dir() else None
     stored, tables = model.num_parameters(), sum(p.numel() for n, p in model.named_parameters() if n.endswith(TABLE))
     size = f"{(stored - tables) / 1e6:.1f} M active parameters, {tables / 1e6:.1f} M in memory tables"
-    print(f"pretrain: {params.init or params.preset}, {size}", file=sys.stderr)
+    distributed.tell(f"pretrain: {params.init or params.preset}, {size}")
     usage = count_rows(model, DataLoader(data, batch_size=64)) if tables else None
     if params.update == "memory":
         _update_memory_only(model, usage, params)
@@ -82,9 +81,11 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
         checkpoints=checkpoints,
         title="pretrain",
         optimizer=for_pretraining(model, params),
-        loss=Pretraining(params, steps, len(tokenizer), tokenizer.mask_token_id),
+        loss=Pretraining(params, steps, len(tokenizer), tokenizer.mask_token_id, len(data)),
         log=log,
     )
+    if not distributed.first():
+        return {}
     loss = held_out_loss(model, Subset(held_out, range(min(len(held_out), VALIDATION_ROWS))), params.batch_size)
     metrics = {
         "validation_loss": round(loss, 6),
@@ -157,4 +158,4 @@ def _update_memory_only(model: MemGPTForCausalLM, usage: torch.Tensor | None, pa
     except ValueError as error:
         raise UserError(f"pretrain.init={params.init}: {error}") from None
     restrict_to_memory(model, rows)
-    print(f"pretrain: updating {int(rows.sum())} of {len(rows)} rows in each memory table", file=sys.stderr)
+    distributed.tell(f"pretrain: updating {int(rows.sum())} of {len(rows)} rows in each memory table")

@@ -124,6 +124,17 @@ def test_saved_and_loaded_gives_equal_weights(kind, tmp_path) -> None:
         assert torch.equal(value, again[name]), name
 
 
+def test_weights_that_a_core_does_not_have_are_initialised(model: MemGPTForCausalLM, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    torch.use_deterministic_algorithms(True)  # what nobody writes is NaN then
+    try:
+        joint = MemGPTForMultiTask.from_pretrained(tmp_path, task_balancing=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not joint.log_variance.any()
+    assert all(weight.isfinite().all() for weight in joint.state_dict().values())
+
+
 def test_auto_classes_and_heads_on_a_pretrained_trunk(model: MemGPTForCausalLM, ids: torch.Tensor, tmp_path) -> None:
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)

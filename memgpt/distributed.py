@@ -1,0 +1,116 @@
+"""Several processes that train one model (`torchrun`): what each takes of a batch, and what they tell each other.
+
+transformers' Trainer wraps the model so that dense gradients are averaged; here is what it leaves to us. Without
+torchrun every function is that of a single process, and costs nothing.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from memgpt.environment import rank
+from memgpt.errors import UserError
+
+
+def processes() -> int:
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+
+
+def first() -> bool:
+    """Whether this process is the one that tells, logs and writes."""
+    return rank() == 0
+
+
+def tell(text: str) -> None:
+    """A line on stderr, once."""
+    if first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def divides(batch_size: int, key: str) -> None:
+    """
+    Raises:
+        UserError: if the batch does not divide among the processes.
+    """
+    if batch_size % processes():
+        raise UserError(
+            f"{key}={batch_size}: does not divide among {processes()} processes; "
+            f"set a multiple of {processes()}, or start another number of processes"
+        )
+
+
+def share(batch: Any) -> Any:
+    """This process's part of a batch (list, array or tensor of rows): every `processes()`-th row from `rank()` on.
+
+    Of fewer rows than processes everyone takes all: the average of equal gradients is the gradient.
+    """
+    return batch if len(batch) < processes() else batch[rank() :: processes()]
+
+
+def mean(number: torch.Tensor) -> torch.Tensor:
+    """Of a number's values in all processes. Dividing the sum of its part's losses by it instead of by its own count
+    makes the averaged gradient that of the whole batch, however unevenly what is counted is spread."""
+    if processes() == 1:
+        return number
+    total = number.float()
+    dist.all_reduce(total)
+    return total / processes()
+
+
+def agreed(answer: bool) -> bool:
+    """The first process's answer, in all of them."""
+    if processes() == 1:
+        return answer
+    answers = [answer]
+    dist.broadcast_object_list(answers)
+    return answers[0]
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if processes() > 1:
+        dist.barrier()
+
+
+def leave() -> None:
+    """Say goodbye, without which NCCL warns; after the last exchange."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave_rows_to_us(model: torch.nn.Module) -> bool:
+    """Keep the memory tables out of the wrapper's averaging: NCCL has none for sparse gradients. Whether anything
+    that is trained is left to it."""
+    tables = {id(m.weight) for m in model.modules() if getattr(m, "_memory_table", False)}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in tables]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return any(parameter.requires_grad for name, parameter in model.named_parameters() if name not in names)
+
+
+def average_rows(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Average sparse gradients over the processes: each sends the rows that its part of the batch touched."""
+    if processes() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            own = parameter.grad.coalesce()
+            rows, values = _everyones(own.indices()[0]), _everyones(own.values()) / processes()
+            parameter.grad = torch.sparse_coo_tensor(rows[None], values, own.shape, check_invariants=False).coalesce()
+
+
+def _everyones(rows: torch.Tensor) -> torch.Tensor:
+    """rows [n, …], with an n of each process's own → [sum of n, …], in the order of the processes."""
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(processes())]
+    dist.all_gather(counts, count)
+    sizes = [int(size) for size in counts]
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    everyones = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(everyones, padded)
+    return torch.cat([part[:size] for part, size in zip(everyones, sizes, strict=True)])
