@@ -86,8 +86,7 @@ def train(
     average = _Average(model, settings.ema_decay) if settings and settings.ema_decay else None
     callbacks = [_AllocateRanks(), average, _Epochs(epoch_steps, after_epoch, average) if after_epoch else None]
     optimizer = optimizer or for_tuning(model, params, settings.optimizer if settings else "adamw")
-    if distributed.first():
-        callbacks.append(_Progress(title, steps, log))
+    callbacks += [_MarkComplete(), _StopOnNaN(), _Progress(title, steps, log) if distributed.first() else None]
     wrapped = distributed.leave_rows_to_us(model)
     with _memory_to_be_short_of(section, params):
         trainer = _Trainer(
@@ -96,7 +95,7 @@ def train(
             train_dataset=dataset,
             data_collator=collate,
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps, params))),
-            callbacks=[*filter(None, callbacks), _MarkComplete(), _StopOnNaN()],
+            callbacks=[*filter(None, callbacks)],
         )
         trainer.loss = loss
         trainer.adversarial = settings.adversarial if settings else 0.0
