@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import judged_place
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -98,3 +99,15 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     crowned = made.run(sys.executable, "-c", CROWN)
     assert crowned.returncode == 0, crowned.stderr
     return Pipeline(made.root, made.env, done.stdout + done.stderr)
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty registry's, to be copied."""
+    return judged_place.empty_registry(tmp_path_factory.mktemp("registry"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> judged_place.Place:
+    """A checkout in miniature, as the working directory."""
+    return judged_place.settle(tmp_path / "root", database, monkeypatch)

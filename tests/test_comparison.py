@@ -6,18 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from judged_place import Place, empty_registry, settle
+from judged_place import Place, settle
 from typer.testing import CliRunner
 
 from memgpt import cli, comparison, registry, tracking
 from memgpt.errors import UserError
 
 MODEL = "sentiment"
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return empty_registry(tmp_path_factory.mktemp("registry"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judged_place import Place, empty_registry, settle
+from judged_place import Place, settle
 from typer.testing import CliRunner
 
 from memgpt import cli, history, lineage, provenance, registry, tracking
@@ -16,11 +16,6 @@ from memgpt.errors import UserError
 from memgpt.registry import Change
 
 MODEL = "sentiment"
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return empty_registry(tmp_path_factory.mktemp("registry"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from judged_place import Place, empty_registry, settle
+from judged_place import Place, settle
 from typer.testing import CliRunner
 
 from memgpt import atomic, checkpoint, cli, doctor, housekeeping, registry, tracking
@@ -25,11 +25,6 @@ from memgpt import checkpoint
 print(checkpoint.directory("pretrain", {}, []), flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return empty_registry(tmp_path_factory.mktemp("registry"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from judged_place import Place, empty_registry, gold, settle
+from judged_place import Place, gold, settle
 from scipy.stats import betabinom
 from tokenizers import ByteLevelBPETokenizer
 from typer.testing import CliRunner
@@ -105,12 +105,10 @@ def test_a_topic_with_too_little_past_is_not_judged() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Iterator[Place]:
     """A checkout with a champion that answers `gold`, the newsroom's tables, and a tokenizer."""
     with pytest.MonkeyPatch.context() as patch:
-        made = settle(
-            tmp_path_factory.mktemp("monitoring") / "root", empty_registry(tmp_path_factory.mktemp("registry")), patch
-        )
+        made = settle(tmp_path_factory.mktemp("monitoring") / "root", database, patch)
         made.model(errors=0.0)
         version = registry.register(tracking.client(), registry.candidate("sentiment"))
         change = registry.Change("sentiment", "promote", version, None, ["by a test"], "test")

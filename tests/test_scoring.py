@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from judged_place import Place, empty_registry, gold, settle
+from judged_place import Place, gold, settle
 from typer.testing import CliRunner
 
 from memgpt import cli, registry, scoring, tracking
@@ -20,12 +20,10 @@ from memgpt.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Iterator[Place]:
     """A checkout with versions 1, the champion, and 2 of a sentiment model, which makes no errors."""
     with pytest.MonkeyPatch.context() as patch:
-        made = settle(
-            tmp_path_factory.mktemp("scoring") / "root", empty_registry(tmp_path_factory.mktemp("registry")), patch
-        )
+        made = settle(tmp_path_factory.mktemp("scoring") / "root", database, patch)
         client = tracking.client()
         for epochs in (1, 2):
             made.model(errors=0.0, epochs=epochs)

@@ -1,25 +1,13 @@
 """What the gate holds becomes champion on a person's word, and only what that person saw."""
 
-from pathlib import Path
-
 import pytest
-from judged_place import Place, empty_registry, settle
+from judged_place import Place
 
 from memgpt import registry, tracking
 from memgpt.errors import UserError
 from memgpt.stages import approve, promote
 
 MODEL = "sentiment"
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return empty_registry(tmp_path_factory.mktemp("registry"))
-
-
-@pytest.fixture
-def place(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    return settle(tmp_path / "root", database, monkeypatch)
 
 
 def aliases() -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from judged_place import Place, empty_registry, pack, settle
+from judged_place import Place, pack, settle
 
 from memgpt import gate, packaging, registry, tracking
 from memgpt.config import Gate
@@ -16,16 +16,6 @@ from memgpt.errors import UserError
 from memgpt.stages import promote, rollback
 
 MODEL = "sentiment"
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return empty_registry(tmp_path_factory.mktemp("registry"))
-
-
-@pytest.fixture
-def place(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    return settle(tmp_path / "root", database, monkeypatch)
 
 
 def run(place: Place, **options: Any) -> promote.Verdict:
