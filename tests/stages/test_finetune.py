@@ -148,7 +148,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr(finetune, "validate", lambda task, directory: {"macro_f1": next(scores)})
     document = config.override(config.read(ROOT / "params.yaml"), ["finetune.sentiment.patience=2"])
     params = config.parse(document).finetune.sentiment
-    epochs = finetune._Epochs("sentiment", params, None, tmp_path / "epochs")
+    epochs = finetune._EarlyStopping("sentiment", params, None, tmp_path / "epochs")
     assert [epochs(step, step) for step in (10, 20, 30, 40)] == [True, True, True, False]
     assert epochs.step == 20
     assert (epochs.best / "number").read_text() == "20"
