@@ -100,7 +100,8 @@ def _run(order: Order, only_if_changed: bool) -> State[Any]:
         try:
             first = futures["snapshot"] = submit(plan.pop("snapshot"))
             first.wait()
-            if only_if_changed and not crew.failures and workspace.settled(order.tasks):
+            stages = [name for name in plan if not name.startswith("promote@")]
+            if only_if_changed and not crew.failures and workspace.settled(order.tasks, stages):
                 return Completed(name="Nothing to do", message="data, params and code are as they were")
             _reach_registry(board)
             with tracking.flow_run("retrain", settings.model_dump(by_alias=True)) as run:

@@ -97,13 +97,14 @@ def mark_crashed(run: str) -> None:
                 client.set_flow_run_state(other.id, Crashed(message="its process was killed"), force=True)
 
 
-def settled(tasks: Sequence[str]) -> bool:
-    """Whether nothing has changed here since the last run that was through with these tasks."""
+def settled(tasks: Sequence[str], stages: Sequence[str]) -> bool:
+    """Whether these tasks were judged in the last run that was through, and nothing has changed since: none of these
+    stages would run."""
     try:
         known = json.loads(SETTLED.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    return known["state"] == _fingerprint() and set(tasks) <= set(known["tasks"]) and not _changed()
+    return known["state"] == _fingerprint() and set(tasks) <= set(known["tasks"]) and not _changed(stages)
 
 
 def settle(tasks: Sequence[str]) -> None:
@@ -118,9 +119,9 @@ def _fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _changed() -> bool:
-    """Whether any stage would run."""
-    return subprocess.run([sys.executable, "-m", "dvc", "status", "--quiet"], capture_output=True).returncode != 0
+def _changed(stages: Sequence[str]) -> bool:
+    command = [sys.executable, "-m", "dvc", "status", "--quiet", *stages]
+    return subprocess.run(command, capture_output=True).returncode != 0
 
 
 def _git(folder: Path, *arguments: str) -> str:
