@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import psutil
@@ -25,14 +26,24 @@ class Up:
     place: Pipeline
     api: str
 
-    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        request = Request(f"{self.api}/{path}", json.dumps(body or {}).encode(), {"Content-Type": "application/json"})
-        with urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or b"null")
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(f"{self.api}/{path}", data, {"Content-Type": "application/json"}, method=method)
+        for _ in range(30):
+            try:
+                with urlopen(request, timeout=30) as answer:
+                    return json.loads(answer.read() or b"null")
+            except HTTPError as error:
+                if error.code != 503:  # the server's database is busy, and asks to be asked again
+                    raise
+                time.sleep(1)
+        raise AssertionError(f"{path}: busy for half a minute")
+
+    def post(self, path: str, body: Any = None) -> Any:
+        return self.ask("POST", path, body or {})
 
     def get(self, path: str) -> Any:
-        with urlopen(f"{self.api}/{path}", timeout=30) as answer:
-            return json.load(answer)
+        return self.ask("GET", path)
 
     def run(self, deployment: str, **parameters: Any) -> str:
         found = self.get(f"deployments/name/{deployment}")
@@ -174,8 +185,7 @@ def test_late_runs_of_the_schedule_collapse_into_one(up: Up) -> None:
     try:
         stood_for = up.until(lambda: [r for r in up.runs("retrain") if r["state"]["name"] == "Cancelled"], bool)
     finally:
-        request = Request(f"{up.api}/deployments/{deployment}/schedules/{made[0]['id']}", method="DELETE")
-        urlopen(request, timeout=30)
+        up.ask("DELETE", f"deployments/{deployment}/schedules/{made[0]['id']}")
     assert " stands for it" in stood_for[0]["state"]["message"]
     up.until(lambda: [r for r in up.runs("retrain") if r["state"]["type"] in ("RUNNING", "PENDING")], lambda r: not r)
 
