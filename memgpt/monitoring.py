@@ -560,7 +560,8 @@ def _draw(monitor: config.Monitor, texts: pd.DataFrame, folder: Path) -> None:
                     low, high = band(all_texts[-1], mean, spread, monitor.false_alarms)
                     row |= {"expected": mean, "low": low / all_texts[-1], "high": high / all_texts[-1]}
             rows.append(row)
-        pictures.draw_trend(picture(folder, topic), f"{topic}: share of {monitor.negative} texts", pd.DataFrame(rows))
+        table = pd.DataFrame(rows).astype({"day": "datetime64[ns]"})  # a topic may have had no texts for long
+        pictures.draw_trend(picture(folder, topic), f"{topic}: share of {monitor.negative} texts", table)
 
 
 def picture(folder: Path, topic: str) -> Path:

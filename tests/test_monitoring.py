@@ -195,6 +195,13 @@ def test_a_surge_is_found_told_once_and_drawn(place: Place, asked: list[str]) ->
         assert monitoring.picture(monitoring.FOLDER, topic).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_topic_that_fell_silent_long_ago_is_drawn_too(place: Place, asked: list[str]) -> None:
+    arrive("a.jsonl", day(MONDAY, 1, 2, "old") + day(MONDAY + timedelta(80), 1, 2))
+    run(place)
+    for topic in ("old", "energy"):
+        assert monitoring.picture(monitoring.FOLDER, topic).exists()
+
+
 def test_a_text_is_scored_once(place: Place, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = past(3)
     arrive("a.jsonl", [*rows, rows[0], {"text": "  "}, {"id": "none"}])
