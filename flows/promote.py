@@ -4,6 +4,7 @@ Suspended it has no process: nothing is held while it waits, and a restart of th
 anew when it is resumed, and then finds the answer.
 """
 
+from contextlib import suppress
 from typing import Annotated, Literal
 
 from prefect import flow
@@ -11,6 +12,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import flow_run
@@ -87,15 +90,7 @@ def _supersede(model: str) -> None:
                 client.set_flow_run_state(other.id, ended, force=True)
 
 
-def request(model: str, version: str) -> str | None:
-    """Start a run that asks for approval; None if no such deployment is there, as in a flow without `make up`."""
-    from prefect.deployments import run_deployment
-    from prefect.exceptions import ObjectNotFound
-
-    try:
-        started = run_deployment(
-            "promote/promote", parameters={"model": model, "version": version}, timeout=0, as_subflow=False
-        )
-    except ObjectNotFound:
-        return None
-    return started.name
+def request(model: str, version: str) -> None:
+    """Start a run that asks for approval, where `make up` has deployed it."""
+    with suppress(ObjectNotFound):
+        run_deployment("promote/promote", parameters={"model": model, "version": version}, timeout=0, as_subflow=False)

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from flows import up
-from memgpt import processes
+from memgpt import housekeeping, processes
 from memgpt.errors import UserError
 
 PATIENCE = 180.0  # seconds; the first start makes the database
@@ -27,7 +26,7 @@ PATIENCE = 180.0  # seconds; the first start makes the database
 @contextmanager
 def running() -> Iterator[str]:
     """Yield the API's URL: the configured one, that of `make up`, or one started here that ends with this process."""
-    found = PREFECT_API_URL.value() or up.api()
+    found = PREFECT_API_URL.value() or _up()
     if found:
         _reach(found)
         with temporary_settings({PREFECT_API_URL: found}):
@@ -47,6 +46,12 @@ def running() -> Iterator[str]:
         _wait(url, server, log)
         yield url
     # Not ended here: Prefect sends its last events when this process exits, which is also what ends the server.
+
+
+def _up() -> str | None:
+    """The URL of the server that `make up` started here, if it runs."""
+    noted = housekeeping.UP / "api"
+    return noted.read_text(encoding="utf-8") if noted.exists() and housekeeping.service("prefect") else None
 
 
 def _reach(url: str) -> None:

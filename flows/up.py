@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,9 +30,9 @@ from flows import alerts, workspace
 from memgpt import atomic, environment, tracking
 from memgpt.console import Board
 from memgpt.errors import UserError
+from memgpt.housekeeping import UP, service
 from memgpt.registry import commit_at_start
 
-FOLDER = Path(".memgpt/up")
 POOL = "memgpt"
 PATIENCE = 180.0  # seconds until a service answers; the first start makes the databases
 GRACE = 20.0  # seconds from SIGTERM to SIGKILL
@@ -55,7 +54,7 @@ class Service:
 
     @property
     def log(self) -> Path:
-        return FOLDER / f"{self.name}.log"
+        return UP / f"{self.name}.log"
 
     def start(self) -> str:
         """Start it unless it runs; what was done.
@@ -63,11 +62,11 @@ class Service:
         Raises:
             UserError: if its port is taken.
         """
-        if running(self.name):
+        if service(self.name):
             return "runs already"
         if self.port:
             _free(self.name, *self.port)
-        FOLDER.mkdir(parents=True, exist_ok=True)
+        UP.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", *self.command],
@@ -79,7 +78,7 @@ class Service:
                 start_new_session=True,
             )
         began = psutil.Process(process.pid).create_time()
-        atomic.write_json(FOLDER / f"{self.name}.json", {"pid": process.pid, "began": began})
+        atomic.write_json(UP / f"{self.name}.json", {"pid": process.pid, "began": began})
         return "started"
 
     def wait(self) -> None:
@@ -89,27 +88,15 @@ class Service:
         """
         deadline = time.monotonic() + PATIENCE
         while not self.answers():
-            if not running(self.name) or time.monotonic() > deadline:
+            if not service(self.name) or time.monotonic() > deadline:
                 stop(self.name)
                 raise UserError(f"{self.name}: did not start; see {self.log}")
             time.sleep(0.2)
 
 
-def running(name: str) -> psutil.Process | None:
-    """The service's process, if it is still the one that was started: a process id may be used again."""
-    try:
-        noted = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-        process = psutil.Process(noted["pid"])
-        if process.create_time() == noted["began"] and process.status() != psutil.STATUS_ZOMBIE:
-            return process
-    except (FileNotFoundError, psutil.NoSuchProcess):
-        pass
-    return None
-
-
 def stop(name: str) -> bool:
     """End a service and all that it started; True if it ran."""
-    process = running(name)
+    process = service(name)
     if process:
         tree = [process, *process.children(recursive=True)]
         for each in reversed(tree):  # the runs before the worker, which would start them again
@@ -120,14 +107,8 @@ def stop(name: str) -> bool:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
         psutil.wait_procs(left, GRACE)
-    (FOLDER / f"{name}.json").unlink(missing_ok=True)
+    (UP / f"{name}.json").unlink(missing_ok=True)
     return process is not None
-
-
-def api() -> str | None:
-    """The URL of the server that `make up` started here, if it runs."""
-    noted = FOLDER / "api"
-    return noted.read_text(encoding="utf-8") if noted.exists() and running("prefect") else None
 
 
 def up() -> None:
@@ -153,8 +134,7 @@ def up() -> None:
         "PREFECT_HOME": str(root / ".prefect"),
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_API_PORT": port,  # the UI asks this variable, not --port, where the API is
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # a run without heartbeat is marked as crashed, see alerts.py
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # as prefect.toml, which a run does not read: it starts elsewhere
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the server has the runs' logs
         "PREFECT_WORKER_QUERY_SECONDS": "5",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven idle processes for what nothing here uses
@@ -170,12 +150,12 @@ def up() -> None:
         Service("mlflow", pages, env, root, lambda: _answers(f"{ui}/health"), (ui_port, "MEMGPT_MLFLOW_PORT")),
     ]
     theirs = {"prefect": "PREFECT_API_URL" in os.environ, "mlflow": store.startswith("http")}
-    ours = [service for service in services if not theirs[service.name]]
-    for service in ours:
-        board.say(f"  {service.name:<12}{service.start()}")
-    for service in ours:
-        service.wait()
-    atomic.write_text(FOLDER / "api", url)
+    ours = [one for one in services if not theirs[one.name]]
+    for one in ours:
+        board.say(f"  {one.name:<12}{one.start()}")
+    for one in ours:
+        one.wait()
+    atomic.write_text(UP / "api", url)
 
     with temporary_settings({PREFECT_API_URL: url}):
         workspace.mark_crashed(crashed)
@@ -189,7 +169,7 @@ def up() -> None:
     board.say("")
     board.say(f"Prefect  {url.removesuffix('/api')}   runs, schedules, approvals")
     board.say(f"MLflow   {ui}   curves, models, promotions")
-    board.say(f"logs     {FOLDER}/*.log      stop: make down")
+    board.say(f"logs     {UP}/*.log      stop: make down")
 
 
 def down() -> None:

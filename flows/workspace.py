@@ -22,9 +22,8 @@ from prefect.states import Crashed
 
 from memgpt import atomic, provenance
 from memgpt.errors import UserError
+from memgpt.housekeeping import RETRAIN, WORKSPACE
 
-FOLDER = Path(".memgpt/workspace")
-LOCK = Path(".memgpt/retrain.lock")
 SETTLED = Path(".memgpt/settled.json")  # what the last whole run left
 # What runs make stays: it says which outputs belong to which inputs, and DVC checks that anyway.
 _PRODUCTS = ("dvc.lock", "data/sources.lock.json", "reports")
@@ -32,7 +31,7 @@ _PRODUCTS = ("dvc.lock", "data/sources.lock.json", "reports")
 
 def create(checkout: Path, commit: str) -> Path:
     """The workspace of a checkout, made at `commit` if there is none yet, with the checkout's DVC cache and remotes."""
-    folder = checkout / FOLDER
+    folder = checkout / WORKSPACE
     if not (folder / ".git").exists():
         provenance.add_worktree(folder, commit)
     local = checkout / ".dvc/config.local"  # this machine's remotes and credentials
@@ -63,8 +62,8 @@ def occupied(run: str | None, folder: Path = Path()) -> Iterator[str]:
     Raises:
         UserError: if another one runs.
     """
-    (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+    (folder / RETRAIN).parent.mkdir(parents=True, exist_ok=True)
+    with (folder / RETRAIN).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

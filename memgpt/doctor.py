@@ -1,7 +1,6 @@
 """Is this installation whole, and is what runs here well? Findings for `memgpt doctor`, each with its fix. Nothing is
 changed, made or started."""
 
-import json
 import os
 import shutil
 import sqlite3
@@ -13,8 +12,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
-
-import psutil
 
 from memgpt import config, environment, housekeeping, registry, tracking
 from memgpt.errors import UserError
@@ -175,10 +172,9 @@ def _prefect() -> Iterator[Finding]:
 
 def _services() -> Iterator[Finding]:
     """What `make up` started, which `make down` would have struck off."""
-    for noted in sorted(Path(".memgpt/up").glob("*.json")):
-        started = json.loads(noted.read_text(encoding="utf-8"))
-        if psutil.pid_exists(started["pid"]) and psutil.Process(started["pid"]).create_time() == started["began"]:
-            yield Finding(noted.stem, "well", f"runs (process {started['pid']})")
+    for noted in sorted(housekeeping.UP.glob("*.json")):
+        if process := housekeeping.service(noted.stem):
+            yield Finding(noted.stem, "well", f"runs (process {process.pid})")
         else:
             yield Finding(noted.stem, "broken", "was started by `make up` and is gone", "`make up`")
 

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from memgpt import atomic, checkpoint, provenance, tracking
 from memgpt.errors import UserError
 
 BACKUPS = Path(".memgpt/backups")
 WORKSPACE = Path(".memgpt/workspace")  # where deployed runs work; it shares DVC's cache
+UP = Path(".memgpt/up")  # what `make up` started, and its logs
 RETRAIN = Path(".memgpt/retrain.lock")  # held by a running flow
 _DAY = 86400.0
 
@@ -50,6 +53,18 @@ def gc(days: float, dry_run: bool) -> Iterator[Item]:
     subprocess.run(["git", "worktree", "prune"], capture_output=True, check=False)
     if Path(".dvc").is_dir():
         yield _cache(dry_run)
+
+
+def service(name: str) -> psutil.Process | None:
+    """A process that `make up` started, if it still runs and is that one: a process id may be used again."""
+    try:
+        noted = json.loads((UP / f"{name}.json").read_text(encoding="utf-8"))
+        process = psutil.Process(noted["pid"])
+        if process.create_time() == noted["began"] and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    except (FileNotFoundError, psutil.NoSuchProcess):
+        pass
+    return None
 
 
 def running() -> str | None:

@@ -152,6 +152,10 @@ def test_held_approved_by_a_person_then_nothing_to_do(up: Up) -> None:
     assert state["message"].startswith("promote@base: memgpt-base version 1 is rejected: ")  # a tiny core is no good
     assert subprocess.run(["git", "diff", "--quiet"], cwd=up.place.root).returncode == 0  # nobody's checkout is touched
 
+    rejections = {"filter": {"event": {"name": ["memgpt.gate.rejected"]}}}
+    told = up.until(lambda: up.post("events/filter", rejections)["events"], bool)
+    assert told[0]["resource"]["prefect.resource.id"] == "memgpt.model.base"
+
     def waiting() -> list[dict[str, Any]]:
         return [run for run in up.runs("promote") if run["state"]["name"] == "Suspended"]
 
@@ -163,9 +167,9 @@ def test_held_approved_by_a_person_then_nothing_to_do(up: Up) -> None:
     answer = {"decision": "approve", "name": "Ada", "comment": "looks right", "version": "1"}
     up.post(f"flow_runs/{newer}/resume", {"run_input": answer})
     assert up.ended(newer)["name"] == "Approved"
-    told = up.place.run("memgpt", "history", "recommendation")
-    assert "Ada" in told.stdout
-    assert "looks right" in told.stdout
+    history = up.place.run("memgpt", "history", "recommendation").stdout
+    assert "Ada" in history
+    assert "looks right" in history
 
     crowned = up.place.run(sys.executable, "-c", CROWN.replace("in MODELS", "in ['base']"))
     assert crowned.returncode == 0, crowned.stderr

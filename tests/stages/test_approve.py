@@ -5,7 +5,7 @@ from judged_place import Place
 
 from memgpt import registry, tracking
 from memgpt.errors import UserError
-from memgpt.stages import approve, promote
+from memgpt.stages import approve, promote, rollback
 
 MODEL = "sentiment"
 
@@ -49,17 +49,24 @@ def test_rejected_it_leaves_the_champion(place: Place) -> None:
 
 
 def test_what_was_compared_with_another_champion_is_judged_anew(place: Place) -> None:
+    for errors, ask in ((0.3, False), (0.2, False), (0.1, True)):
+        place.model(errors=errors)
+        promote.run(place.config, MODEL, ask=ask)
+    assert aliases() == {"champion": "2", "challenger": "3"}
+    rollback.run(place.config, MODEL)
+    with pytest.raises(UserError, match="was compared with champion 2, and it is 1 now"):
+        approve.run(place.config, MODEL, approve=True)
+    assert aliases()["champion"] == "1"
+
+
+def test_what_was_judged_otherwise_is_not_held(place: Place) -> None:
     place.model(errors=0.2)
     promote.run(place.config, MODEL)
-    place.model(errors=0.15)
-    promote.run(place.config, MODEL, ask=True)
-    client = tracking.client()
-    registry.carry_out(client, registry.Change(MODEL, "rollback", "1", "1", [], "somebody"))
-    approve.held(client, MODEL)  # the same champion
-    client.set_registered_model_alias(registry.name(MODEL), "champion", "2")
-    client.set_registered_model_alias(registry.name(MODEL), "challenger", "1")
+    place.model(errors=0.1)
+    promote.run(place.config, MODEL)
+    tracking.client().set_registered_model_alias(registry.name(MODEL), "challenger", "1")
     with pytest.raises(UserError, match="is not held"):
-        approve.held(client, MODEL)
+        approve.held(tracking.client(), MODEL)
 
 
 def test_a_version_that_does_not_load_stays_held(place: Place) -> None:
