@@ -20,6 +20,7 @@ from torch import nn
 
 from memgpt import predict
 from memgpt.model.inspection import values
+from memgpt.model.label_memory import FEATURES
 from memgpt.model.memory import KnowledgeMemory
 from memgpt.predict.words import encode_rows, split_words
 
@@ -40,7 +41,8 @@ class Entry:
 class Attribution:
     """One prediction. score = start + sum of `shares` + sum of `memory`, but for `error`.
 
-    tokens, shares: a text's tokens and what the embedding of each moved; memory: what each memory entry moved.
+    tokens, shares: a text's tokens and what each moved, by its embedding and by the label memory's votes that look at
+    it; memory: what each entry of the knowledge memory moved.
     score, start: of the prediction for the text, and for the text of masks; `unit` says what it counts.
     """
 
@@ -159,7 +161,9 @@ def _attribute(
     blank = config.pad_token_id if config.mask_token_id is None else config.mask_token_id
     text = torch.tensor([ids], device=model.device)
     masks = torch.full_like(text, blank)
-    layers = [backbone.embed_tokens, *(layer.memory for layer in backbone.layers if layer.memory is not None)]
+    memories = [layer.memory for layer in backbone.layers if layer.memory is not None]
+    votes = getattr(model, "label_memory", None)
+    layers = [backbone.embed_tokens, *memories, *([votes.table] if votes is not None else [])]
     heard: dict[nn.Module, tuple[Any, ...]] = {}
     with torch.no_grad():
         start = score(masks).item()
@@ -178,9 +182,13 @@ def _attribute(
     slope = dict(zip(layers, gradients, strict=True))
     with torch.no_grad():
         embedded = heard[backbone.embed_tokens][-1] - backbone.embed_tokens(masks)
-        shares = (embedded * slope[backbone.embed_tokens])[0].sum(-1).tolist()
+        shares = (embedded * slope[backbone.embed_tokens])[0].sum(-1)
+        if votes is not None:
+            blank_votes = votes.table(votes.addresses(masks, backbone.ngram_hash.canonical_ids))
+            moved = ((heard[votes.table][-1] - blank_votes) * slope[votes.table])[0].sum(-1)
+            shares = shares + _looked_at(votes.words(text)[0], moved)
         entries: dict[tuple[int, int], float] = defaultdict(float)
-        for layer in layers[1:]:
+        for layer in memories:
             for n, moved in _entries(layer, backbone.ngram_hash, heard[layer], slope[layer]):
                 for place, share in enumerate(moved.tolist()):
                     if place >= n - 1:
@@ -189,7 +197,20 @@ def _attribute(
         Entry(tokenizer.decode(ids[place - n + 1 : place + 1]).strip(), n, place, share)
         for (place, n), share in sorted(entries.items())
     ]
-    return Attribution(answer, unit, end, start, [tokenizer.decode([i]) for i in ids], shares, memory)
+    return Attribution(answer, unit, end, start, [tokenizer.decode([i]) for i in ids], shares.tolist(), memory)
+
+
+def _looked_at(words: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """words [T]: of each token; moved [T, F]: by the votes for each token → [T]: by those that look at each word, at
+    its first token. A vote that looks at several words counts for each in equal parts; beyond the edges, for the
+    nearest."""
+    last = int(words[-1])
+    of_word = moved.new_zeros(last + 1)
+    for feature, votes in zip(FEATURES, moved.T, strict=True):
+        for _, distance in feature:
+            of_word.index_add_(0, (words + distance).clamp(0, last), votes / len(feature))
+    first = torch.diff(words, prepend=words[:1] - 1) > 0
+    return torch.zeros_like(moved[:, 0]).masked_scatter(first, of_word)
 
 
 def _entries(

@@ -16,6 +16,7 @@ from memgpt.model import (
     MemGPTForTokenClassification,
     MemGPTTokenizer,
 )
+from memgpt.model.label_memory import spelling
 from memgpt.predict.recommendation import build_index
 
 TEXT = "The bank raised its rates. Ada Brandt kept hers."
@@ -45,6 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             memory_ngrams=[1, 2],
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
+            label_memory_rows=499,
         )
         model = kind(config).eval()
         for layer in model.model.layers:
@@ -52,6 +54,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.normal_(layer.memory.table.weight[1:])
                 torch.nn.init.normal_(layer.memory.taps)
         if task == "ner":
+            torch.nn.init.normal_(model.label_memory.table.weight[1:], std=0.1)
+            model.label_memory.spelling.copy_(spelling(tokenizer, len(tokenizer)))
             torch.nn.init.constant_(model.head.score.bias[1:2], 3.0)  # finds something everywhere
         model.save_pretrained(root / task)
         tokenizer.save_pretrained(root / task)

@@ -64,6 +64,8 @@ class MemGPTConfig(PreTrainedConfig):
     task_labels: task → labels; task_balancing: a learned weight for each task's loss. For the multi-task class only.
     topics: of texts, for a second head beside that of their labels; None is no such head.
     label_temperature: divides a text's logits, so that their softmax is a probability that can be relied on.
+    label_memory_rows: of the table in which the words around a token vote for its label (label_memory.py); 0 is none.
+    label_memory_dropout: share of these votes that is left out at random in training.
     """
 
     model_type = "memgpt"
@@ -121,6 +123,8 @@ class MemGPTConfig(PreTrainedConfig):
     task_balancing: bool = False
     topics: list[str] | None = None
     label_temperature: float | int = 1.0
+    label_memory_rows: int = 0
+    label_memory_dropout: float | int = 0.5
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.memory_layers is None:

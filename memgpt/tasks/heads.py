@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from memgpt.model import MemGPTForMultiTask
+from memgpt.model.label_memory import spelling
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -15,11 +16,13 @@ def start(kind: type[Model], task: str, parent: Path, **settings: Any) -> Model:
 
     settings override the parent's configuration (labels, dropout, window, …).
     """
-    if not AutoConfig.from_pretrained(parent).task_labels:
-        return kind.from_pretrained(parent, **settings)
-    joint = MemGPTForMultiTask.from_pretrained(parent)
-    config = AutoConfig.from_pretrained(parent, **{"task_labels": None, "topics": None, **settings})
-    model = kind(config)
-    model.model.load_state_dict(joint.model.state_dict())
-    model.head.load_state_dict(joint.heads[task].state_dict())
+    if AutoConfig.from_pretrained(parent).task_labels:
+        joint = MemGPTForMultiTask.from_pretrained(parent)
+        model = kind(AutoConfig.from_pretrained(parent, **{"task_labels": None, "topics": None, **settings}))
+        model.model.load_state_dict(joint.model.state_dict())
+        model.head.load_state_dict(joint.heads[task].state_dict())
+    else:
+        model = kind.from_pretrained(parent, **settings)
+    if getattr(model, "label_memory", None) is not None:
+        model.label_memory.spelling.copy_(spelling(AutoTokenizer.from_pretrained(parent), model.config.vocab_size))
     return model

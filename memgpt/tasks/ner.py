@@ -27,7 +27,16 @@ def labels(tables: Path) -> list[str]:
     return ["O", *(f"{mark}-{kind}" for kind in manifest(tables, "ner")["labels"] for mark in "BI")]
 
 
-def model(parent: Path, tables: Path, *, dropout: float, max_length: int, **_: Any) -> "MemGPTForTokenClassification":
+def model(
+    parent: Path,
+    tables: Path,
+    *,
+    dropout: float,
+    max_length: int,
+    label_memory: int = 0,
+    label_memory_dropout: float = 0.0,
+    **_: Any,
+) -> "MemGPTForTokenClassification":
     from memgpt.model import MemGPTForTokenClassification
     from memgpt.tasks import heads
 
@@ -40,6 +49,8 @@ def model(parent: Path, tables: Path, *, dropout: float, max_length: int, **_: A
         label2id={tag: index for index, tag in enumerate(tags)},
         dropout=dropout,
         window=max_length,
+        label_memory_rows=label_memory,
+        label_memory_dropout=label_memory_dropout,
     )
 
 

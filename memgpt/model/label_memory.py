@@ -1,0 +1,129 @@
+"""The label memory: rows of a table, addressed by the words around a token, that vote for its label.
+
+The deep model generalises; a table of which words were seen with which label remembers, and needs few examples for it.
+Both are summed and trained together, as in *Wide & Deep Learning* (arXiv 1606.07792), with hashed features (Weinberger
+et al. 2009, arXiv 0902.2206) of the kind that a conditional random field is given. Addresses depend on token ids alone,
+as those of the knowledge memory do. Shape letters: B batch, T positions, L labels, F features of a word.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from memgpt.model.config import MemGPTConfig
+
+# A feature: the views of one or more words, each at a distance from the token's own.
+FEATURES: tuple[tuple[tuple[str, int], ...], ...] = (
+    *(((view, 0),) for view in ("exact", "word", "first", "last", "shape")),
+    *(((view, distance),) for distance in (-2, -1, 1, 2) for view in ("word", "last", "shape")),
+    (("word", -1), ("word", 0)),
+    (("word", 0), ("word", 1)),
+    (("word", -1), ("shape", 0)),
+    (("shape", 0), ("word", 1)),
+    (("shape", -1), ("shape", 0)),
+    (("shape", 0), ("shape", 1)),
+    (("shape", -1), ("shape", 0), ("shape", 1)),
+)
+_KINDS = ("blank", "digits", "with digits", "marks", "small", "capitals", "capital", "capitalised", "mixed")
+_STARTS = 16  # added to the kind of a token that begins with a space
+_FACTOR = -0x61C8864680B583EB  # 2^64 over the golden ratio, signed; products wrap
+
+
+def spelling(tokenizer: PreTrainedTokenizerFast, size: int) -> torch.Tensor:
+    """For each token id, how it is spelt (an index of `_KINDS`, plus `_STARTS` after a space): int64 [size]."""
+    ids = range(min(size, len(tokenizer)))
+    texts = [tokenizer.backend_tokenizer.decode([i], skip_special_tokens=False).strip() for i in ids]
+    spaced = [piece.startswith(("Ġ", "▁")) for piece in tokenizer.convert_ids_to_tokens(ids)]
+    found = [_kind(text) + _STARTS * space for text, space in zip(texts, spaced, strict=True)]
+    return torch.tensor(found + [0] * (size - len(found)))
+
+
+def _kind(text: str) -> int:
+    if not text:
+        name = "blank"
+    elif text.isdigit():
+        name = "digits"
+    elif any(sign.isdigit() for sign in text):
+        name = "with digits"
+    elif not any(sign.isalpha() for sign in text):
+        name = "marks"
+    elif text.islower():
+        name = "small"
+    elif text.isupper():
+        name = "capitals" if len(text) > 1 else "capital"
+    else:
+        name = "capitalised" if text[0].isupper() else "mixed"
+    return _KINDS.index(name)
+
+
+class LabelMemory(nn.Module):
+    """Token ids → what the words at and around each token add to the logits of its labels.
+
+    A word begins with a space, as `memgpt.predict` gives them; its votes are the same for all of its tokens. The views
+    of a word: exact (its tokens), word (their canonical ids), first and last (of them, if there are several), shape
+    (kinds of its first three).
+    """
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__()
+        self.rows, self.dropout = config.label_memory_rows, config.label_memory_dropout
+        self.pad = -1 if config.pad_token_id is None else config.pad_token_id
+        self.table = nn.Embedding(1 + self.rows, config.num_labels, padding_idx=0)
+        self.table._memory_table = self.table._label_memory = True  # type: ignore[assignment]  # starts at zero; has a rate of its own
+        self.spelling = nn.Buffer(torch.zeros(config.vocab_size, dtype=torch.long))
+
+    def forward(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids [B, T], canonical_ids [V] → votes [B, T, L]."""
+        votes = self.table(self.addresses(input_ids, canonical_ids))
+        if self.training:
+            kept = torch.rand(votes.shape[:-1], device=votes.device) >= self.dropout
+            votes = votes * (kept / (1 - self.dropout))[..., None]
+        return votes.sum(-2)
+
+    def words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, T]: which word of its row a token is in, from 0. A padding token is one by itself."""
+        starts = self.spelling[input_ids] >= _STARTS
+        starts[:, 0] = True
+        return (starts | (input_ids == self.pad)).cumsum(1) - 1
+
+    def addresses(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
+        """Rows [B, T, F] of the table; 0 for padding."""
+        word, blank = self.words(input_ids), input_ids == self.pad
+        starts = torch.diff(word, dim=1, prepend=torch.full_like(word[:, :1], -1)) > 0
+        ends = torch.diff(word, dim=1, append=torch.full_like(word[:, :1], word.shape[1])) > 0
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        place = position - torch.where(starts, position, 0).cummax(1).values  # of a token in its word
+        folded, kind = canonical_ids[input_ids], self.spelling[input_ids] % _STARTS
+
+        def of_words(parts: torch.Tensor, where: torch.Tensor | bool = True) -> torch.Tensor:
+            """The sum of a word's parts [B, T] that are `where`: [B, words], 0 for padding."""
+            return torch.zeros_like(parts).scatter_add(1, word, parts * (~blank & where))
+
+        views = {
+            "exact": of_words(_mix(input_ids, place)),
+            "word": of_words(_mix(folded, place)),
+            "first": of_words(folded + 1, starts),
+            "last": of_words(folded + 1, ends & ~starts),
+            "shape": of_words(_mix(kind, place), place < 3),
+        }
+        rows = []
+        for number, feature in enumerate(FEATURES):
+            mixed = torch.full_like(input_ids, number)
+            for view, distance in feature:
+                mixed = _mix(mixed, _shift(views[view], distance))
+            rows.append(1 + (mixed >> 20) % self.rows)
+        of_tokens = torch.stack(rows, dim=-1).gather(1, word[..., None].expand(-1, -1, len(rows)))
+        return of_tokens.masked_fill(blank[..., None], 0)
+
+
+def _mix(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """A hash of two numbers each, in which their order counts."""
+    mixed = ((first + 1) * _FACTOR ^ (second + 1)) * _FACTOR
+    return mixed ^ (mixed >> 29)
+
+
+def _shift(words: torch.Tensor, distance: int) -> torch.Tensor:
+    """words [B, W] → at each place the word `distance` further on; 0 beyond the edges."""
+    if distance < 0:
+        return nn.functional.pad(words, (-distance, 0))[:, :distance]
+    return nn.functional.pad(words, (0, distance))[:, distance:]

@@ -1,0 +1,125 @@
+"""The label memory: silent at first, blind to padding, quick to learn what words around a token say."""
+
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from memgpt import tuning
+from memgpt.model import MemGPTConfig, MemGPTForTokenClassification, MemGPTTokenizer, canonical_ids
+from memgpt.model.label_memory import FEATURES, spelling
+from memgpt.predict.words import encode_words
+
+NAMES = ["Ada", "Brandt", "Zork", "Yulia", "Quill", "Omar"]
+WORDS = ["so", "So", "said", "Mr", "and", "left", *NAMES]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> MemGPTTokenizer:
+    return MemGPTTokenizer.train([" ".join(WORDS)] * 4, vocab_size=400)
+
+
+@pytest.fixture
+def model(tokenizer: MemGPTTokenizer) -> MemGPTForTokenClassification:
+    torch.manual_seed(0)
+    config = MemGPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        memory_layers=[],
+        num_labels=2,
+        label_memory_rows=9973,
+    )
+    made = MemGPTForTokenClassification(config).eval()
+    made.label_memory.spelling.copy_(spelling(tokenizer, config.vocab_size))
+    made.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer))
+    return made
+
+
+def ids(tokenizer: MemGPTTokenizer, text: str) -> torch.Tensor:
+    return torch.tensor([[*chain.from_iterable(encode_words(tokenizer, text.split()))]])
+
+
+def test_it_starts_silent(model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer) -> None:
+    text = ids(tokenizer, "Mr Ada left")
+    before = model(text).logits
+    model.label_memory = None
+    assert torch.equal(model(text).logits, before)
+
+
+def test_padding_and_neighbours_in_the_batch_change_nothing(
+    model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer
+) -> None:
+    torch.nn.init.normal_(model.label_memory.table.weight[1:])
+    canonical = model.model.ngram_hash.canonical_ids
+    short, long = ids(tokenizer, "Mr Ada left"), ids(tokenizer, "so said Mr Yulia Quill and left")
+    room = long.shape[1] - short.shape[1]
+    batch = torch.cat((torch.nn.functional.pad(short, (0, room), value=tokenizer.pad_token_id), long))
+    votes = model.label_memory(batch, canonical)
+    torch.testing.assert_close(votes[:1, : short.shape[1]], model.label_memory(short, canonical))
+    assert not votes[0, short.shape[1] :].any()
+
+
+def test_a_words_tokens_vote_alike_and_its_case_and_context_count(
+    model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer
+) -> None:
+    memory, canonical = model.label_memory, model.model.ngram_hash.canonical_ids
+    text = ids(tokenizer, "so Xqyvia left")
+    words = memory.words(text)[0]
+    assert words.max() == 2
+    assert (words == 1).sum() > 1  # a word of several tokens
+    addresses = memory.addresses(text, canonical)[0]
+    assert (addresses[words == 1] == addresses[words == 1][0]).all()
+    upper, lower = (memory.addresses(ids(tokenizer, f"so {word} left"), canonical)[0, 1] for word in ("So", "so"))
+    differ = {FEATURES[place] for place in (upper != lower).nonzero()[:, 0].tolist()}
+    assert (("exact", 0),) in differ
+    assert (("shape", 0),) in differ
+    assert (("word", 0),) not in differ  # folded
+    assert (("word", -1),) not in differ
+
+
+def test_it_learns_a_rule_of_context_and_spelling_from_few_examples(
+    model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer
+) -> None:
+    """Who comes after Mr is a person: also one who was never seen."""
+    memory, canonical = model.label_memory.train(), model.model.ngram_hash.canonical_ids
+    optimizer = torch.optim.Adagrad(memory.parameters(), lr=0.5)
+    for _ in range(20):
+        for name in NAMES[:-1]:
+            for start in ("so Mr", "left and"):
+                text = ids(tokenizer, f"{start} {name} left")
+                gold = ((memory.words(text) == 2) & (start == "so Mr")).long()
+                loss = torch.nn.functional.cross_entropy(memory(text, canonical)[0], gold[0])
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    text = ids(tokenizer, f"so Mr {NAMES[-1]} left and {NAMES[-1]} said")
+    found = memory.eval()(text, canonical).argmax(-1)
+    assert torch.equal(found, (memory.words(text) == 2).long())
+
+
+def test_it_is_saved_and_trained_beside_low_rank_changes(
+    model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer, tmp_path: Path
+) -> None:
+    from memgpt import config
+
+    document = config.read("params.yaml")
+    config.override(document, ["finetune.ner.tune=lora"])
+    wrapped = tuning.prepare(model, config.parse(document).finetune.ner, 10)
+    assert isinstance(wrapped, PeftModel)
+    trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert any("label_memory" in name for name in trained)
+    text = ids(tokenizer, "so Mr Ada left")
+    wrapped(input_ids=text, labels=torch.ones_like(text)).loss.backward()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "label_memory" in name and parameter.grad is not None:
+                parameter -= parameter.grad
+    whole = tuning.whole(wrapped).eval()
+    whole.save_pretrained(tmp_path)
+    again = MemGPTForTokenClassification.from_pretrained(tmp_path).eval()
+    assert again.label_memory.table.weight.any()
+    assert torch.equal(again(text).logits, whole(text).logits)
