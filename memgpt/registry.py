@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from memgpt import card, lineage, packaging, tracking
 from memgpt.config import MODELS, SOURCES
-from memgpt.errors import UserError
+from memgpt.errors import UserError, existing
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -127,9 +127,7 @@ def candidate(model: str, root: Path = Path()) -> Candidate:
     Raises:
         UserError: naming what is missing: without whole lineage nothing is registered.
     """
-    directory = root / "models" / model
-    if not directory.is_dir():
-        raise UserError(f"{directory}: not found; run `dvc repro` (or `memgpt retrain`) first")
+    directory = existing(root / "models" / model)
     story = lineage.read(directory)
     _complete(directory / lineage.FILE, story, _LINEAGE)
     report = _json(root / "reports" / "metrics" / f"{model}.json", f"memgpt evaluate {model}")

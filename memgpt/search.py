@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from memgpt import atomic, config, tracking
 from memgpt.config import Finetune
-from memgpt.errors import UserError
+from memgpt.errors import UserError, existing
 from memgpt.lineage import digest
 from memgpt.tasks import TABLES, judge
 
@@ -66,7 +66,7 @@ def search(task: str, params: Finetune, space: Space, trials: int, told: Told) -
     from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    question = [params.model_dump(), space, digest(MODELS / params.start), digest(TABLES / task)]
+    question = [params.model_dump(), space, digest(existing(MODELS / params.start)), digest(TABLES / task)]
     name = f"{task}-{hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]}"
     with tracking.locked(STUDIES / f"{name}.lock"), tracking.stage_run("tune", task, _named(task, space)) as parent:
         parent.inputs([task], "training")
@@ -146,7 +146,7 @@ def range_test(task: str, params: Finetune, steps: int = 100) -> tuple[list[tupl
     from memgpt import tuning
     from memgpt.optimizers import clip_gradients, for_tuning
 
-    parent, settings, module = MODELS / params.start, params.model_dump(), judge(task)
+    parent, settings, module = existing(MODELS / params.start), params.model_dump(), judge(task)
     set_seed(params.seed)
     model = tuning.prepare(module.model(parent, TABLES, **settings), params, steps).train()
     data = module.Training(TABLES, AutoTokenizer.from_pretrained(parent), **settings)

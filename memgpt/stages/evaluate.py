@@ -12,6 +12,7 @@ import pandas as pd
 
 from memgpt import atomic, bootstrap, mistakes, pictures, predict, probe, robustness
 from memgpt.config import Config
+from memgpt.errors import existing
 from memgpt.tasks import TABLES, judge
 
 MODELS, METRICS, PLOTS = Path("models"), Path("reports/metrics"), Path("reports/plots")
@@ -21,7 +22,7 @@ MISTAKES = Path("reports/mistakes")
 def run(config: Config, model: str) -> dict[str, float]:
     params, module = config.evaluate, judge(model)
     rows = module.test_rows(TABLES)
-    predictor = predict.load(model, MODELS / model)
+    predictor = predict.load(model, existing(MODELS / model))
     predictions = predictor.predict([row["input"] for row in rows])
     baseline = module.baseline(TABLES, rows)
     ours, theirs = module.statistics(rows, predictions), module.statistics(rows, baseline)

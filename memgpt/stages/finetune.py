@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from memgpt import atomic, checkpoint, distributed, lineage, predict, tuning
 from memgpt.config import Config, Finetune
-from memgpt.errors import UserError
+from memgpt.errors import UserError, existing
 from memgpt.tasks import TABLES, judge
 from memgpt.training import Log, train
 
@@ -38,7 +38,7 @@ def fit(
     if params.soup > 1:
         return _soup(params, task, target, log)
     settings = params.model_dump()
-    parent, tables = MODELS / params.start, TABLES / task
+    parent, tables = existing(MODELS / params.start), TABLES / task
     module = judge(task)
     if task == "recommendation" and distributed.processes() > 1:
         raise UserError(
@@ -89,7 +89,7 @@ def fit(
 def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[str, float]:
     """The average of fine-tunings with other seeds: best first, each taken in if the average gets better by it
     (greedy soup, arXiv 2203.05482)."""
-    inputs, primary = [MODELS / params.start, TABLES / task], judge(task).PRIMARY
+    inputs, primary = [existing(MODELS / params.start), TABLES / task], judge(task).PRIMARY
     place = checkpoint.directory(f"soup-{task}", params.model_dump(), inputs)
     scores: dict[Path, float] = {}
     for seed in range(params.seed, params.seed + params.soup):

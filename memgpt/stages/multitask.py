@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, set_seed
 
 from memgpt import atomic, checkpoint, distributed, lineage
 from memgpt.config import TASKS, Config, Multitask
+from memgpt.errors import existing
 from memgpt.model import MemGPTForMultiTask
 from memgpt.tasks import TABLES, judge
 from memgpt.training import Log, train
@@ -46,7 +47,7 @@ class Mixture(Dataset):
 
 def run(config: Config, log: Log | None = None) -> dict[str, float]:
     params = config.multitask
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(existing(BASE))
     set_seed(params.seed)
     model = MemGPTForMultiTask.from_pretrained(
         BASE,

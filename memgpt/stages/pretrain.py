@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, set
 
 from memgpt import atomic, checkpoint, distributed, lineage
 from memgpt.config import Config, Pretrain
-from memgpt.errors import UserError
+from memgpt.errors import UserError, existing
 from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM, canonical_ids
 from memgpt.model.update import USAGE_FILE, choose_rows, count_rows, load_usage, restrict_to_memory, save_usage
 from memgpt.objectives import Pretraining
@@ -57,7 +57,7 @@ class PackedTokens(Dataset):
 
 def run(config: Config, log: Log | None = None) -> dict[str, float]:
     params = config.pretrain
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(existing(TOKENIZER))
     data = PackedTokens(TOKENS, "train", params.sequence_length)
     held_out = PackedTokens(TOKENS, "validation", params.sequence_length)
     steps = max(1, params.tokens // (params.batch_size * params.sequence_length))

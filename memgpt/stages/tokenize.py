@@ -7,6 +7,7 @@ one row, each document led by the end token, and `<split>_starts.npy`, where eac
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memgpt import atomic
 from memgpt.config import Config
-from memgpt.errors import UserError
+from memgpt.errors import UserError, existing
 from memgpt.model import MemGPTTokenizer
 from memgpt.overlap import HeldOut, clean
 
@@ -29,8 +30,7 @@ def run(config: Config) -> dict[str, float]:
     splits = {}
     removed = 0
     for split in ("train", "validation"):
-        texts = pq.read_table(TABLES / "corpus" / f"{split}.parquet", columns=["text"])["text"].to_pylist()
-        cleaned, count = clean(texts, held_out)
+        cleaned, count = clean(_column("corpus", split, "text"), held_out)
         splits[split] = [text for text in cleaned if text]
         removed += count
     tokenizer = _tokenizer(config, splits["train"])
@@ -56,13 +56,16 @@ def run(config: Config) -> dict[str, float]:
     return {"train_tokens": counts["train"], "validation_tokens": counts["validation"], "removed_paragraphs": removed}
 
 
+def _column(source: str, split: str, name: str) -> list[Any]:
+    return pq.read_table(existing(TABLES / source / f"{split}.parquet"), columns=[name])[name].to_pylist()
+
+
 def _held_out_texts() -> list[str]:
     """Validation and test texts of the tasks that are judged by reading them; items are known to readers by design."""
     texts = []
     for split in ("validation", "test"):
-        sentences = pq.read_table(TABLES / "ner" / f"{split}.parquet", columns=["tokens"])["tokens"].to_pylist()
-        texts += [" ".join(words) for words in sentences]
-        texts += pq.read_table(TABLES / "sentiment" / f"{split}.parquet", columns=["text"])["text"].to_pylist()
+        texts += [" ".join(words) for words in _column("ner", split, "tokens")]
+        texts += _column("sentiment", split, "text")
     return texts
 
 

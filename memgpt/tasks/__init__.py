@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from memgpt.errors import existing
+
 TABLES = Path("data/tables")
 
 
@@ -22,14 +24,14 @@ def judge(name: str) -> ModuleType:
 
 
 def manifest(tables: Path, source: str) -> dict[str, Any]:
-    return json.loads((tables / source / "manifest.json").read_text(encoding="utf-8"))
+    return json.loads(existing(tables / source / "manifest.json").read_text(encoding="utf-8"))
 
 
 def rows_of(tables: Path, source: str, table: str) -> list[dict[str, Any]]:
     """A table as a list of dictionaries."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(tables / source / f"{table}.parquet").to_pylist()
+    return pq.read_table(existing(tables / source / f"{table}.parquet")).to_pylist()
 
 
 def by_length(lengths: Sequence[int]) -> dict[str, np.ndarray]:
