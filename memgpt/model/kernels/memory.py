@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 _LOOKED_UP = 32  # rows that a program gathers
 _PIECE = 64  # equal addresses that one program adds up; frequent n-grams have thousands, which then run side by side
 _SUMMED = 8  # of them at once
-_TILE = 2048  # elements of [positions, D] that a program holds
+_TILE = 1024  # elements of [positions, D] that a program holds
 _PROGRAMS = 528  # of the backward pass, each with sums of its own: four on every multiprocessor of an H100
 
 
