@@ -5,7 +5,7 @@ autocast, the plain code reads and writes 20 bytes to look up (gather 8, a cast 
 more on the way back (casts, their sum, then `coalesce`); `look_up` takes 6 (4 read, 2 written) and 6 (2 read, 4 written
 per row touched, which is less). Per element of a hidden state, uncompiled, gate and convolution with three taps are
 about 30 passes forward; `gated_convolution` reads hidden, key and value once (a tap's neighbours come from the cache)
-and writes the sum: 12 bytes forward, 24 backward. Nothing is added atomically, so the same call gives the same bits.
+and writes the sum: 12 bytes forward, 20 backward. Nothing is added atomically, so the same call gives the same bits.
 
 Shape letters: B batch, T positions, D hidden size, R rows read per position, M width of a row, L lead (taps of the
 convolution); N rows of a table.
