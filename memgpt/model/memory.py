@@ -135,7 +135,7 @@ class KnowledgeMemory(nn.Module):
 
     @torch.compiler.disable  # gradients of this kind are not compiled
     def _look_up_sparsely(self, addresses: torch.Tensor) -> torch.Tensor:
-        if kernels.serve(self.table.weight):
+        if kernels.serve(self.table.weight) and type(self.table) is nn.Embedding:
             from memgpt.model.kernels.memory import look_up
 
             device, dtype = self.table.weight.device.type, self.table.weight.dtype
