@@ -35,13 +35,34 @@ Cells = dict[str, dict[str, Any]]
 
 
 def plan(tiny: bool) -> Cells:
-    """Name → spec; `run` names the function of gpu_cells. The cheap ones first, then what the goals are about."""
-    sizes, base = (("tiny",), "tiny") if tiny else (("base", "medium", "large"), "base")
+    """Name → spec; `run` names the function of gpu_cells. What the goals are about comes first."""
+    base = "tiny" if tiny else "base"
     flexible = "sdpa" if tiny else "flex_attention"  # flex attention learns on GPUs alone
     cells: Cells = {"floors": {"run": "floors", "size": base}}
     for drawn in ("uniform", "zipf"):
         cells[f"look-up-{drawn}"] = {"run": "look_up", "size": base, "drawn": drawn}
     cells |= {"gate": {"run": "gate", "size": base}, "head": {"run": "head", "size": base}}
+    cells |= _training(base, flexible)
+    for batch in BATCHES[:1] if tiny else BATCHES:
+        for kind in ("memgpt", "plain", "llama", "llama eager"):
+            name = f"decode-{batch}-{kind.replace(' ', '-')}"
+            cells[name] = {"run": "decode", "size": base, "kind": kind, "batch": batch}
+    for kept in ("resident", "int8", "host", "mapped"):
+        cells[f"tables-{kept}"] = {"run": "residency", "size": base, "kept": kept}
+    if not tiny:
+        cells |= _training("large", flexible)
+    for kind in ("memgpt packed", "memgpt padded", "bert", "modernbert"):
+        for attention in ("sdpa", flexible) if kind == "memgpt packed" and not tiny else ("sdpa",):
+            for whole in (False, True):
+                name = f"encode-{kind.replace(' ', '-')}-{attention}-{'compiled' if whole else 'eager'}"
+                spec = {"run": "encode", "size": base, "kind": kind, "attention": attention, "compiled": whole}
+                cells[name] = spec
+    if not tiny:
+        cells |= _training("medium", flexible)
+    return cells
+
+
+def _training(size: str, flexible: str) -> Cells:
     ways = [
         ("memgpt", flexible, "whole"),
         ("llama", "sdpa", "blocks"),
@@ -50,23 +71,16 @@ def plan(tiny: bool) -> Cells:
         ("llama", "sdpa", "whole"),
         ("memgpt", "sdpa", "whole"),
     ]
-    for size in sizes:
-        for kind, attention, scope in ways:
-            spec = {"run": "train", "size": size, "kind": kind, "attention": attention, "scope": scope}
-            cells[f"train-{size}-{kind}-{attention}-{scope}"] = spec
-    for batch in BATCHES[:1] if tiny else BATCHES:
-        for kind in ("memgpt", "plain", "llama", "llama eager"):
-            name = f"decode-{batch}-{kind.replace(' ', '-')}"
-            cells[name] = {"run": "decode", "size": base, "kind": kind, "batch": batch}
-    for kind in ("memgpt packed", "memgpt padded", "bert", "modernbert"):
-        for attention in ("sdpa", flexible) if kind == "memgpt packed" and not tiny else ("sdpa",):
-            for whole in (False, True):
-                name = f"encode-{kind.replace(' ', '-')}-{attention}-{'compiled' if whole else 'eager'}"
-                spec = {"run": "encode", "size": base, "kind": kind, "attention": attention, "compiled": whole}
-                cells[name] = spec
-    for kept in ("resident", "int8", "host", "mapped"):
-        cells[f"tables-{kept}"] = {"run": "residency", "size": base, "kept": kept}
-    return cells
+    return {
+        f"train-{size}-{kind}-{attention}-{scope}": {
+            "run": "train",
+            "size": size,
+            "kind": kind,
+            "attention": attention,
+            "scope": scope,
+        }
+        for kind, attention, scope in ways
+    }
 
 
 def run(cells: Cells, results: Path, limit: float) -> bool:

@@ -31,7 +31,8 @@ def look_up(table: torch.Tensor, addresses: torch.Tensor, dtype: torch.dtype) ->
     The table's gradient is sparse: sorted distinct rows and their sums in the table's dtype; none for row 0, which is
     padding. As `nn.Embedding(sparse=True)` gives it, but already added up.
     """
-    return _LookUp.apply(table, addresses, dtype)
+    with torch.cuda.device_of(table):  # Triton launches on the current device
+        return _LookUp.apply(table, addresses, dtype)
 
 
 def gated_convolution(
@@ -48,7 +49,8 @@ def gated_convolution(
     hidden [B, T, D]; key and value [B, L + T, D], whose first L positions precede the text; weight [D]: the two norms'
     weights multiplied, since they only occur so; taps [L, D] or None; position_ids [B or 1, T].
     """
-    return _GatedConvolution.apply(hidden, key, value, weight, taps, position_ids, eps)
+    with torch.cuda.device_of(hidden):
+        return _GatedConvolution.apply(hidden, key, value, weight, taps, position_ids, eps)
 
 
 # --- look-up
