@@ -19,6 +19,6 @@ for index in $("$tools/bin/pip" config get global.extra-index-url 2>/dev/null ||
     --no-header --no-annotate --no-emit-index-url --no-emit-find-links --output-file "$tools/lock"
 {
     echo "# Made by make lock from pyproject.toml: every supported Python and platform, the tools of make test included."
-    sed -E '/^(nvidia-|cuda-|triton)/d; s/^(torch==[0-9.]+).*/\1/' "$tools/lock" | uniq
+    sed -E '/^(nvidia-|cuda-)/d; s/^(torch==[0-9.]+).*/\1/' "$tools/lock" | uniq
 } >"$tools/requirements.lock"
 cp "$tools/requirements.lock" requirements.lock

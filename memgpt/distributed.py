@@ -97,7 +97,7 @@ def average_rows(parameters: Iterable[torch.nn.Parameter]) -> None:
     if processes() == 1:
         return
     for parameter in parameters:
-        if parameter.grad is not None and parameter.grad.is_sparse:
+        if parameter.grad is not None and parameter.grad.is_sparse and not getattr(parameter, "divided", False):
             own = parameter.grad.coalesce()
             rows, values = _everyones(own.indices()[0]), _everyones(own.values()) / processes()
             parameter.grad = torch.sparse_coo_tensor(rows[None], values, own.shape, check_invariants=False).coalesce()

@@ -1,6 +1,7 @@
 """What pretraining minimises: next tokens, masked tokens, or both in turn, on rows of packed documents."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from memgpt import distributed
 from memgpt.config import Pretrain
+from memgpt.model import MemGPTForCausalLM, kernels
 
 KEPT, RANDOM = 0.1, 0.1  # of the chosen tokens, these stay as they are or become any other (BERT, arXiv 1810.04805)
 
@@ -70,13 +72,33 @@ def next_token_loss(
     """Mean of −log p(labels[t + 1] | hidden[t]) over labels [B, T] other than −100, plus `z_loss` · (log Z)², which
     keeps the logits' normaliser Z near 1 (PaLM, arXiv 2204.02311, section 5). count: divides the sum in place of the
     labels' own number."""
-    logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **mode).logits[:, :-1].float()
     targets = labels[:, 1:]
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **mode}
+    if _fuses(model, input_ids):
+        total = model(**inputs, head_loss=partial(fused_loss, targets=targets, z_loss=z_loss)).loss
+        return total / ((targets != -100).sum().clamp(min=1) if count is None else count)
+    logits = model(**inputs).logits[:, :-1].float()
     log_z = logits.logsumexp(-1)
     chosen = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     counted = targets != -100
     losses = log_z - chosen + z_loss * log_z.square()
     return losses.where(counted, 0.0).sum() / (counted.sum().clamp(min=1) if count is None else count)
+
+
+def _fuses(model: torch.nn.Module, input_ids: torch.Tensor) -> bool:
+    return kernels.LIGER and input_ids.is_cuda and isinstance(getattr(model, "module", model), MemGPTForCausalLM)
+
+
+@torch.compiler.disable  # it waits for the device, to count targets
+def fused_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, z_loss: float) -> torch.Tensor:
+    """The sum that `next_token_loss` divides, for hidden [B, T, D], weight [V, D] and targets [B, T − 1], without the
+    logits of more than a part of the tokens at once: Liger's fused linear cross-entropy (arXiv 2410.10989)."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    shifted = torch.nn.functional.pad(targets, (0, 1), value=-100).flatten()
+    return LigerFusedLinearCrossEntropyFunction.apply(
+        hidden.flatten(0, 1), weight, shifted, None, None, -100, z_loss, 0.0, "sum"
+    )[0]
 
 
 def mask(

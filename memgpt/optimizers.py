@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from memgpt import distributed
 from memgpt.config import FinetuneNER, Pretrain, Training
 
 
@@ -98,12 +99,15 @@ class RowAdagrad(torch.optim.Optimizer):
                 else:
                     rows = table.grad.any(dim=1).nonzero()[:, 0]
                     values = table.grad[rows]
-                if not len(rows):
+                divided = getattr(table, "divided", False)  # among processes: then all go on together
+                if not len(rows) and not divided:
                     continue
                 squares = values.float().square().mean(1)
-                state["usual"] = (
-                    torch.lerp(state["usual"], squares.mean(), 0.02) if "usual" in state else squares.mean()
-                )
+                mean = squares.mean()
+                if divided:
+                    count = distributed.mean(squares.new_tensor(len(rows))).clamp(min=1 / distributed.processes())
+                    mean = distributed.mean(squares.sum()) / count
+                state["usual"] = torch.lerp(state["usual"], mean, 0.02) if "usual" in state else mean
                 square_sum = state["square_sum"][rows] + squares
                 state["square_sum"][rows] = square_sum
                 divisor = (square_sum + group["prior"] * state["usual"]).sqrt() + group["eps"]
@@ -135,8 +139,9 @@ class Chained(torch.optim.Optimizer):
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale dense gradients to a joint norm of at most `max_norm`, and sparse ones to another: how many rows a batch
     touches would otherwise decide how far the matrices move. Returns the dense norm."""
-    dense, sparse = [], []
+    dense, sparse, divided = [], [], False
     for parameter in parameters:
+        divided |= getattr(parameter, "divided", False)
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()  # once, for the optimizer too
             sparse.append(parameter.grad.values())
@@ -144,6 +149,8 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
             dense.append(parameter.grad)
     for gradients in (sparse, dense):
         norm = torch.nn.utils.get_total_norm(gradients)
+        if gradients is sparse and divided:  # of all processes' rows
+            norm = (distributed.mean(norm.square()) * distributed.processes()).sqrt()
         if gradients:
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

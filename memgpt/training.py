@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from memgpt import checkpoint, distributed, tuning
+from memgpt import checkpoint, distributed, sharding, tuning
 from memgpt.config import Training, Tuning
 from memgpt.errors import UserError
 from memgpt.optimizers import clip_gradients, for_tuning
@@ -44,6 +44,7 @@ def train(
     epoch_steps: int = 0,
     after_epoch: AfterEpoch | None = None,
     whole_batches: bool = False,
+    divide_tables: bool = False,
 ) -> PreTrainedModel:
     """Train `model` in place for `steps` optimizer steps and return it, or its moving average.
 
@@ -56,6 +57,7 @@ def train(
     optimizer: by `params` if None. loss: of (model, batch, step); the model's own if None.
     lengths: of the elements, to put those of similar length into a batch; None mixes them.
     whole_batches: an element of the dataset is a process's share of a batch already.
+    divide_tables: give each process a part of the memory tables; only the first then ends with whole ones.
     after_epoch: asked after every `epoch_steps` steps, with the model and the step, whether to go on.
     """
     section = title.replace(" ", ".")
@@ -88,6 +90,8 @@ def train(
     optimizer = optimizer or for_tuning(model, params, settings.optimizer if settings else "adamw")
     callbacks += [_MarkComplete(), _StopOnNaN(), _Progress(title, steps, log) if distributed.first() else None]
     wrapped = distributed.leave_rows_to_us(model)
+    if divide_tables:
+        sharding.divide(model)
     with _memory_to_be_short_of(section, params):
         trainer = _Trainer(
             model=model,
@@ -107,6 +111,7 @@ def train(
         resume = checkpoint.latest(checkpoints)
         set_seed(params.seed + distributed.rank())  # dropout of its own in each process
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    sharding.join(model)
     trained = average.model.module if average else model
     return trained.to("cpu").eval()
 
@@ -187,6 +192,15 @@ class _Trainer(Trainer):
             with torch.no_grad():
                 embeddings.copy_(before)
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with sharding.whole(self.model, self.optimizer):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint:
+            sharding.keep_own(self.model, self.optimizer)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         distributed.average_rows(model.parameters())

@@ -9,6 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import cells
 import core
+import gpu
+import gpu_cells
 import peers
 import peers_recommendation
 import task_cells
@@ -100,3 +102,37 @@ def test_a_verdict_needs_the_whole_interval(tmp_path: Path, monkeypatch: pytest.
     table = tasks.compare(done, "movielens")
     assert (table["ease"]["verdict"], table["sasrec"]["verdict"]) == ("beats", "matches")
     assert table["ease"]["gain"] == pytest.approx(ranks["memgpt"].mean() - ranks["ease"].mean(), abs=1e-3)
+
+
+def test_what_a_gpu_will_be_asked_runs_at_toy_sizes_and_makes_the_table(tmp_path: Path) -> None:
+    """All but the variants that are compiled; `benchmarks/gpu.py --tiny` runs those too."""
+    cells = {
+        name: spec
+        for name, spec in gpu.plan(tiny=True).items()
+        if not spec.get("compiled")
+        and spec.get("scope") != "whole"
+        and name not in ("decode-1-memgpt", "decode-1-plain")
+    }
+    assert not gpu.run(cells, tmp_path, limit=-1)
+    assert not list(tmp_path.iterdir())
+    assert gpu.run(cells, tmp_path, limit=300)
+    assert gpu.run(cells, tmp_path, limit=-1)  # nothing is left
+    told = " ".join(row[0] for row in gpu.table(cells, tmp_path))
+    assert all(what in told for what in ("train tiny", "encode, against modernbert", "tables mapped"))
+    planned = {spec["run"] for spec in gpu.plan(tiny=False).values()}
+    assert planned == {spec["run"] for spec in cells.values()}
+
+
+def test_a_cell_that_fails_costs_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"run": "floors", "size": "tiny"}
+    assert not gpu.run({"bad": {"run": "look_up", "size": "no such size"}, "floors": good}, tmp_path, limit=60)
+    assert "bad: KeyError" in capsys.readouterr().err
+    assert gpu.done(tmp_path, "floors", good)
+
+
+def test_flops_count_every_matrix_and_what_attention_sees() -> None:
+    model = gpu_cells.llama("tiny")
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
+    width, layers, head = 128, 4, 512 * 128  # the output matrix is tied to the embeddings
+    seen = sum(range(1, 33)) / 32
+    assert gpu_cells.flops_per_token(model, 32) == 6 * (matrices + head + layers * 2 * width * seen)

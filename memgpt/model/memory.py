@@ -8,6 +8,7 @@ D hidden size, R rows read per position, M width of a row.
 import torch
 from torch import nn
 
+from memgpt.model import kernels
 from memgpt.model.config import MemGPTConfig
 
 # Odd 64-bit constants (splitmix64's increment and mixers); products wrap modulo 2^64, which is what a hash wants.
@@ -117,14 +118,31 @@ class KnowledgeMemory(nn.Module):
     def forward(self, hidden: torch.Tensor, addresses: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, D], addresses [B, lead + T, R], position_ids [B or 1, T] → what to add to hidden, [B, T, D]."""
         entry = self.look_up(addresses)
+        if kernels.serve(hidden):
+            from memgpt.model.kernels.memory import gated_convolution
+
+            weight, taps = self.query_norm.weight * self.key_norm.weight, self.taps if self.lead else None
+            key, value, eps = self.key(entry), self.value(entry), self.query_norm.eps
+            return gated_convolution(hidden, key, value, weight, taps, position_ids, eps or 0.0)
         value = self.convolve(self.value(entry), position_ids)
         return self.gate(hidden, entry[:, self.lead :]) * value
 
     def look_up(self, addresses: torch.Tensor) -> torch.Tensor:
         """addresses [B, T, R] → rows side by side, [B, T, R·M]."""
-        sparse = getattr(self.table, "sparse", False)  # gradients of this kind are not compiled
-        table = torch.compiler.disable(self.table) if sparse else self.table
-        return table(addresses).flatten(-2)
+        if getattr(self.table, "sparse", False):
+            return self._look_up_sparsely(addresses)
+        return self.table(addresses).flatten(-2)
+
+    @torch.compiler.disable  # gradients of this kind are not compiled
+    def _look_up_sparsely(self, addresses: torch.Tensor) -> torch.Tensor:
+        if kernels.serve(self.table.weight) and type(self.table) is nn.Embedding:
+            from memgpt.model.kernels.memory import look_up
+
+            device, dtype = self.table.weight.device.type, self.table.weight.dtype
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+            return look_up(self.table.weight, addresses, dtype)
+        return self.table(addresses).flatten(-2)
 
     def gate(self, hidden: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
         """How much of an entry [B, T, R·M] the context hidden [B, T, D] lets through: [B, T, 1] in (0, 1)."""

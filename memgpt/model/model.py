@@ -486,9 +486,11 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         attention_mode: str = "causal",
         prefix_mask: torch.Tensor | None = None,
         context_ids: torch.Tensor | None = None,
+        head_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
-        """labels [B, T] are input_ids, −100 where not to be predicted; they are shifted here."""
+        """labels [B, T] are input_ids, −100 where not to be predicted; they are shifted here. head_loss: makes the loss
+        of last_hidden_state and the output matrix [V, D]; there are no logits then."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -501,6 +503,8 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
             context_ids=context_ids,
             **kwargs,
         )
+        if head_loss is not None:
+            return CausalLMOutputWithPast(loss=head_loss(outputs.last_hidden_state, self.lm_head.weight))
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None

@@ -59,7 +59,8 @@ def _compile(model: PreTrainedModel) -> None:
             block.compile(dynamic=True)
         model.base_model.ngram_hash.compile(dynamic=True)
         return
-    settings = CompileConfig(fullgraph=False, mode="default")
+    # On a GPU as CUDA graphs: a step there is many small kernels.
+    settings = CompileConfig(fullgraph=False, mode="reduce-overhead" if model.device.type == "cuda" else "default")
     settings._compile_all_devices = True  # transformers compiles on GPUs alone
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = settings

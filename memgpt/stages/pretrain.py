@@ -83,6 +83,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
         optimizer=for_pretraining(model, params),
         loss=Pretraining(params, steps, len(tokenizer), tokenizer.mask_token_id, len(data)),
         log=log,
+        divide_tables=params.update == "all",  # which rows to update is said by their numbers in the whole table
     )
     if not distributed.first():
         return {}

@@ -1,0 +1,221 @@
+"""How near to the limits of a GPU does the core run, and how does it compare with transformers' own models there?
+
+    python benchmarks/gpu.py [--seconds 480]    goes on where it stopped; starts no cell after that many seconds
+    python benchmarks/gpu.py --tiny             every cell at toy sizes, on whatever there is; about a minute
+    python benchmarks/gpu.py --report           the table of what is done
+
+A cell is a measurement (gpu_cells.py); its JSON stays in benchmarks/results/gpu/, so that device time that comes in
+pieces adds up: run the command until it says that nothing is left. Peers have the same shapes: hidden size, layers,
+heads, key-value heads, feed-forward size. A peer may run in each way that is measured, and counts at its fastest.
+Floors: bytes over the device's own speed of copying, or operations over its own speed of multiplying, both measured.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import gpu_cells
+from transformers.utils import logging
+
+from memgpt.atomic import write_json
+
+RESULTS = Path(__file__).parent / "results" / "gpu"
+BATCHES = (1, 16, 128)
+PEAKS = {(8, 0): 312e12, (9, 0): 989e12}  # dense bf16 operations per second, by compute capability, as NVIDIA says
+Cells = dict[str, dict[str, Any]]
+
+
+def plan(tiny: bool) -> Cells:
+    """Name → spec; `run` names the function of gpu_cells. What the goals are about comes first."""
+    base = "tiny" if tiny else "base"
+    flexible = "sdpa" if tiny else "flex_attention"  # flex attention learns on GPUs alone
+    cells: Cells = {"floors": {"run": "floors", "size": base}}
+    for drawn in ("uniform", "zipf"):
+        cells[f"look-up-{drawn}"] = {"run": "look_up", "size": base, "drawn": drawn}
+    cells |= {"gate": {"run": "gate", "size": base}, "head": {"run": "head", "size": base}}
+    cells |= _training(base, flexible)
+    for batch in BATCHES[:1] if tiny else BATCHES:
+        for kind in ("memgpt", "plain", "llama", "llama eager"):
+            name = f"decode-{batch}-{kind.replace(' ', '-')}"
+            cells[name] = {"run": "decode", "size": base, "kind": kind, "batch": batch}
+    for kept in ("resident", "int8", "host", "mapped"):
+        cells[f"tables-{kept}"] = {"run": "residency", "size": base, "kept": kept}
+    if not tiny:
+        cells |= _training("large", flexible)
+    for kind in ("memgpt packed", "memgpt padded", "bert", "modernbert"):
+        for attention in ("sdpa", flexible) if kind == "memgpt packed" and not tiny else ("sdpa",):
+            for whole in (False, True):
+                name = f"encode-{kind.replace(' ', '-')}-{attention}-{'compiled' if whole else 'eager'}"
+                spec = {"run": "encode", "size": base, "kind": kind, "attention": attention, "compiled": whole}
+                cells[name] = spec
+    if not tiny:
+        cells |= _training("medium", flexible)
+    return cells
+
+
+def _training(size: str, flexible: str) -> Cells:
+    ways = [
+        ("memgpt", flexible, "whole"),
+        ("llama", "sdpa", "blocks"),
+        ("plain", flexible, "whole"),
+        ("memgpt", "sdpa", "none"),
+        ("llama", "sdpa", "whole"),
+        ("memgpt", "sdpa", "whole"),
+    ]
+    return {
+        f"train-{size}-{kind}-{attention}-{scope}": {
+            "run": "train",
+            "size": size,
+            "kind": kind,
+            "attention": attention,
+            "scope": scope,
+        }
+        for kind, attention, scope in ways
+    }
+
+
+def run(cells: Cells, results: Path, limit: float) -> bool:
+    """Whether nothing is left to do. A cell that fails is told and does not stop the others."""
+    begun, left = time.monotonic(), False
+    for name, spec in cells.items():
+        if done(results, name, spec) is not None:
+            continue
+        if time.monotonic() - begun > limit:
+            return False
+        start = time.monotonic()
+        try:
+            found = getattr(gpu_cells, spec["run"])(spec)
+        except Exception as error:  # one variant that a library does not support must not cost the others' device time
+            lines = str(error).strip().splitlines() or [""]
+            print(f"{name}: {type(error).__name__}: {lines[0]}", file=sys.stderr, flush=True)
+            left = True
+        else:
+            write_json(results / f"{name}.json", {"spec": spec, "device": device(), **found})
+            print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        torch.compiler.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return not left
+
+
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def done(results: Path, name: str, spec: dict[str, Any]) -> dict[str, Any] | None:
+    path = results / f"{name}.json"
+    cell = json.loads(path.read_text()) if path.exists() else None
+    return cell if cell and cell["spec"] == spec else None
+
+
+# --- the table
+
+
+Row = tuple[str, str, float, float | None, float | None, str]  # what, unit, ours, peer's, floor or best, goal
+
+
+def table(cells: Cells, results: Path) -> list[Row]:
+    """What can be said from the cells that are done. A ratio is above 1 where ours is better."""
+    found = {name: cell for name, spec in cells.items() if (cell := done(results, name, spec))}
+    floors, rows = found.get("floors", {}), []
+    copy, product = floors.get("bytes_per_second"), floors.get("flops_per_second")
+
+    def best(start: str, key: str, least: bool = False) -> float | None:
+        values = [cell[key] for name, cell in found.items() if name.startswith(start)]
+        return (min if least else max)(values, default=None)
+
+    def add(what: str, unit: str, ours: float | None, peer: float | None, bound: float | None, goal: str = "") -> None:
+        if ours is not None:
+            rows.append((what, unit, ours, peer, bound, goal))
+
+    for size in gpu_cells.SIZES:
+        ours, peer = (best(f"train-{size}-{kind}-", "tokens_per_second") for kind in ("memgpt", "llama"))
+        flops = best(f"train-{size}-memgpt-", "flops_per_second")
+        bound = ours * product / flops if ours and flops and product else None
+        add(f"train {size}, against Llama", "tokens/s", ours, peer, bound, "base >= 1.3x")
+        if flops and torch.cuda.is_available() and (peak := PEAKS.get(torch.cuda.get_device_capability())):
+            add(f"train {size}, of the peak that NVIDIA names", "share", flops / peak, None, 1.0, "large >= 0.45")
+        for name, cell in found.items():
+            way = name.removeprefix(f"train-{size}-memgpt-")
+            plain = found.get(f"train-{size}-plain-{way}")
+            if way != name and plain:
+                share = cell["step_seconds"] / plain["step_seconds"] - 1
+                add(f"memory's share of a step, {size}", "of it", share, None, None, "<= 0.05")
+    for name in ("look-up-uniform", "look-up-zipf", "gate"):
+        cell = found.get(name, {})
+        for way in ("forward", "backward"):
+            plain = min((cell[key] for key in (f"plain_{way}", f"compiled_{way}") if key in cell), default=None)
+            bound = cell[f"{way}_bytes"] / copy if cell and copy else None
+            goal = "floor >= 0.7" if name == "look-up-uniform" else ""
+            add(f"{name}, {way}", "s", cell.get(f"kernel_{way}"), plain, bound, goal)
+    if cell := found.get("head"):
+        plain = min(cell["plain_seconds"], cell["compiled_seconds"])
+        add("output and loss", "s", cell.get("kernel_seconds"), plain, cell["flops"] / product if product else None)
+    for batch in BATCHES:
+        ours = best(f"decode-{batch}-memgpt", "tokens_per_second")
+        cell = found.get(f"decode-{batch}-memgpt")
+        bound = batch * copy / cell["step_bytes"] if cell and copy else None
+        for peer_name, goal in (("llama", ""), ("llama-eager", ">= 3x")):
+            peer = found.get(f"decode-{batch}-{peer_name}", {}).get("tokens_per_second")
+            add(f"decode {batch}, against {peer_name}", "tokens/s", ours, peer, bound, goal)
+    ours = best("encode-memgpt", "tokens_per_second")
+    for kind in ("bert", "modernbert"):
+        add(f"encode, against {kind}", "tokens/s", ours, best(f"encode-{kind}-", "tokens_per_second"), None)
+    resident = found.get("tables-resident", {})
+    for kept in ("int8", "host", "mapped"):
+        cell = found.get(f"tables-{kept}", {})
+        for what in ("read", "decode"):
+            goal = "ratio >= 0.91" if (kept, what) == ("host", "decode") else ""
+            key = f"{what}_seconds"
+            add(f"{what}, tables {kept}, against resident", "s", cell.get(key), resident.get(key), None, goal)
+    return rows
+
+
+def show(rows: list[Row]) -> None:
+    print(f"{'':48}{'':10}{'ours':>12}{'peer':>12}{'ratio':>8}{'floor':>12}{'of it':>8}  goal")
+    for what, unit, ours, peer, bound, goal in rows:
+        seconds = unit == "s"
+        cells = [f"{ours:12.4g}", f"{peer:12.4g}" if peer else f"{'-':>12}"]
+        for other, width in ((peer, 8), (bound, 8)):
+            if other is bound:
+                cells.append(f"{bound:12.4g}" if bound else f"{'-':>12}")
+            share = None if not other else other / ours if seconds else ours / other
+            cells.append(f"{share:{width}.2f}" if share is not None else f"{'-':>{width}}")
+        print(f"{what:48}{unit:10}{''.join(cells)}  {goal}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--report", action="store_true")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # many models share one forward here
+    if not (options.tiny or options.report or torch.cuda.is_available()):
+        raise SystemExit("no GPU that torch can use; --tiny runs every cell at toy sizes without one")
+    cells = plan(options.tiny)
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) if options.tiny else RESULTS
+        complete = options.report or run(cells, results, options.seconds)
+        show(table(cells, results))
+    if not complete:
+        print("not all cells are done: run the same command again", file=sys.stderr)
+    return not complete
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,474 @@
+"""The cells of benchmarks/gpu.py: each measures one thing on one device and gives numbers, no verdicts.
+
+Weights and tokens are random, since speed does not depend on them; n-grams are drawn as in text, few of them often, as
+caches and gradients depend on that. Sizes stand in SIZES; `tiny` has toy ones, for a trial on the CPU.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from speed import Clock
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedModel,
+)
+
+from memgpt import config
+from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM, MemGPTModel, kernels
+from memgpt.model.config import GLOBAL, LOCAL
+from memgpt.model.memory import KnowledgeMemory
+from memgpt.model.residency import load, place, prefetch
+from memgpt.model.serving import accelerate
+from memgpt.objectives import fused_loss, next_token_loss
+from memgpt.optimizers import RowAdagrad, clip_gradients, for_pretraining
+
+PARAMS = config.load(Path(__file__).parents[1] / "params.yaml").pretrain
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Under Triton's interpreter the kernels run on a CPU too: slowly, but so it is known that they run here.
+KERNELS = kernels.TRITON and (DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+FIVE = [LOCAL, LOCAL, LOCAL, LOCAL, GLOBAL]
+BASE = {**PRESETS["base"], "vocab_size": 32768, "max_position_embeddings": 4096}
+SIZES: dict[str, dict[str, Any]] = {  # active parameters: 46, 149 and 392 million
+    "base": BASE,
+    "medium": {
+        **BASE,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    },
+    "large": {
+        **BASE,
+        "hidden_size": 1280,
+        "intermediate_size": 3456,
+        "num_hidden_layers": 20,
+        "layer_types": FIVE * 4,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 5,
+    },
+    "tiny": {**PRESETS["tiny"], "vocab_size": 512, "sliding_window": 16, "memory_rows": 128, "memory_dim": 12},
+}
+BATCH = {"base": (64, 1024), "medium": (32, 1024), "large": (16, 1024), "tiny": (2, 32)}  # texts, tokens of each
+Z_LOSS = 1e-4
+Cell = dict[str, Any]
+
+
+def memgpt(size: str, memory: bool = True, **changes: Any) -> MemGPTForCausalLM:
+    shape = {**SIZES[size], **({} if memory else {"memory_layers": []}), **changes}
+    return MemGPTForCausalLM(MemGPTConfig(**shape))
+
+
+def llama(size: str) -> LlamaForCausalLM:
+    """The same hidden size, layers, heads, key-value heads and feed-forward size; every layer sees the whole text."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shape = {name: SIZES[size][name] for name in (*names, "num_key_value_heads")}
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **shape,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def ids(size: str, *shape: int) -> torch.Tensor:
+    """Tokens drawn by Zipf's law."""
+    vocabulary = SIZES[size]["vocab_size"]
+    weights = 1 / torch.arange(1, vocabulary - 4)
+    drawn = torch.multinomial(weights, torch.Size(shape).numel(), replacement=True)
+    return (drawn + 5).view(shape).to(DEVICE)
+
+
+def compiled(function: Callable[..., Any], tiny: bool) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, backend="eager" if tiny else "inductor")
+
+
+# --- time
+
+
+def synchronise() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any], tiny: bool, repeats: int = 20) -> float:
+    """Median of single runs, after some to warm up; by CUDA's events on a GPU."""
+    for _ in range(1 if tiny else 5):
+        run()
+    times = []
+    for _ in range(2 if tiny else repeats):
+        if DEVICE.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        else:
+            begun = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begun)
+    return median(times)
+
+
+@contextmanager
+def peak_memory(found: Cell) -> Iterator[None]:
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    if DEVICE.type == "cuda":
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+
+
+# --- what the device can do: the floors
+
+
+def floors(spec: Cell) -> Cell:
+    """Bytes per second of a copy, read and written both counted; floating-point operations per second of a product."""
+    tiny = spec["size"] == "tiny"
+    source = torch.empty(1 << (20 if tiny else 30), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    width = 128 if tiny else 8192
+    a, b = (torch.randn(width, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return {
+        "bytes_per_second": 2 * source.numel() / seconds(lambda: target.copy_(source), tiny),
+        "flops_per_second": 2 * width**3 / seconds(lambda: a @ b, tiny),
+    }
+
+
+# --- training
+
+
+def flops_per_token(model: PreTrainedModel, length: int) -> float:
+    """Floating-point operations of a training step per token: every matrix, and attention over what is seen, six
+    each. Look-ups, norms and what is computed twice do not count."""
+    shape = model.config
+    matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    width = shape.num_attention_heads * (getattr(shape, "head_dim", None) or 0)
+    attention = 0.0
+    for kind in getattr(shape, "layer_types", None) or [GLOBAL] * shape.num_hidden_layers:
+        window = min(length, shape.sliding_window or length) if kind == LOCAL else length
+        attention += 2 * width * (window * (window + 1) / 2 + (length - window) * window) / length
+    return 6 * (matrices + attention)
+
+
+def loss_of(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Pretraining's own loss. The peer gets the same, but no position_ids, for which it would make a mask."""
+    if isinstance(model, MemGPTForCausalLM) or not (KERNELS and kernels.LIGER):
+        return next_token_loss(model, input_ids, position_ids, input_ids, Z_LOSS)
+    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return fused_loss(hidden, model.lm_head.weight, input_ids[:, 1:], Z_LOSS) / input_ids[:, 1:].numel()
+
+
+def train(spec: Cell) -> Cell:
+    """spec: kind "memgpt", "plain" (it without memory) or "llama"; attention; scope: "whole" compiles loss and model,
+    "blocks" each block alone, so that masks are made outside, "none" nothing."""
+    size, tiny = spec["size"], spec["size"] == "tiny"
+    model = (llama(size) if spec["kind"] == "llama" else memgpt(size, spec["kind"] == "memgpt")).to(DEVICE).train()
+    model.set_attn_implementation(spec["attention"])
+    optimizer = for_pretraining(model, PARAMS)
+    batch, length = BATCH[size]
+    input_ids, position_ids = ids(size, batch, length), torch.arange(length, device=DEVICE).expand(batch, -1)
+    loss: Callable[..., torch.Tensor] = compiled(loss_of, tiny) if spec["scope"] == "whole" else loss_of
+    if spec["scope"] == "blocks":
+        for block in model.model.layers:
+            block.forward = compiled(block.forward, tiny)
+
+    def gradients() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            value = loss(model, input_ids, position_ids)
+        value.backward()
+
+    def step() -> None:
+        gradients()
+        update()
+        model.zero_grad()
+
+    def update() -> None:
+        clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+
+    found: Cell = {}
+    with peak_memory(found):
+        whole = seconds(step, tiny)
+    gradients()
+    updating = seconds(update, tiny, 5)
+    flops = flops_per_token(model, length) * batch * length / whole
+    active = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("memory.table.weight"))
+    return found | {
+        "step_seconds": whole,
+        "update_seconds": updating,
+        "tokens_per_second": batch * length / whole,
+        "flops_per_second": flops,
+        "active_parameters": active,
+    }
+
+
+# --- kernels beside their references
+
+
+def look_up(spec: Cell) -> Cell:
+    """Rows to 16 bits and their gradients back, uniformly (no help from caches) or as in text."""
+    tiny, shape = spec["size"] == "tiny", SIZES[spec["size"]]
+    memory = KnowledgeMemory(MemGPTConfig(**shape)).to(DEVICE)
+    memory.table.sparse = True
+    batch, length = BATCH[spec["size"]]
+    reads, width = memory.key.in_features // shape["memory_dim"], shape["memory_dim"]
+    if spec["drawn"] == "uniform":
+        addresses = torch.randint(1, len(memory.table.weight), (batch, length, reads), device=DEVICE)
+    else:
+        model = MemGPTModel(MemGPTConfig(**shape)).to(DEVICE)
+        positions = torch.arange(length, device=DEVICE)[None]
+        addresses = model.ngram_hash(ids(spec["size"], batch, length), positions)[:, -length:]
+    gradient = torch.randn(batch, length, reads * width, device=DEVICE, dtype=torch.bfloat16)
+    table, count, distinct = memory.table.weight, addresses.numel(), len(addresses.unique())
+
+    def plain() -> torch.Tensor:
+        return memory.table(addresses).flatten(-2).to(torch.bfloat16)
+
+    def kernel() -> torch.Tensor:
+        from memgpt.model.kernels.memory import look_up
+
+        return look_up(table, addresses, torch.bfloat16)
+
+    optimizer = RowAdagrad([table])
+    found: Cell = {
+        "forward_bytes": distinct * width * 4 + count * (width * 2 + 8),
+        "backward_bytes": count * (width * 2 + 8) + distinct * width * 4,
+    }
+    for name, run in {"plain": plain, **({"kernel": kernel} if KERNELS else {})}.items():
+        out = run()
+
+        def backward(out: torch.Tensor = out) -> None:
+            table.grad = None
+            out.backward(gradient, retain_graph=True)
+            table.grad = table.grad.coalesce()  # as the optimizer does
+
+        found[f"{name}_forward"] = seconds(run, tiny)
+        found[f"{name}_backward"] = seconds(backward, tiny)
+        found[f"{name}_update"] = seconds(optimizer.step, tiny)
+    return found
+
+
+def gate(spec: Cell) -> Cell:
+    """Gate and convolution after the look-up: the memory layer less its look-up and its two products."""
+    size, tiny = spec["size"], spec["size"] == "tiny"
+    memory = KnowledgeMemory(MemGPTConfig(**SIZES[size])).to(DEVICE)
+    (batch, length), width, lead = BATCH[size], SIZES[size]["hidden_size"], memory.lead
+    nn.init.normal_(memory.taps)
+    hidden = torch.randn(batch, length, width, device=DEVICE, requires_grad=True)
+    key, value = (
+        torch.randn(batch, lead + length, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2)
+    )
+    positions = torch.arange(length, device=DEVICE)[None]
+    gradient = torch.randn_like(hidden)
+
+    def plain() -> torch.Tensor:
+        match = (memory.query_norm(hidden) * memory.key_norm(key[:, lead:])).sum(-1, keepdim=True)
+        return torch.sigmoid(match * width**-0.5) * memory.convolve(value, positions)
+
+    def kernel() -> torch.Tensor:
+        from memgpt.model.kernels.memory import gated_convolution
+
+        weight = memory.query_norm.weight * memory.key_norm.weight
+        return gated_convolution(hidden, key, value, weight, memory.taps, positions, 1e-6)
+
+    # hidden, key, value and the sum; the sum's gradient, these and their gradients
+    found: Cell = {"forward_bytes": hidden.numel() * 12, "backward_bytes": hidden.numel() * 20}
+    variants = {"plain": plain, "compiled": compiled(plain, tiny), **({"kernel": kernel} if KERNELS else {})}
+    learn = [hidden, key, value, memory.taps, memory.query_norm.weight, memory.key_norm.weight]
+    for name, run in variants.items():
+        found[f"{name}_forward"] = seconds(run, tiny)
+        backward = partial(run().backward, gradient, retain_graph=True, inputs=learn)
+        found[f"{name}_backward"] = seconds(backward, tiny)
+    return found
+
+
+def head(spec: Cell) -> Cell:
+    """Output matrix and loss, both passes."""
+    size, tiny = spec["size"], spec["size"] == "tiny"
+    (batch, length), width, vocabulary = BATCH[size], SIZES[size]["hidden_size"], SIZES[size]["vocab_size"]
+    hidden = torch.randn(batch, length, width, device=DEVICE, requires_grad=True)
+    weight = torch.randn(vocabulary, width, device=DEVICE, requires_grad=True)
+    targets = ids(size, batch, length)[:, 1:]
+
+    def plain() -> torch.Tensor:
+        logits = nn.functional.linear(hidden[:, :-1], weight).float()
+        log_z = logits.logsumexp(-1)
+        return (log_z - logits.gather(-1, targets[..., None])[..., 0] + Z_LOSS * log_z.square()).sum()
+
+    def kernel() -> torch.Tensor:
+        return fused_loss(hidden, weight, targets, Z_LOSS)
+
+    found: Cell = {"flops": 6 * batch * length * width * vocabulary}
+    variants = {"plain": plain, "compiled": compiled(plain, tiny)}
+    if KERNELS and kernels.LIGER:
+        variants["kernel"] = kernel
+    for name, run in variants.items():
+
+        def both(run: Callable[[], torch.Tensor] = run) -> None:
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                total = run()
+            total.backward()
+
+        memory: Cell = {}
+        with peak_memory(memory):
+            found[f"{name}_seconds"] = seconds(both, tiny)
+        found.update({f"{name}_{key}": number for key, number in memory.items()})
+    return found
+
+
+# --- encoding
+
+
+def encode(spec: Cell) -> Cell:
+    """Sentences of uneven length. Ours are packed into rows without padding ("packed") or, as the peers', padded in
+    batches of similar length ("padded")."""
+    size, tiny = spec["size"], spec["size"] == "tiny"
+    shape, names = SIZES[size], ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    same = {name: shape[name] for name in names}
+    model: PreTrainedModel
+    if spec["kind"] == "bert":
+        model = BertModel(BertConfig(**same, intermediate_size=4 * shape["hidden_size"]))
+    elif spec["kind"] == "modernbert":
+        wide = 3 * shape["hidden_size"] // 2
+        model = ModernBertModel(ModernBertConfig(**same, intermediate_size=wide, pad_token_id=0))
+    else:
+        model = MemGPTModel(MemGPTConfig(**shape))
+    model.set_attn_implementation(spec["attention"])
+    model = accelerate(model.to(DEVICE), "bfloat16") if "memgpt" in spec["kind"] else model.to(DEVICE, torch.bfloat16)
+    model.eval()
+    draw = torch.Generator().manual_seed(0)
+    row, sentences = (64, 12) if tiny else (1024, 4096)
+    lengths = (torch.randn(sentences, generator=draw) * 0.6 + 3.3).exp().long().clamp(4, row // 2).tolist()
+    batches = list(_packed(lengths, row, size) if spec["kind"].endswith("packed") else _padded(lengths, row, size))
+    run = torch.compile(model, dynamic=True, backend="eager" if tiny else "inductor") if spec["compiled"] else model
+    mode = {"attention_mode": "bidirectional"} if "memgpt" in spec["kind"] else {}
+
+    @torch.no_grad()
+    def read() -> None:
+        for batch in batches:
+            run(**batch, **mode)
+
+    taken = seconds(read, tiny, 5)
+    return {"seconds": taken, "tokens_per_second": sum(lengths) / taken, "sentences_per_second": sentences / taken}
+
+
+def _padded(lengths: list[int], row: int, size: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of 16 rows' worth of tokens, sorted by length."""
+    waiting = sorted(lengths, reverse=True)
+    while waiting:
+        longest = waiting[0]
+        now, waiting = waiting[: 16 * row // longest], waiting[16 * row // longest :]
+        mask = torch.arange(longest)[None] < torch.tensor(now)[:, None]
+        yield {"input_ids": ids(size, len(now), longest), "attention_mask": mask.long().to(DEVICE)}
+
+
+def _packed(lengths: list[int], row: int, size: str) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of 16 rows in which texts stand one after the other; a row's rest is a text that nobody asked for."""
+    texts, room = [], 0
+    for length in lengths:
+        if length > room:
+            texts.append(torch.arange(room))
+            room = row
+        texts.append(torch.arange(length))
+        room -= length
+    positions = torch.cat([*texts, torch.arange(room)]).view(-1, row)
+    for part in positions.split(16):
+        whole = torch.nn.functional.pad(part, (0, 0, 0, 16 - len(part)))  # of one shape, to be compiled once
+        yield {"input_ids": ids(size, *whole.shape), "position_ids": whole.to(DEVICE)}
+
+
+# --- decoding
+
+
+def decode(spec: Cell) -> Cell:
+    """A step of `generate`. kind: "memgpt" as accelerated, "plain" it without memory, "llama" over transformers'
+    compiled static cache, "llama eager" over its default one."""
+    size, tiny, batch = spec["size"], spec["size"] == "tiny", spec["batch"]
+    if "llama" in spec["kind"]:
+        model: PreTrainedModel = llama(size).to(DEVICE, torch.bfloat16).eval()
+        if spec["kind"] == "llama":
+            model.generation_config.cache_implementation = "static"
+    else:
+        model = accelerate(memgpt(size, spec["kind"] == "memgpt").to(DEVICE), "bfloat16", compile=True)
+        if tiny:
+            model.generation_config.compile_config.backend = "eager"
+    context, tokens = (8, 4) if tiny else (128, 128)
+    prompt = ids(size, batch, context)
+    weights = sum(p.numel() * 2 for name, p in model.named_parameters() if not name.endswith("memory.table.weight"))
+    step = _step(model, prompt, tokens, tiny)
+    return {"step_seconds": step, "tokens_per_second": batch / step, "step_bytes": weights}
+
+
+def _step(model: PreTrainedModel, prompt: torch.Tensor, tokens: int, tiny: bool) -> float:
+    def call() -> float:
+        clock = Clock()
+        mask = torch.ones_like(prompt)
+        model.generate(
+            prompt,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            stopping_criteria=[clock],
+        )
+        return median(after - before for before, after in zip(clock.times, clock.times[1:], strict=False))
+
+    return median(call() for _ in range(1 if tiny else 4))
+
+
+# --- where the tables live
+
+
+def residency(spec: Cell) -> Cell:
+    """Reading a batch, with the coming one's rows fetched ahead, and a step of decoding, by place of the tables."""
+    size, tiny, kept = spec["size"], spec["size"] == "tiny", spec["kept"]
+    with tempfile.TemporaryDirectory() as folder:
+        model = memgpt(size).to(torch.bfloat16)
+        for layer in model.model.layers:
+            if layer.memory is not None:
+                nn.init.normal_(layer.memory.table.weight[1:].detach())
+        if kept == "mapped":
+            model.save_pretrained(folder)
+            model = load(MemGPTForCausalLM, folder, "mapped", dtype=torch.bfloat16).to(DEVICE)
+        else:
+            model = place(model.to(DEVICE), kept)
+        model = accelerate(model, "bfloat16")
+        batch, length = BATCH[size][0] // 4 or 1, BATCH[size][1] // 4
+        batches = [ids(size, batch, length) for _ in range(4)]
+        ahead = [batch.cpu() for batch in batches]
+        turn = 0
+
+        @torch.no_grad()
+        def read() -> None:
+            nonlocal turn
+            model.model(batches[turn % 4], use_cache=False)
+            turn += 1
+            prefetch(model, ahead[turn % 4])
+
+        reading = seconds(read, tiny)
+        return {
+            "read_seconds": reading,
+            "tokens_per_second": batch * length / reading,
+            "decode_seconds": _step(model, ids(size, 1, 8), 4 if tiny else 64, tiny),
+        }

@@ -1,0 +1,18 @@
+"""Triton kernels for what costs bytes, not multiplications. Each computes what plain PyTorch elsewhere says, which is
+its reference and what runs without a GPU or without the extra `gpu`. Nothing here imports Triton before it is used.
+"""
+
+import os
+import shutil
+from importlib.util import find_spec
+
+import torch
+
+# Triton compiles a stub in C for each kernel. Set to False to run the plain code.
+TRITON = find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+LIGER = TRITON and find_spec("liger_kernel") is not None
+
+
+def serve(tensor: torch.Tensor) -> bool:
+    """Whether the kernels take this tensor. Under torch.compile they do not: Inductor fuses the plain code."""
+    return tensor.is_cuda and TRITON and not torch.compiler.is_compiling()

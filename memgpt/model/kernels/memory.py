@@ -1,0 +1,291 @@
+"""The knowledge memory's traffic: look-up with row-sparse gradients, and gate and convolution in one pass.
+
+Matrix products stay with cuBLAS; what is left moves bytes. Per element of an entry, with tables in float32 under bf16
+autocast, the plain code reads and writes 20 bytes to look up (gather 8, a cast for each of two products 6) and 24 and
+more on the way back (casts, their sum, then `coalesce`); `look_up` takes 6 (4 read, 2 written) and 6 (2 read, 4 written
+per row touched, which is less). Per element of a hidden state, uncompiled, gate and convolution with three taps are
+about 30 passes forward; `gated_convolution` reads hidden, key and value once (a tap's neighbours come from the cache)
+and writes the sum: 12 bytes forward, 20 backward. Nothing is added atomically, so the same call gives the same bits.
+
+Shape letters: B batch, T positions, D hidden size, R rows read per position, M width of a row, L lead (taps of the
+convolution); N rows of a table.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+_LOOKED_UP = 32  # rows that a program gathers
+_PIECE = 64  # equal addresses that one program adds up; frequent n-grams have thousands, which then run side by side
+_SUMMED = 8  # of them at once
+_TILE = 1024  # elements of [positions, D] that a program holds
+_PROGRAMS = 528  # of the backward pass, each with sums of its own: four on every multiprocessor of an H100
+
+
+def look_up(table: torch.Tensor, addresses: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """table [N, M], addresses [..., R] → rows side by side, [..., R·M], as `dtype`.
+
+    The table's gradient is sparse: sorted distinct rows and their sums in the table's dtype; none for row 0, which is
+    padding. As `nn.Embedding(sparse=True)` gives it, but already added up.
+    """
+    with torch.cuda.device_of(table):  # Triton launches on the current device
+        return _LookUp.apply(table, addresses, dtype)
+
+
+def gated_convolution(
+    hidden: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    taps: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """`KnowledgeMemory.gate` · `KnowledgeMemory.convolve`: [B, T, D] in the dtype of hidden, computed in float32.
+
+    hidden [B, T, D]; key and value [B, L + T, D], whose first L positions precede the text; weight [D]: the two norms'
+    weights multiplied, since they only occur so; taps [L, D] or None; position_ids [B or 1, T].
+    """
+    with torch.cuda.device_of(hidden):
+        return _GatedConvolution.apply(hidden, key, value, weight, taps, position_ids, eps)
+
+
+# --- look-up
+
+
+@triton.jit
+def _gather(table, addresses, out, count, M: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_M)[None, :]
+    inside = (places < count)[:, None] & (columns < M)
+    rows = tl.load(addresses + places, mask=places < count, other=0)
+    found = tl.load(table + rows[:, None] * M + columns, mask=inside)
+    tl.store(out + places[:, None] * M + columns, found.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_segments(source, order, starts, out, M: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr):
+    """out[s] = sum of source[order[i]] over starts[s] ≤ i < starts[s + 1]."""
+    segment = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_M)
+    first, end = tl.load(starts + segment), tl.load(starts + segment + 1)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(first, end, ROWS):
+        places = start + tl.arange(0, ROWS)
+        rows = tl.load(order + places, mask=places < end, other=0)
+        inside = (places < end)[:, None] & (columns < M)[None, :]
+        total += tl.sum(tl.load(source + rows[:, None] * M + columns[None, :], mask=inside, other=0).to(tl.float32), 0)
+    tl.store(out + segment * M + columns, total.to(out.dtype.element_ty), mask=columns < M)
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: torch.Tensor, addresses: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        addresses, width = addresses.contiguous(), table.shape[1]
+        out = table.new_empty(*addresses.shape, width, dtype=dtype)
+        count, block = addresses.numel(), triton.next_power_of_2(width)
+        _gather[(triton.cdiv(count, _LOOKED_UP),)](table, addresses, out, count, width, block, _LOOKED_UP)
+        ctx.save_for_backward(addresses)
+        ctx.table = table.shape, table.dtype
+        return out.flatten(-2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        shape, dtype = ctx.table
+        rows, values = _row_sums(gradient.reshape(-1, shape[1]), ctx.saved_tensors[0].flatten(), dtype)
+        return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False), None, None
+
+
+def _row_sums(gradient: torch.Tensor, addresses: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """gradient [n, M] of what was read at addresses [n] → sorted distinct rows but 0 and their sums [rows, M]."""
+    addresses, order = addresses.sort(stable=True)
+    place = torch.arange(len(addresses), device=addresses.device)
+    first = torch.ones_like(addresses, dtype=torch.bool)
+    first[1:] = addresses[1:] != addresses[:-1]
+    since = place - place.where(first, 0).cummax(0).values  # the row's first place
+    real = addresses > 0
+    piece, first = (since % _PIECE == 0) & real, first & real
+    pieces = _sums(gradient, order, piece.nonzero()[:, 0], len(place), torch.float32)
+    rows = addresses[first]
+    return rows, _sums(pieces, place, (piece.cumsum(0) - 1)[first], len(pieces), dtype)
+
+
+def _sums(
+    source: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, end: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """[segments, M]: source[order[i]] added up from each start to the next one, the last one's to the end."""
+    width = source.shape[1]
+    out = source.new_empty(len(starts), width, dtype=dtype)
+    bounds = torch.nn.functional.pad(starts, (0, 1), value=end)
+    block = triton.next_power_of_2(width)
+    _sum_segments[(len(starts),)](source, order, bounds, out, width, block, _SUMMED, num_warps=1)
+    return out
+
+
+# --- gate and convolution
+
+
+@triton.jit
+def _places(tile, B, T, LEAD: tl.constexpr, ROWS: tl.constexpr):
+    """Of a tile of rows of key and value: those, positions (negative before the text), text and rows of hidden."""
+    rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    text = rows // (T + LEAD)
+    positions = rows % (T + LEAD) - LEAD
+    return rows, positions, text, text * T + positions, rows < B * (T + LEAD)
+
+
+@triton.jit
+def _match(hidden, key, weight, D, eps):
+    """Normalised hidden and key, the factors that normalised them, and their weighted product, per row."""
+    hidden_scale = tl.rsqrt(tl.sum(hidden * hidden, 1) / D + eps)
+    key_scale = tl.rsqrt(tl.sum(key * key, 1) / D + eps)
+    hidden, key = hidden * hidden_scale[:, None], key * key_scale[:, None]
+    return hidden, key, hidden_scale, key_scale, tl.sum(hidden * key * weight[None, :], 1)
+
+
+@triton.jit
+def _forward(
+    hidden, key, value, weight, taps, position_ids, out, gates, B, T, position_stride, scale, eps,
+    D: tl.constexpr, LEAD: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows, t, text, n, inside = _places(tl.program_id(0), B, T, LEAD, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    wide = columns < D
+    real = inside & (t >= 0)
+    tile = real[:, None] & wide[None, :]
+    w = tl.load(weight + columns, mask=wide, other=0).to(tl.float32)
+    h = tl.load(hidden + n[:, None] * D + columns[None, :], mask=tile, other=0).to(tl.float32)
+    k = tl.load(key + rows[:, None] * D + columns[None, :], mask=tile, other=0).to(tl.float32)
+    _, _, _, _, match = _match(h, k, w, D, eps)
+    gate = tl.sigmoid(match * scale)
+    at = tl.load(position_ids + text * position_stride + t, mask=real, other=0)
+    mixed = tl.load(value + rows[:, None] * D + columns[None, :], mask=tile, other=0).to(tl.float32)
+    for back in tl.static_range(1, LEAD + 1):
+        tap = tl.load(taps + (back - 1) * D + columns, mask=wide, other=0).to(tl.float32)
+        seen = tile & (at >= back)[:, None]
+        earlier = tl.load(value + (rows - back)[:, None] * D + columns[None, :], mask=seen, other=0).to(tl.float32)
+        mixed += tap[None, :] * earlier
+    tl.store(out + n[:, None] * D + columns[None, :], (gate[:, None] * mixed).to(out.dtype.element_ty), mask=tile)
+    tl.store(gates + n, gate, mask=real)
+
+
+@triton.jit
+def _backward(
+    gradient, hidden, key, value, weight, taps, position_ids, gates, hidden_grad, key_grad, value_grad, sums,
+    B, T, position_stride, scale, eps, tiles,
+    D: tl.constexpr, LEAD: tl.constexpr, SUMS: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """With a = norm(h), c = norm(k) before their weights w, s = σ'(gate) · ∂L/∂gate / √D and m = Σ a·c·w:
+    ∂h = s · (c·w − a·m/D) / rms(h), ∂k alike with a and c exchanged, ∂w = Σ s·a·c."""
+    columns = tl.arange(0, BLOCK_D)
+    wide = columns < D
+    w = tl.load(weight + columns, mask=wide, other=0).to(tl.float32)
+    which = tl.arange(0, SUMS)[:, None]  # the weight's, then each tap's
+    total = tl.zeros((SUMS, BLOCK_D), tl.float32)
+    for tile_number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        rows, t, text, n, inside = _places(tile_number, B, T, LEAD, ROWS)
+        real = inside & (t >= 0)
+        tile, whole = real[:, None] & wide[None, :], inside[:, None] & wide[None, :]
+        h = tl.load(hidden + n[:, None] * D + columns[None, :], mask=tile, other=0).to(tl.float32)
+        k = tl.load(key + rows[:, None] * D + columns[None, :], mask=tile, other=0).to(tl.float32)
+        h, k, hidden_scale, key_scale, match = _match(h, k, w, D, eps)
+        gate = tl.load(gates + n, mask=real, other=0)
+        g = tl.load(gradient + n[:, None] * D + columns[None, :], mask=tile, other=0).to(tl.float32)
+        at = tl.load(position_ids + text * position_stride + t, mask=real, other=0)
+        mixed = tl.load(value + rows[:, None] * D + columns[None, :], mask=tile, other=0).to(tl.float32)
+        through = gate[:, None] * g
+        v_grad = through
+        for back in tl.static_range(1, LEAD + 1):
+            tap = tl.load(taps + (back - 1) * D + columns, mask=wide, other=0).to(tl.float32)
+            seen = tile & (at >= back)[:, None]
+            earlier = tl.load(value + (rows - back)[:, None] * D + columns[None, :], mask=seen, other=0).to(tl.float32)
+            mixed += tap[None, :] * earlier
+            total += tl.where(which == back, tl.sum(through * earlier, 0)[None, :], 0.0)
+            # What a later position of the text read here.
+            later = inside & (t + back >= 0) & (t + back < T)
+            later &= tl.load(position_ids + text * position_stride + t + back, mask=later, other=0) >= back
+            late_gate = tl.load(gates + n + back, mask=later, other=0)
+            late = tl.load(
+                gradient + (n + back)[:, None] * D + columns[None, :], mask=later[:, None] & wide[None, :], other=0
+            )
+            v_grad += tap[None, :] * late_gate[:, None] * late.to(tl.float32)
+        s = tl.sum(g * mixed, 1) * gate * (1 - gate) * scale
+        total += tl.where(which == 0, tl.sum(s[:, None] * h * k, 0)[None, :], 0.0)
+        h_grad = (s * hidden_scale)[:, None] * (k * w[None, :] - h * (match / D)[:, None])
+        k_grad = (s * key_scale)[:, None] * (h * w[None, :] - k * (match / D)[:, None])
+        at_row = rows[:, None] * D + columns[None, :]
+        tl.store(hidden_grad + n[:, None] * D + columns[None, :], h_grad.to(hidden_grad.dtype.element_ty), mask=tile)
+        tl.store(key_grad + at_row, k_grad.to(key_grad.dtype.element_ty), mask=whole)  # zero before the text
+        tl.store(value_grad + at_row, v_grad.to(value_grad.dtype.element_ty), mask=whole)
+    own = sums + (tl.program_id(0) * SUMS + which) * D + columns[None, :]
+    tl.store(own, total, mask=(which <= LEAD) & wide[None, :])
+
+
+class _GatedConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        weight: torch.Tensor,
+        taps: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        hidden, key, value = hidden.contiguous(), key.contiguous(), value.contiguous()
+        position_ids = position_ids.contiguous()
+        out = torch.empty_like(hidden)
+        gates = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
+        shape = _Shape(hidden, value, position_ids)
+        _forward[(shape.tiles,)](
+            hidden, key, value, weight, taps, position_ids, out, gates, *shape.sizes, eps, **shape.constants
+        )
+        ctx.save_for_backward(hidden, key, value, weight, taps, position_ids, gates)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, key, value, weight, taps, position_ids, gates = ctx.saved_tensors
+        shape = _Shape(hidden, value, position_ids)
+        lead, width = shape.constants["LEAD"], shape.constants["D"]
+        slots = triton.next_power_of_2(1 + lead)
+        programs = min(shape.tiles, _PROGRAMS)
+        sums = weight.new_empty(programs, slots, width, dtype=torch.float32)
+        grads = torch.empty_like(hidden), torch.empty_like(key), torch.empty_like(value)
+        _backward[(programs,)](
+            gradient.contiguous(), hidden, key, value, weight, taps, position_ids, gates, *grads, sums,
+            *shape.sizes, ctx.eps, shape.tiles, SUMS=slots, **shape.constants,
+        )  # fmt: skip
+        weight_grad, *taps_grad = sums[:, : 1 + lead].sum(0).unbind()
+        return (
+            *grads,
+            weight_grad.to(weight.dtype),
+            None if taps is None else torch.stack(taps_grad).to(taps.dtype),
+            None,
+            None,
+        )
+
+
+class _Shape:
+    """What both passes launch with."""
+
+    def __init__(self, hidden: torch.Tensor, value: torch.Tensor, position_ids: torch.Tensor):
+        batch, length, width = hidden.shape
+        block = triton.next_power_of_2(width)
+        rows = max(1, _TILE // block)
+        self.tiles = triton.cdiv(batch * value.shape[1], rows)
+        self.sizes = batch, length, 0 if len(position_ids) == 1 else length, width**-0.5
+        self.constants: dict[str, int] = {
+            "D": width,
+            "LEAD": value.shape[1] - length,
+            "BLOCK_D": block,
+            "ROWS": rows,
+            "num_warps": min(16, max(4, rows * block // 512)),
+        }
