@@ -18,12 +18,11 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 
-from memgpt import config, console
+from memgpt import config, console, tracking
 from memgpt.processes import Children
 
 PLACES = 4  # stages at once, at most: the three tasks and one more
-PAUSES = (1, 2, 4, 8, 15, 30, 60)  # seconds to wait before a step is tried again after one of:
-_PASSING = (
+_PASSING = (  # after which a step is tried again
     " is busy, it is being blocked by",  # somebody else's `dvc repro` holds the stage
     "no MLflow server answers",
     "no database there",
@@ -172,7 +171,7 @@ class Crew:
             return self._finish(step, status, said)
 
     def _repeat_while_it_may_pass(self, step: Step, said: list[str], hear: Any) -> int:
-        for pause in (*PAUSES, None):
+        for pause in (*tracking.PAUSES, None):
             said.clear()
             status = self.children.run(self._command(step), self._environment(step), hear)
             passing = status != 0 and next((line for line in said if any(words in line for words in _PASSING)), None)

@@ -32,7 +32,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from flows import in_one_line, promote, server, workspace
-from flows.crew import PAUSES, Crew, Order, Step, steps
+from flows.crew import Crew, Order, Step, steps
 from memgpt import config, console, environment, tracking
 from memgpt.cli import Model, Task
 from memgpt.errors import UserError
@@ -109,6 +109,10 @@ def _run(order: Order, only_if_changed: bool) -> State[Any]:
                     futures[step.name] = submit(step)
                 wait(list(futures.values()))
                 pages = _keep_pages(run)
+        except tracking.Away:
+            if not crew.failures:
+                raise
+            pages = ""  # the stages have said it
         finally:
             crew.children.stop()
     return _conclude(crew.failures, order, pages)
@@ -119,7 +123,7 @@ def _reach_registry(board: console.Board) -> None:
     Raises:
         UserError: if it does not answer for two minutes.
     """
-    for pause in (*PAUSES, None):
+    for pause in (*tracking.PAUSES, None):
         try:
             tracking.use()
             return
@@ -134,7 +138,7 @@ def _keep_pages(run: tracking.Run) -> str:
     """Put the pages and pictures of this run's reports beside its MLflow run; where they can be seen."""
     for folder in ("validation", "plots"):
         if (found := Path("reports") / folder).is_dir():
-            run.client.log_artifacts(run.id, str(found), folder)
+            tracking.patiently(run.client.log_artifacts, run.id, str(found), folder)
     return f"{_mlflow()}/#/experiments/{tracking.experiment(tracking.STAGES)}/runs/{run.id}"
 
 

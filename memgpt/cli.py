@@ -57,6 +57,11 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except Exception as error:
+        if type(error).__name__ == "MlflowException":
+            from memgpt import tracking
+
+            if gone := tracking.away(error):
+                sys.exit(f"error: {gone}")
         if not _disk_is_full(error):
             raise
         where = getattr(error, "filename", None) or Path.cwd()
@@ -187,12 +192,19 @@ def _tracked(verb: str, item: str | None = None, *, log: bool = False) -> None:
     named = {verb: {item: params[item]} if verb == "finetune" else params}  # as params.yaml names them
     reads = {"pretrain": ["corpus"], "multitask": TASKS}.get(verb) or ["corpus" if item == "base" else str(item)]
     slot = slots.slot(f"{verb} {item or ''}".strip(), config.runtime.slots) if log else nullcontext()
-    with slot, tracking.stage_run(verb, item, named) as run, run.machine() if log else nullcontext():
-        run.inputs(reads, "training" if log else "evaluation")
-        curve = _Curve(run)
-        metrics = _stage(verb, item, torch=True, **({"log": curve} if log else {}))
-        curve.flush()
-        run.metrics(metrics)
+    made = False
+    try:
+        with slot, tracking.stage_run(verb, item, named) as run, run.machine() if log else nullcontext():
+            run.inputs(reads, "training" if log else "evaluation")
+            curve = _Curve(run)
+            metrics = _stage(verb, item, torch=True, **({"log": curve} if log else {}))
+            made = True
+            tracking.patiently(curve.flush)
+            run.metrics(metrics)
+    except tracking.Away as error:
+        if not made:
+            raise
+        print(f"warning: what {verb} made is kept, its metrics are not in MLflow: {error}", file=sys.stderr)
 
 
 class _Curve:
@@ -206,9 +218,16 @@ class _Curve:
         self.sent = time.monotonic()
 
     def __call__(self, metrics: dict[str, float], step: int) -> None:
+        from memgpt import tracking
+
         self.points.append({**metrics, "step": step})
         if time.monotonic() - self.sent > self.SECONDS:
-            self.flush()
+            try:
+                self.flush()
+            except Exception as error:  # training goes on without a server; the points are kept for later
+                if tracking.away(error) is None:
+                    raise
+                self.sent = time.monotonic()
 
     def flush(self) -> None:
         if self.points:

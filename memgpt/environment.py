@@ -24,6 +24,7 @@ _SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # of 7, which are minutes without a word: `tracking.patiently` has patience
     "DATASETS_VERBOSITY": "error",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     # a thread that waits sleeps: on cores that are shared, spinning makes training up to eight times slower
@@ -39,7 +40,7 @@ def prepare() -> None:
             os.environ.setdefault(name, value)
     if not debug:
         warnings.filterwarnings("ignore")
-        for noisy in ("alembic", "mlflow", "great_expectations", "httpx", "botocore", "matplotlib"):
+        for noisy in ("alembic", "mlflow", "great_expectations", "httpx", "urllib3", "botocore", "matplotlib"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

@@ -16,8 +16,8 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,49 @@ PARENT = "MEMGPT_PARENT_RUN"  # environment: the flow's run, under which stage r
 LOCAL = Path(".memgpt")
 TABLES = Path("data/tables")
 
+PAUSES = (1, 2, 4, 8, 15, 30, 60)  # seconds to wait before something is tried again: two minutes in all
 _TURN = 6_368_110  # any number that no other program locks
 _BATCH = 1000  # metrics in one request, MLflow's limit
 _NAME = re.compile(r"[^\w.\- /]")  # what MLflow refuses in a metric's name
+
+
+class Away(UserError):
+    """The tracking server does not answer."""
+
+
+def patiently(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call MLflow; again, for two minutes, while its server is away.
+
+    Raises:
+        Away: if it stays away.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:
+            gone = away(error)
+            if gone is None:
+                raise
+            if pause is None:
+                raise gone from error
+            time.sleep(pause)
+    raise AssertionError("the last pause is None")
+
+
+def away(error: Exception) -> Away | None:
+    """What an error of MLflow means, if it is that its server does not answer."""
+    if isinstance(error, Away):
+        return error
+    if type(error).__name__ != "MlflowException" or " failed with exception " not in str(error):
+        return None
+    return _no_answer(os.environ.get("MLFLOW_TRACKING_URI", ""), "lost on the way")
+
+
+def _no_answer(uri: str, reason: object) -> Away:
+    return Away(
+        f"MLFLOW_TRACKING_URI={shown(uri)}: no MLflow server answers ({reason}); "
+        "start it, or unset the variable to track in mlflow.db"
+    )
 
 
 def use(root: Path | str | None = None) -> str:
@@ -110,10 +150,10 @@ class Run:
 
         entries = [Param(_NAME.sub("_", key), str(value)) for key, value in sorted(_flat(params).items())]
         for start in range(0, len(entries), 100):
-            self.client.log_batch(self.id, params=entries[start : start + 100])
+            patiently(self.client.log_batch, self.id, params=entries[start : start + 100])
 
     def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        self.curve([{**metrics, "step": step}])
+        patiently(self.curve, [{**metrics, "step": step}])
 
     def curve(self, points: list[dict[str, float]]) -> None:
         """Many points at once: each a mapping of metrics with its `step`, such as a Trainer's log history."""
@@ -152,7 +192,7 @@ class Run:
                 profile=json.dumps({f"{table}_rows": rows for table, rows in manifest["rows"].items()}),
             )
             datasets.append(DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)]))
-        self.client.log_inputs(self.id, datasets)
+        patiently(self.client.log_inputs, self.id, datasets)
 
     @contextmanager
     def machine(self) -> Iterator[None]:
@@ -170,7 +210,10 @@ class Run:
     def tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
+        patiently(self.client.log_batch, self.id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def end(self, status: str) -> None:
+        patiently(self.client.set_terminated, self.id, status)
 
 
 @contextmanager
@@ -182,7 +225,7 @@ def stage_run(
     closed as KILLED.
 
     Raises:
-        UserError: if the tracking server cannot be reached.
+        Away: if the tracking server cannot be reached.
     """
     use()
     mlflow_client = client()
@@ -200,12 +243,15 @@ def stage_run(
         if params:
             run.params(params)
         yield run
+    except Away:
+        raise
     except BaseException as error:
-        run.tags({"error": f"{type(error).__name__}: {error}"[:1000]})
-        mlflow_client.set_terminated(info.run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        with suppress(Away):  # what went wrong first is told
+            run.tags({"error": f"{type(error).__name__}: {error}"[:1000]})
+            run.end("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     else:
-        mlflow_client.set_terminated(info.run_id, "FINISHED")
+        run.end("FINISHED")
 
 
 @contextmanager
@@ -304,10 +350,7 @@ def _reach(uri: str) -> None:
         reason: object = f"HTTP {error.code}"
     except (OSError, ValueError) as error:  # URLError is an OSError
         reason = getattr(error, "reason", error)
-    raise UserError(
-        f"MLFLOW_TRACKING_URI={shown(uri)}: no MLflow server answers ({reason}); "
-        "start it, or unset the variable to track in mlflow.db"
-    )
+    raise _no_answer(uri, reason)
 
 
 def _bury(mlflow_client: "MlflowClient", experiment_id: str, name: str) -> None:

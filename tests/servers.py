@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import psycopg2
 import pytest
@@ -120,3 +121,28 @@ def prefect(home: Path, **settings: str) -> Iterator[dict[str, str]]:
     finally:
         running.terminate()
         running.wait(30)
+
+
+@contextmanager
+def mlflow(port: int, folder: Path) -> Iterator[str]:
+    """Its address, once it answers; killed at the end."""
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'served.db'}", "--artifacts-destination", str(folder)]
+    with (folder / "mlflow.log").open("ab") as log:
+        running = subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, env=clean_environment(), start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urlopen(f"{uri}/health", timeout=5):
+                    break
+            except OSError:
+                assert running.poll() is None and time.monotonic() < deadline, (folder / "mlflow.log").read_text()
+                time.sleep(0.2)
+        yield uri
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()

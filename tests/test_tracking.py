@@ -5,13 +5,17 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from servers import free_port, mlflow
 
-from memgpt import environment, lineage, tracking
+from memgpt import cli, environment, lineage, tracking
 from memgpt.errors import UserError
 
 
@@ -122,3 +126,46 @@ def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: 
     assert "\n" not in message
     assert "secret" not in message
     assert time.monotonic() - start < 20
+
+
+def test_a_server_that_is_away_for_a_while_loses_nothing(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of a stage: training goes on, and what it says waits."""
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(tracking, "PAUSES", (0.2,) * 600)
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(mlflow(port, tmp_path))
+        with tracking.stage_run("pretrain") as run:
+            curve = cli._Curve(run)
+            curve.sent = 0.0
+            first.close()
+            curve({"loss": 3.0}, 1)  # nobody hears it
+            assert curve.points
+            back = threading.Timer(1.0, lambda: second.enter_context(mlflow(port, tmp_path)))
+            back.start()
+            tracking.patiently(curve.flush)
+            run.metrics({"tokens": 5})
+        back.join()
+        found = tracking.client().get_run(run.id)
+        assert found.info.status == "FINISHED"
+        assert found.data.metrics == {"loss": 3.0, "tokens": 5}
+
+
+def test_what_a_stage_made_outlives_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, port = ExitStack(), free_port()
+    monkeypatch.chdir(ROOT)  # for params.yaml
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(tracking, "PAUSES", (0.1,))
+    server.enter_context(mlflow(port, tmp_path))
+
+    def stage(*_: object, **__: object) -> dict[str, float]:
+        server.close()
+        return {"f1": 0.5}
+
+    monkeypatch.setattr(cli, "_stage", stage)
+    cli._tracked("evaluate", "ner")
+    assert "warning: what evaluate made is kept, its metrics are not in MLflow" in capsys.readouterr().err
