@@ -5,6 +5,7 @@ is there.
 """
 
 import gzip
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,7 @@ from memgpt.objectives import Pretraining, mask, next_token_loss
 from memgpt.optimizers import clip_gradients, for_pretraining
 from memgpt.predict.words import best_path
 from memgpt.stages.pretrain import PackedTokens
-from memgpt.training import train
+from memgpt.training import AfterEpoch, train
 
 WORK = Path(".memgpt/benchmarks/core")  # texts as tokens, weights and checkpoints: not for git
 CELLS = Path(__file__).parent / "results" / "core"
@@ -121,13 +123,17 @@ def _texts(path: Path) -> Iterator[str]:
 
 def build(spec: dict[str, Any]) -> PreTrainedModel:
     """kind: memgpt, llama or bert; width; for memgpt also rows, changes to its configuration, and the ablations that
-    are no configuration: gate=False, product_key=True (in place of the fourth feed-forward layer)."""
+    are no configuration: gate=False, product_key=True (in place of the fourth feed-forward layer). Or a preset of the
+    product, of kind memgpt or plain."""
     set_seed(spec["seed"])
     if spec["kind"] == "llama":
         return peers.llama(spec["width"])
     if spec["kind"] == "bert":
         return peers.bert(spec["width"])
-    model = peers.memgpt(spec["width"], spec["rows"], **spec.get("changes", {}))
+    if "preset" in spec:
+        model = peers.preset(spec["preset"], memory=spec["kind"] == "memgpt")
+    else:
+        model = peers.memgpt(spec["width"], spec["rows"], **spec.get("changes", {}))
     model.model.ngram_hash.canonical_ids.copy_(canonical_ids(_tokenizer()))
     if not spec.get("gate", True):
         for layer in model.model.layers:
@@ -169,11 +175,15 @@ def recipe(**changes: Any) -> Pretrain:
     return Pretrain(**{**pipeline, **RECIPE, **changes})
 
 
-def pretrain(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+def pretrain(name: str, spec: dict[str, Any], go_on: AfterEpoch | None = None) -> dict[str, Any]:
+    """go_on: asked at every checkpoint; TimeoutError if it says no, and the next call goes on from there."""
     params = recipe(tokens=spec["tokens"], seed=spec["seed"], **spec.get("recipe", {}))
     steps = params.tokens // (params.batch_size * params.sequence_length)
     model = build(spec)
     data = PackedTokens(WORK / "tokens", "train", params.sequence_length)
+    if steps > (batches := len(data) // params.batch_size) > 0:
+        # Several epochs: none ends with a smaller batch, for which all would be compiled again.
+        data = Subset(data, range(batches * params.batch_size))
     masked = spec["kind"] == "bert"
     directory = WORK / "cells" / name
     directory.mkdir(parents=True, exist_ok=True)
@@ -181,7 +191,16 @@ def pretrain(name: str, spec: dict[str, Any]) -> dict[str, Any]:
 
     def log(numbers: dict[str, float], step: int) -> None:
         with curve.open("a") as lines:
-            lines.write(json.dumps([step * params.batch_size * params.sequence_length, numbers["loss"]]) + "\n")
+            seen = step * params.batch_size * params.sequence_length
+            lines.write(json.dumps([seen, numbers["loss"], time.time()]) + "\n")
+
+    stopped_at = steps
+
+    def ask(model: PreTrainedModel, step: int) -> bool:
+        nonlocal stopped_at
+        if go_on and step < steps and not go_on(model, step):
+            stopped_at = step
+        return stopped_at == steps
 
     train(
         model,
@@ -194,12 +213,21 @@ def pretrain(name: str, spec: dict[str, Any]) -> dict[str, Any]:
         optimizer=for_pretraining(model, params),
         loss=_Masked(params) if masked else Pretraining(params, steps, peers.VOCABULARY, 2),
         log=log,
+        epoch_steps=params.checkpoint_steps,
+        after_epoch=ask if go_on else None,
     )
+    if stopped_at < steps:
+        raise TimeoutError(f"stopped at the checkpoint of step {stopped_at} of {steps}; the next call goes on from it")
+    told = [json.loads(line) for line in curve.open()]
     result: dict[str, Any] = {
         "multiply_adds": peers.multiply_adds(model),
         "stored": model.num_parameters(),
-        "curve": sorted({tokens: round(loss, 4) for tokens, loss in map(json.loads, curve.open())}.items()),
+        "curve": sorted({tokens: round(loss, 4) for tokens, loss, _ in told}.items()),
+        # The median leaves out what compiling, checkpoints and stops took.
+        "tokens_per_second": round(median((b[0] - a[0]) / (b[2] - a[2]) for a, b in itertools.pairwise(told))),
     }
+    if torch.cuda.is_available():
+        model.to("cuda")
     for split in ("validation", "wikitext2"):
         result[split] = round(held_out(model, split, masked, params.seed), 4)
     model.save_pretrained(directory / "model")
@@ -212,8 +240,10 @@ def held_out(model: PreTrainedModel, split: str, masked: bool, seed: int) -> flo
     data = PackedTokens(WORK / "tokens", split, peers.CONTEXT)
     rows = Subset(data, range(min(VALIDATION_ROWS, len(data))))
     losses = []
-    with torch.autocast("cpu", torch.bfloat16):
+    device = model.device
+    with torch.autocast(device.type, torch.bfloat16):
         for step, batch in enumerate(DataLoader(rows, batch_size=16, drop_last=True)):
+            batch = {name: values.to(device) for name, values in batch.items()}
             if masked:
                 draw = torch.Generator().manual_seed(step)
                 shown, labels = mask(batch["input_ids"], batch["position_ids"], 0.15, 2, peers.VOCABULARY, draw)

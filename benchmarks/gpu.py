@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from memgpt.atomic import write_json
 RESULTS = Path(__file__).parent / "results" / "gpu"
 BATCHES = (1, 16, 128)
 PEAKS = {(8, 0): 312e12, (9, 0): 989e12}  # dense bf16 operations per second, by compute capability, as NVIDIA says
-Cells = dict[str, dict[str, Any]]
+Spec = dict[str, Any]
+Cells = dict[str, Spec]
 
 
 def plan(tiny: bool) -> Cells:
@@ -83,7 +85,11 @@ def _training(size: str, flexible: str) -> Cells:
     }
 
 
-def run(cells: Cells, results: Path, limit: float) -> bool:
+def measure(name: str, spec: Spec) -> Spec:
+    return getattr(gpu_cells, spec["run"])(spec)
+
+
+def run(cells: Cells, results: Path, limit: float, measure: Callable[[str, Spec], Spec] = measure) -> bool:
     """Whether nothing is left to do. A cell that fails is told and does not stop the others."""
     begun, left = time.monotonic(), False
     for name, spec in cells.items():
@@ -93,7 +99,7 @@ def run(cells: Cells, results: Path, limit: float) -> bool:
             return False
         start = time.monotonic()
         try:
-            found = getattr(gpu_cells, spec["run"])(spec)
+            found = measure(name, spec)
         except Exception as error:  # one variant that a library does not support must not cost the others' device time
             lines = str(error).strip().splitlines() or [""]
             print(f"{name}: {type(error).__name__}: {lines[0]}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from memgpt.model import MemGPTConfig, MemGPTForCausalLM
+from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM
 
 CONTEXT = 256
 VOCABULARY = 8192
@@ -32,13 +32,29 @@ def memgpt(width: int, rows: int = 0, **changes: Any) -> MemGPTForCausalLM:
         memory_dim=32,
     )
     shape.update(changes)
-    budget = multiply_adds(llama(width))
-    for intermediate in range(4 * width, 16, -16):
+    return _filled_up(shape, multiply_adds(llama(width)))
+
+
+def preset(name: str, memory: bool = True) -> MemGPTForCausalLM:
+    """A preset of the product; or it without memory, with feed-forward layers that fill up what the memory costs."""
+    shape = {**PRESETS[name], "vocab_size": VOCABULARY}
+    if memory:
+        return MemGPTForCausalLM(MemGPTConfig(**shape))
+    with torch.device("meta"):
+        budget = multiply_adds(preset(name))
+    shape["memory_layers"] = []
+    return _filled_up(shape, budget)
+
+
+def _filled_up(shape: dict[str, Any], budget: int) -> MemGPTForCausalLM:
+    """With the widest feed-forward layers that stay within so many multiply-adds."""
+    for intermediate in range(4 * shape["hidden_size"], 16, -16):
+        fitted = MemGPTConfig(**{**shape, "intermediate_size": intermediate})
         with torch.device("meta"):
-            model = MemGPTForCausalLM(MemGPTConfig(**shape, intermediate_size=intermediate))
-        if multiply_adds(model) <= budget:
-            return MemGPTForCausalLM(MemGPTConfig(**shape, intermediate_size=intermediate))
-    raise ValueError(f"width {width}: no feed-forward layer fits into {budget} multiply-adds")
+            cost = multiply_adds(MemGPTForCausalLM(fitted))
+        if cost <= budget:
+            return MemGPTForCausalLM(fitted)
+    raise ValueError(f"width {shape['hidden_size']}: no feed-forward layer fits into {budget} multiply-adds")
 
 
 def llama(width: int) -> LlamaForCausalLM:

@@ -4,11 +4,10 @@ Data go through the product's own ingestion into a folder per set, and every neu
 decoding and judges: the peers differ in the model alone.
 """
 
+import contextlib
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from memgpt.model import MemGPTForCausalLM
 from memgpt.predict import ner
 from memgpt.predict.batching import by_length, pad
 from memgpt.predict.words import joined_words, spans_from_tags
-from memgpt.stages import finetune, multitask
+from memgpt.stages import finetune, ingest, multitask, snapshot
 from memgpt.tasks import TABLES, judge, recommendation, rows_of
 from memgpt.training import train
 
@@ -42,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 WORK = Path(".memgpt/benchmarks/tasks").resolve()
 cells.WORK = cells.WORK.resolve()
 RESULTS = Path(__file__).parent / "results" / "tasks"
-CORE, BERT = "memgpt-128-4M-1", "bert-128-4M-1"  # cells of benchmarks/core.py
+CORE, BERT = "memgpt-128-4M-1", "bert-128-4M-1"  # cells of benchmarks/core.py; a spec may name another `core`
 Spec = dict[str, Any]
 Answers = list[Any]
 Ask = Callable[[list[Any]], Answers]
@@ -66,22 +65,31 @@ SETTINGS: dict[str, Spec] = {
 
 
 def prepare(name: str, source: Path) -> Path:
-    """The folder of a data set, or of several whose names are joined by +: tables as the product ingests them, and the
-    pretrained core."""
+    """The folder of a data set, or of several whose names are joined by +: tables as the product ingests them."""
     place = WORK / "sets" / name
     if (place / "complete").exists():
         return place
     place.mkdir(parents=True, exist_ok=True)
     parts = [SETS[part] for part in name.split("+")]
+    unread = [f"data.{name}.uri=sample://newsroom?scale=0.05" for name in config.SOURCES]
     uris = [f"data.{task}.uri={(source / folder).resolve()}" for task, folder in parts]
-    config.write(config.override(config.read(ROOT / "params.yaml"), uris), place / "params.yaml")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for command in (["snapshot"], *(["ingest", task] for task, _ in parts)):
-        subprocess.run([sys.executable, "-m", "memgpt.cli", *command], cwd=place, env=environment, check=True)
-    with atomic.replacing(place / "models/base") as aside:
-        shutil.copytree(cells.WORK / "tokenizer", aside)
-        shutil.copytree(cells.WORK / "cells" / CORE / "model", aside, dirs_exist_ok=True)
+    document = config.override(config.read(ROOT / "params.yaml"), [*unread, *uris])
+    config.write(document, place / "params.yaml")
+    with contextlib.chdir(place):
+        snapshot.run(config.parse(document))
+        for task, _ in parts:
+            ingest.run(config.parse(document), task)
     (place / "complete").touch()
+    return place
+
+
+def start(core: str) -> Path:
+    """The model directory of a pretrained cell, to which the tokenizer is added."""
+    place = cells.WORK / "cells" / core / "model"
+    if not place.is_dir():
+        raise FileNotFoundError(f"{place}: not pretrained yet")
+    if not (place / "tokenizer.json").exists():
+        shutil.copytree(cells.WORK / "tokenizer", place, dirs_exist_ok=True)
     return place
 
 
@@ -232,7 +240,8 @@ def collaborative(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
     return ask, {}
 
 
-SYSTEMS = {"memgpt": memgpt, "bert": bert, "crf": crf, "bag_of_words": bag} | dict.fromkeys(
+# "plain" is a core of our own without memory, which the spec names.
+SYSTEMS = {"memgpt": memgpt, "plain": memgpt, "bert": bert, "crf": crf, "bag_of_words": bag} | dict.fromkeys(
     ("popularity", "item_knn", "ease", "sasrec"), collaborative
 )
 
@@ -250,7 +259,7 @@ def compare(name: str, spec: Spec, target: Path) -> Spec:
     ask, told = SYSTEMS[spec["system"]](task, spec, target)
     test = bool(spec.get("test"))
     found = {"changes": spec.get("changes", {}), **told, **judged(task, ask, name, test)}
-    if task == "recommendation" and spec["system"] == "memgpt":  # the same model, by the texts alone
+    if task == "recommendation" and SYSTEMS[spec["system"]] is memgpt:  # the same model, by the texts alone
         found["text"] = judged(task, lambda rows: ask([{**row, "rerank": False} for row in rows]), f"{name}-text", test)
     return found
 
@@ -334,7 +343,8 @@ def settle(name: str, spec: Spec) -> Path:
     """A folder of the cell's own, since cells run side by side: the set's tables and core, and the joint model of the
     cell that it comes after."""
     source, place = WORK / "sets" / spec["set"], WORK / "places" / name
-    links = {part: source / part for part in ("params.yaml", "data", "models/base")}
+    links = {part: source / part for part in ("params.yaml", "data")}
+    links["models/base"] = start(spec.get("core", CORE))
     if spec.get("kind") == "forgetting":
         links["models/multitask"] = WORK / "places" / spec["after"][0] / "models/multitask"
     (place / "models").mkdir(parents=True, exist_ok=True)
@@ -344,15 +354,19 @@ def settle(name: str, spec: Spec) -> Path:
     return place
 
 
+def measure(name: str, spec: Spec) -> Spec:
+    """Run a cell in this process."""
+    place = settle(name, spec)
+    with contextlib.chdir(place):
+        result = KINDS[spec.get("kind", "compare")](name, spec, place / "tuned")
+    shutil.rmtree(place / "tuned" if spec.get("kind") == "joint" else place, ignore_errors=True)
+    return result
+
+
 def run(name: str, spec: Spec) -> None:
     """Run a cell in this process and write its JSON."""
     torch.set_num_threads(1)
-    place = settle(name, spec)
-    os.chdir(place)
-    result = KINDS[spec.get("kind", "compare")](name, spec, place / "tuned")
-    atomic.write_json(RESULTS / f"{name}.json", {"spec": spec, **result})
-    os.chdir(WORK)
-    shutil.rmtree(place / "tuned" if spec.get("kind") == "joint" else place, ignore_errors=True)
+    atomic.write_json(RESULTS / f"{name}.json", {"spec": spec, **measure(name, spec)})
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import runner
-from task_cells import RESULTS, SETS, WORK, prepare
+from task_cells import CORE, RESULTS, SETS, WORK, prepare, start
 
 from memgpt import bootstrap
 from memgpt.atomic import write_json
@@ -119,6 +120,7 @@ def run(cells: Cells, jobs: int) -> None:
         raise SystemExit(f"{source}: no data sets; set MEMGPT_REAL_DATA to the folder that holds them")
     for name in sorted({spec["set"] for _, spec in cells}):
         prepare(name, source)
+    start(CORE)  # before the cells, which run side by side, ask for it
     runner.run(cells, jobs, HERE / "task_cells.py", RESULTS, WORK / "logs")
 
 
@@ -143,14 +145,14 @@ def compare(done: dict[str, Any], name: str) -> dict[str, Any]:
         if spec["set"] == name and spec.get("test"):
             sums.setdefault(spec["system"], []).append(np.load(WORK / "statistics" / f"{cell}.npy"))
             if "text" in result:
-                sums.setdefault("memgpt_text", []).append(np.load(WORK / "statistics" / f"{cell}-text.npy"))
+                sums.setdefault(f"{spec['system']}_text", []).append(np.load(WORK / "statistics" / f"{cell}-text.npy"))
     table: dict[str, Any] = {}
     for system, seeds in sums.items():
         total = np.mean(seeds, axis=0)
         low, high = bootstrap.interval(total, module.score, RESAMPLES, 1)
         row = {"score": float(module.score(total.sum(0))), "ci_low": low, "ci_high": high, "seeds": len(seeds)}
         if system != "memgpt" and "memgpt" in sums:
-            ours = np.mean(sums["memgpt"], axis=0)
+            ours = np.mean(sums["memgpt_text" if system == "plain_text" else "memgpt"], axis=0)
             gain, low, high = bootstrap.paired(ours, total, module.score, RESAMPLES, 1)
             verdict = "beats" if low > 0 else "matches" if high >= 0 else "below"
             row |= {"gain": gain, "gain_ci_low": low, "gain_ci_high": high, "verdict": verdict}
@@ -182,16 +184,20 @@ def report(cells: Cells, quick: bool) -> None:
                     "seeds": len(same),
                 }
     write_json(HERE / "results" / ("tasks_quick.json" if quick else "tasks.json"), summary)
-    for name, table in summary["compared"].items():
+    print("\n".join(lines(summary["compared"])))
+    for key in ("joint", "tuning", "regularisers"):
+        for name, row in summary[key].items():
+            print(f"{key:12} {name:40} {json.dumps(row)}")
+
+
+def lines(compared: dict[str, Any]) -> Iterator[str]:
+    for name, table in compared.items():
         for system, row in table.items():
             line = f"{name:22} {system:14} {row['score']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
             if "gain" in row:
                 interval = f"[{row['gain_ci_low']:+.3f}, {row['gain_ci_high']:+.3f}]"
                 line += f"  memgpt {row['verdict']}: {row['gain']:+.3f} {interval}"
-            print(f"{line}  ({row['seeds']} seeds)")
-    for key in ("joint", "tuning", "regularisers"):
-        for name, row in summary[key].items():
-            print(f"{key:12} {name:40} {json.dumps(row)}")
+            yield f"{line}  ({row['seeds']} seeds)"
 
 
 def main() -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import base
 import cells
 import core
 import gpu
@@ -136,3 +138,49 @@ def test_flops_count_every_matrix_and_what_attention_sees() -> None:
     width, layers, head = 128, 4, 512 * 128  # the output matrix is tied to the embeddings
     seen = sum(range(1, 33)) / 32
     assert gpu_cells.flops_per_token(model, 32) == 6 * (matrices + head + layers * 2 * width * seen)
+
+
+def test_without_its_memory_the_base_costs_the_same() -> None:
+    with torch.device("meta"):
+        ours, peer = (peers.preset("base", memory) for memory in (True, False))
+    assert 0.99 * peers.multiply_adds(ours) < peers.multiply_adds(peer) <= peers.multiply_adds(ours)
+    active = sum(p.numel() for name, p in ours.named_parameters() if "memory.table" not in name)
+    assert 30e6 < active < 60e6
+    assert peer.config.memory_layers == []
+
+
+def test_a_base_is_pretrained_in_pieces_tuned_and_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (cells, task_cells, tasks):
+        monkeypatch.setattr(module, "WORK", tmp_path)  # which toy() changes, for this test alone
+    monkeypatch.setattr(peers, "VOCABULARY", 512)
+    monkeypatch.setattr(base, "SHARD", 500_000)
+    base.toy(tmp_path)
+    planned, results = base.plan(tiny=True), tmp_path / "results"
+    del planned["base-wikigold-plain"], planned["base-movielens-memgpt"], planned["base-movielens-plain"]
+    cells.prepare(tmp_path)
+    with pytest.raises(TimeoutError, match="step 4 of 12"):
+        base.measure("base-memgpt", planned["base-memgpt"], tmp_path, deadline=0)
+    assert not base.run(planned, tmp_path, results, seconds=-1)
+    assert not results.exists()
+    capsys.readouterr()
+    assert base.run(planned, tmp_path, results, seconds=300)
+    told = capsys.readouterr()
+    assert "resuming at step 4 of 12" in told.err
+    assert "6 of 6 cells are done" in told.out and "financial_phrasebank   plain" in told.out
+    summary = base.summarise(planned, results)
+    assert summary["pretrained"].keys() == {"base-memgpt", "base-plain"}
+    assert summary["tasks"]["wikigold"]["memgpt"]["ci_low"] <= summary["tasks"]["wikigold"]["memgpt"]["score"]
+    stored = summary["shards"]
+    assert stored["files"] >= stored["total_bytes"] / 600_000 and stored["largest_bytes"] < 600_000
+
+
+def test_shards_that_answer_otherwise_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "VOCABULARY", 512)
+    peers.preset("tiny").save_pretrained(tmp_path / "core/model")
+    losses = iter([1.0, 1.02, 1.0, 1.005])
+    monkeypatch.setattr(cells, "held_out", lambda *arguments: next(losses))
+    with pytest.raises(ValueError, match=r"loss 1\.0200 and not 1\.0000"):
+        base.shards(tmp_path / "core", tmp_path / "shards")
+    assert base.shards(tmp_path / "core", tmp_path / "shards")["fits_into_git"] == ["embeddings", "blocks", "tables"]
