@@ -169,3 +169,12 @@ def test_what_a_stage_made_outlives_the_server(
     monkeypatch.setattr(cli, "_stage", stage)
     cli._tracked("evaluate", "ner")
     assert "warning: what evaluate made is kept, its metrics are not in MLflow" in capsys.readouterr().err
+
+
+def test_only_a_server_that_does_not_answer_is_waited_for() -> None:
+    from mlflow.exceptions import MlflowException
+
+    gone = MlflowException("API request to http://here/runs/log-batch failed with exception Max retries exceeded")
+    assert "no MLflow server answers" in str(tracking.away(gone))
+    assert tracking.away(MlflowException("Invalid parameter value")) is None
+    assert tracking.away(ValueError("API request failed with exception")) is None

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -266,3 +267,13 @@ def test_an_uncertain_task_counts_less() -> None:
     torch.testing.assert_close(weighted, plain * torch.exp(torch.tensor(-1.0)) + 0.5)
     weighted.backward()
     assert model.log_variance.grad.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("stage", ["finetune ner", "multitask", "pretrain", "tokenize", "evaluate ner"])
+def test_what_comes_before_is_missed_in_one_line(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not looked for on the hub, where a folder's name could be somebody's repository."""
+    monkeypatch.chdir(tmp_path)
+    verb, _, item = stage.partition(" ")
+    run = import_module(f"memgpt.stages.{verb}").run
+    with pytest.raises(UserError, match=r"^(models|data)/\S+: not found; run `dvc repro`"):
+        run(config.load(ROOT / "params.yaml"), *([item] if item else []))
