@@ -218,11 +218,11 @@ def _entries(
 ) -> list[tuple[int, torch.Tensor]]:
     """n → what the n-gram ending at each position moved [T]: gate and convolution are linear in what was read, so an
     entry's share is exact, with what the convolution carries on to later positions."""
-    hidden, rows, position_ids, _ = heard
-    gate = memory.gate(hidden, memory.look_up(rows[:, ngram_hash.lead :]))
+    hidden, entry, position_ids, _ = heard
+    gate = memory.gate(hidden, entry[:, ngram_hash.lead :])
     pull = gate * slope  # of the convolved values, [1, T, D]
     felt = pull.clone()
     for back in range(1, memory.lead + 1):
         reached = pull * memory.taps[back - 1] * (position_ids >= back)[..., None]
         felt[:, : felt.shape[1] - back] += reached[:, back:]
-    return [(n, (part[0, ngram_hash.lead :] * felt[0]).sum(-1)) for n, part in values(memory, rows, ngram_hash.ngrams)]
+    return [(n, (part[0, ngram_hash.lead :] * felt[0]).sum(-1)) for n, part in values(memory, entry, ngram_hash.ngrams)]

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from memgpt import distributed
 from memgpt.config import Pretrain
-from memgpt.model import MemGPTForCausalLM, kernels
+from memgpt.model import MemGPTForCausalLM, MemGPTModel, kernels
 
 KEPT, RANDOM = 0.1, 0.1  # of the chosen tokens, these stay as they are or become any other (BERT, arXiv 1810.04805)
 
@@ -40,10 +40,18 @@ class Pretraining:
         )
         ids, positions, z_loss = batch["input_ids"], batch["position_ids"], self.params.z_loss
         if torch.rand((), generator=draw) >= share:
-            return self.loss(model, ids, positions, ids, z_loss, _count(ids))
+            return self.loss(model, ids, positions, ids, z_loss, _count(ids), **self._read(model, ids, positions))
         rows, fraction = self._rows(len(ids), step), self.params.mask_fraction
         shown, labels = mask(ids, positions, fraction, self.mask_token_id, self.vocab_size, draw, rows)
-        return self.loss(model, shown, positions, labels, z_loss, _count(labels), attention_mode="bidirectional")
+        mode = {"attention_mode": "bidirectional", **self._read(model, shown, positions)}
+        return self.loss(model, shown, positions, labels, z_loss, _count(labels), **mode)
+
+    def _read(self, model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
+        """The memory's entries, before a compiled step that takes them as they are."""
+        backbone = getattr(model, "module", model).base_model
+        if not self.params.compile or not isinstance(backbone, MemGPTModel) or not backbone.config.memory_layers:
+            return {}
+        return {"memory_entries": backbone.read_memory(ids, positions)}
 
     def _rows(self, own: int, step: int) -> int:
         """Of this step's batch in all processes; an epoch's last one may be smaller."""

@@ -32,6 +32,7 @@ def explain(
     layers = memories(model)
     ids = [tokenizer.eos_token_id, *ids]  # as in training, the end token leads a document
     input_ids = torch.tensor([ids], device=model.device)
+    rows = addresses(model, {"input_ids": input_ids})
     heard: dict[KnowledgeMemory, tuple[torch.Tensor, ...]] = {}
 
     def listen(memory: KnowledgeMemory, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -50,11 +51,12 @@ def explain(
     hash_ = model.base_model.ngram_hash
     records = []
     for layer, memory in layers.items():
-        hidden, rows, _, added = heard[memory]
-        rows = rows[:, hash_.lead :]
+        hidden, entry, _, added = heard[memory]
+        entry = entry[:, hash_.lead :]
         loudness = hidden[0].norm(dim=-1)
-        gate = memory.gate(hidden, memory.look_up(rows))[0, :, 0]
-        parts = {n: (part[0].norm(dim=-1) * gate / loudness).tolist() for n, part in values(memory, rows, hash_.ngrams)}
+        gate = memory.gate(hidden, entry)[0, :, 0]
+        shares = values(memory, entry, hash_.ngrams)
+        parts = {n: (part[0].norm(dim=-1) * gate / loudness).tolist() for n, part in shares}
         strength = (added[0].norm(dim=-1) / loudness).tolist()
         for place in range(1, len(ids)):
             reach = [(i, n) for i, n in enumerate(hash_.ngrams) if n <= place + 1]
@@ -79,12 +81,12 @@ def explain(
     return sorted(records, key=lambda record: (record["position"], record["layer"]))
 
 
-def values(memory: KnowledgeMemory, rows: torch.Tensor, ngrams: tuple[int, ...]) -> Iterable[tuple[int, torch.Tensor]]:
-    """Each order's share of the value before the convolution, [B, T, D]: W_v is linear, so they sum to it."""
-    entries = memory.look_up(rows).chunk(len(ngrams), dim=-1)
+def values(memory: KnowledgeMemory, entry: torch.Tensor, ngrams: tuple[int, ...]) -> Iterable[tuple[int, torch.Tensor]]:
+    """entry [B, T, R·M] → each order's share of the value before the convolution, [B, T, D]. They sum to it, since W_v
+    is linear."""
     weights = memory.value.weight.chunk(len(ngrams), dim=-1)
-    for n, entry, weight in zip(ngrams, entries, weights, strict=True):
-        yield n, entry @ weight.T
+    for n, part, weight in zip(ngrams, entry.chunk(len(ngrams), dim=-1), weights, strict=True):
+        yield n, part @ weight.T
 
 
 @torch.no_grad()

@@ -115,9 +115,9 @@ class KnowledgeMemory(nn.Module):
         if self.lead:
             self.taps = nn.Parameter(torch.zeros(self.lead, config.hidden_size))
 
-    def forward(self, hidden: torch.Tensor, addresses: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """hidden [B, T, D], addresses [B, lead + T, R], position_ids [B or 1, T] → what to add to hidden, [B, T, D]."""
-        entry = self.look_up(addresses)
+    def forward(self, hidden: torch.Tensor, entry: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """hidden [B, T, D], entry [B, lead + T, R·M] that was looked up, position_ids [B or 1, T] → what to add to
+        hidden, [B, T, D]."""
         if kernels.serve(hidden):
             from memgpt.model.kernels.memory import gated_convolution
 

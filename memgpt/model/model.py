@@ -193,12 +193,12 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self,
         hidden: torch.Tensor,
-        addresses: torch.Tensor | None = None,
+        entry: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if self.memory is not None and addresses is not None:
-            hidden = hidden + self.dropout(self.memory(hidden, addresses, position_ids))
+        if self.memory is not None and entry is not None:
+            hidden = hidden + self.dropout(self.memory(hidden, entry, position_ids))
         hidden = hidden + self.dropout(
             self.attention(self.attention_norm(hidden), position_ids=position_ids, **kwargs)[0]
         )
@@ -286,6 +286,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         attention_mode: str = "causal",
         prefix_mask: torch.Tensor | None = None,
         context_ids: torch.Tensor | None = None,
+        memory_entries: tuple[torch.Tensor, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T], or inputs_embeds [B, T, D] (then the memory is not read) → last_hidden_state [B, T, D].
@@ -294,6 +295,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         other in both directions, the rest causally. position_ids [B, T] that start again at 0 mark the documents of a
         packed row: attention and n-grams stay within them, in every mode. context_ids [B, n]: the tokens before
         `input_ids` when decoding with a cache. `generate` passes them; else those that the cache was last used with.
+        memory_entries: what `read_memory` gave for these ids, if it was called before.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -305,11 +307,11 @@ class MemGPTModel(MemGPTPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
-        addresses = None
-        if input_ids is not None and self.config.memory_layers:
+        if input_ids is not None and self.config.memory_layers and memory_entries is None:
             if context_ids is None and past_key_values is not None:
                 context_ids = _recall(past_key_values)
-            addresses = self.ngram_hash(input_ids, position_ids, context_ids)
+            memory_entries = self.read_memory(input_ids, position_ids, context_ids)
+        entries = iter(memory_entries or ())
         masks = self._masks(
             attention_mode, inputs_embeds, attention_mask, past_key_values, position_ids, packed, prefix_mask
         )
@@ -324,7 +326,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         for layer in self.layers:
             hidden = layer(
                 hidden,
-                addresses=addresses,
+                None if layer.memory is None else next(entries, None),
                 rotation=rotation,
                 attention_mask=masks[str(layer.kind)],
                 past_key_values=past_key_values,
@@ -337,6 +339,18 @@ class MemGPTModel(MemGPTPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
         )
+
+    def read_memory(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, context_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """What each memory layer reads, [B, lead + T, R·M], for these arguments of `forward`.
+
+        It depends on token ids alone, so that a training step can have it read before what is compiled, which is then
+        one graph: sparse gradients are not compiled.
+        """
+        addresses = self.ngram_hash(input_ids, position_ids, context_ids)
+        memories = (layer.memory for layer in self.layers)
+        return tuple(memory.look_up(addresses) for memory in memories if isinstance(memory, KnowledgeMemory))
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
         # On an accelerator this would wait for the device at every call, and an index error is raised there anyway.

@@ -94,7 +94,7 @@ def test_the_memory_is_the_same(
 
     def passes(memory: KnowledgeMemory) -> tuple[torch.Tensor, ...]:
         start = hidden.clone().requires_grad_()
-        out = memory(start, addresses, positions)
+        out = memory(start, memory.look_up(addresses), positions)
         out.backward(gradient)
         grads = {name: parameter.grad.to_dense() for name, parameter in memory.named_parameters()}
         return out, start.grad, *(grads[name] for name in sorted(grads))

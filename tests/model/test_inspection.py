@@ -56,7 +56,7 @@ def test_strength_is_what_the_memory_changes(model, tokenizer) -> None:
     hidden = model.model.embed_tokens(ids)
     positions = torch.arange(ids.shape[1])[None]
     addresses = model.model.ngram_hash(ids, positions)
-    added = model.model.layers[0].memory(hidden, addresses, positions)
+    added = model.model.layers[0].memory(hidden, model.model.read_memory(ids, positions)[0], positions)
     expected = (added.norm(dim=-1) / hidden.norm(dim=-1))[0, 1:]
     records = [r for r in explain(model, tokenizer, TEXT) if r["layer"] == 0]
     assert torch.allclose(torch.tensor([r["strength"] for r in records]), expected, atol=1e-6)
