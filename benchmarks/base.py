@@ -10,13 +10,11 @@ After --seconds, pretraining stops at its next checkpoint. Results stay in bench
 .memgpt/benchmarks/, outside git: those with memory also as shards, which `restore` loads.
 """
 
-import argparse
 import json
 import os
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ import task_cells
 import tasks
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
-from transformers.utils import logging
 
 from memgpt import atomic, newsroom
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM
@@ -196,14 +193,7 @@ def toy(folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=480)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--report", action="store_true")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    options = gpu.options(__doc__ or "")
     if options.report:
         if not (summary := RESULTS.with_suffix(".json")).exists():
             raise SystemExit(f"{summary}: not there yet; run this command without --report")

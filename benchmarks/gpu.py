@@ -200,23 +200,28 @@ def show(rows: list[Row]) -> None:
         print(f"{what:48}{unit:10}{''.join(cells)}  {goal}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str) -> argparse.Namespace:
+    """What a command that goes on where it stopped is told, by its docstring; libraries keep quiet from here on."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--report", action="store_true")
-    options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    return parser.parse_args()
+
+
+def main() -> int:
+    asked = options(__doc__ or "")
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # many models share one forward here
-    if not (options.tiny or options.report or torch.cuda.is_available()):
+    if not (asked.tiny or asked.report or torch.cuda.is_available()):
         raise SystemExit("no GPU that torch can use; --tiny runs every cell at toy sizes without one")
-    cells = plan(options.tiny)
+    cells = plan(asked.tiny)
     with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder) if options.tiny else RESULTS
-        complete = options.report or run(cells, results, options.seconds)
+        results = Path(folder) if asked.tiny else RESULTS
+        complete = asked.report or run(cells, results, asked.seconds)
         show(table(cells, results))
     if not complete:
         print("not all cells are done: run the same command again", file=sys.stderr)
