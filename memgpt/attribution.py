@@ -20,7 +20,7 @@ from torch import nn
 
 from memgpt import predict
 from memgpt.model.inspection import values
-from memgpt.model.label_memory import FEATURES
+from memgpt.model.label_memory import Features
 from memgpt.model.memory import KnowledgeMemory
 from memgpt.predict.words import encode_rows, split_words
 
@@ -162,7 +162,7 @@ def _attribute(
     text = torch.tensor([ids], device=model.device)
     masks = torch.full_like(text, blank)
     memories = [layer.memory for layer in backbone.layers if layer.memory is not None]
-    votes = getattr(model, "label_memory", None)
+    votes = getattr(model, "label_memory", None) or getattr(model, "word_votes", None)
     layers = [backbone.embed_tokens, *memories, *([votes.table] if votes is not None else [])]
     heard: dict[nn.Module, tuple[Any, ...]] = {}
     with torch.no_grad():
@@ -186,7 +186,7 @@ def _attribute(
         if votes is not None:
             blank_votes = votes.table(votes.addresses(masks, backbone.ngram_hash.canonical_ids))
             moved = ((heard[votes.table][-1] - blank_votes) * slope[votes.table])[0].sum(-1)
-            shares = shares + _looked_at(votes.words(text)[0], moved)
+            shares = shares + _looked_at(votes.words(text)[0], votes.features, moved)
         entries: dict[tuple[int, int], float] = defaultdict(float)
         for layer in memories:
             for n, moved in _entries(layer, backbone.ngram_hash, heard[layer], slope[layer]):
@@ -200,13 +200,13 @@ def _attribute(
     return Attribution(answer, unit, end, start, [tokenizer.decode([i]) for i in ids], shares.tolist(), memory)
 
 
-def _looked_at(words: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+def _looked_at(words: torch.Tensor, features: Features, moved: torch.Tensor) -> torch.Tensor:
     """words [T]: of each token; moved [T, F]: by the votes for each token → [T]: by those that look at each word, at
     its first token. A vote that looks at several words counts for each in equal parts; beyond the edges, for the
     nearest."""
     last = int(words[-1])
     of_word = moved.new_zeros(last + 1)
-    for feature, votes in zip(FEATURES, moved.T, strict=True):
+    for feature, votes in zip(features, moved.T, strict=True):
         for _, distance in feature:
             of_word.index_add_(0, (words + distance).clamp(0, last), votes / len(feature))
     first = torch.diff(words, prepend=words[:1] - 1) > 0

@@ -184,8 +184,10 @@ class FinetuneNER(Finetune):
 
 
 class FinetuneSentiment(Finetune):
-    """class_balance: a text's loss is weighted by how frequent its label is, to the power of minus this."""
+    """class_balance: a text's loss is weighted by how frequent its label is, to the power of minus this.
+    word_votes: rows of the table in which a text's words and word pairs vote for its label, 0 for none."""
 
+    word_votes: Annotated[int, Field(ge=0)]
     class_balance: Fraction
     augment: Augment
 

@@ -103,7 +103,11 @@ def _low_rank(model: PreTrainedModel, params: Finetune, steps: int) -> PreTraine
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and ".layers." in f".{name}" and ".memory." not in name
     ]
-    whole = [name for name, module in model.named_children() if module is not model.base_model]
+    whole = [
+        name
+        for name, module in model.named_children()
+        if module is not model.base_model and any(parameter.requires_grad for parameter in module.parameters())
+    ]
     shared: dict[str, Any] = {"target_modules": matrices, "modules_to_save": whole, "lora_alpha": 2 * params.rank}
     if params.tune == "lora":
         return get_peft_model(model, LoraConfig(r=params.rank, **shared))

@@ -47,12 +47,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
             label_memory_rows=499,
+            word_vote_rows=499,
+            word_vote_weight=2.0,
         )
         model = kind(config).eval()
         for layer in model.model.layers:
             if layer.memory is not None:
                 torch.nn.init.normal_(layer.memory.table.weight[1:])
                 torch.nn.init.normal_(layer.memory.taps)
+        if task == "sentiment":
+            model.word_votes.spelling.copy_(spelling(tokenizer, len(tokenizer)))
+            ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+            read = model.word_votes.addresses(ids, model.model.ngram_hash.canonical_ids).unique()
+            model.word_votes.idf[read[read > 0]] = 2.0
+            model.word_votes.table.weight.data[read[read > 0]] = torch.randn(int((read > 0).sum()), 3)
         if task == "ner":
             torch.nn.init.normal_(model.label_memory.table.weight[1:], std=0.1)
             model.label_memory.spelling.copy_(spelling(tokenizer, len(tokenizer)))

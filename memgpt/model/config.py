@@ -66,6 +66,8 @@ class MemGPTConfig(PreTrainedConfig):
     label_temperature: divides a text's logits, so that their softmax is a probability that can be relied on.
     label_memory_rows: of the table in which the words around a token vote for its label (label_memory.py); 0 is none.
     label_memory_dropout: share of these votes that is left out at random in training.
+    word_vote_rows: of the table in which a text's words and word pairs vote for its label; 0 is none.
+    word_vote_weight: what their votes count in a text's logits, in answers; training leaves them out.
     """
 
     model_type = "memgpt"
@@ -125,6 +127,8 @@ class MemGPTConfig(PreTrainedConfig):
     label_temperature: float | int = 1.0
     label_memory_rows: int = 0
     label_memory_dropout: float | int = 0.5
+    word_vote_rows: int = 0
+    word_vote_weight: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.memory_layers is None:

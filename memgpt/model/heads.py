@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from memgpt.model.config import MemGPTConfig
-from memgpt.model.label_memory import LabelMemory
+from memgpt.model.label_memory import LabelMemory, WordVotes
 from memgpt.model.model import Block, MemGPTModel, MemGPTPreTrainedModel, RotaryEmbedding
 
 
@@ -184,12 +184,14 @@ class TextClassifierOutput(SequenceClassifierOutput):
 
 
 class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
-    """A label per text (sentiment), and its topic where `config.topics` names any."""
+    """A label per text (sentiment), and its topic where `config.topics` names any; with `config.word_vote_rows`, what
+    the text's words vote for too."""
 
     def __init__(self, config: MemGPTConfig):
         super().__init__(config)
         self.model = MemGPTModel(config)
         self.head = SequenceClassificationHead(config, config.num_labels)
+        self.word_votes = WordVotes(config) if config.word_vote_rows else None
         self.post_init()
 
     @can_return_tuple
@@ -216,6 +218,9 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
             **kwargs,
         )
         logits, topic_logits = self.head(outputs.last_hidden_state, attention_mask)
+        if self.word_votes is not None and input_ids is not None and not self.training:
+            votes = self.word_votes(input_ids, self.model.ngram_hash.canonical_ids)
+            logits = logits + self.config.word_vote_weight * votes
         loss, items = None, kwargs.get("num_items_in_batch")
         if labels is not None and label_weights is not None:
             losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")

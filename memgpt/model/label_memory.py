@@ -1,9 +1,13 @@
-"""The label memory: rows of a table, addressed by the words around a token, that vote for its label.
+"""Tables, addressed by words, in which labels have votes: which words were seen with which label.
+
+The label memory votes for the label of a token by the words around it, and is trained with the deep model. Word votes
+are for the label of a text, by its words and word pairs: fitted by themselves, and weighed against the deep model last.
 
 The deep model generalises; a table of which words were seen with which label remembers, and needs few examples for it.
-Both are summed and trained together, as in *Wide & Deep Learning* (arXiv 1606.07792), with hashed features (Weinberger
-et al. 2009, arXiv 0902.2206) of the kind that a conditional random field is given. Addresses depend on token ids alone,
-as those of the knowledge memory do. Shape letters: B batch, T positions, L labels, F features of a word.
+Their logits are added up, as in *Wide & Deep Learning* (arXiv 1606.07792), with hashed features (Weinberger et al.
+2009, arXiv 0902.2206), the label memory's of the kind that a conditional random field is given. Addresses depend on
+token ids alone, as those of the knowledge memory do. Shape letters: B batch, T positions, L labels, F features
+of a word.
 """
 
 import torch
@@ -13,7 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from memgpt.model.config import MemGPTConfig
 
 # A feature: the views of one or more words, each at a distance from the token's own.
-FEATURES: tuple[tuple[tuple[str, int], ...], ...] = (
+Features = tuple[tuple[tuple[str, int], ...], ...]
+PAIRS: Features = ((("word", 0),), (("word", 0), ("word", 1)))
+FEATURES: Features = (
     *(((view, 0),) for view in ("exact", "word", "first", "last", "shape")),
     *(((view, distance),) for distance in (-2, -1, 1, 2) for view in ("word", "last", "shape")),
     (("word", -1), ("word", 0)),
@@ -56,29 +62,20 @@ def _kind(text: str) -> int:
     return _KINDS.index(name)
 
 
-class LabelMemory(nn.Module):
-    """Token ids → what the words at and around each token add to the logits of its labels.
+class WordTable(nn.Module):
+    """A row for each feature of a word, in which the labels have their votes.
 
-    A word begins with a space, as `memgpt.predict` gives them; its votes are the same for all of its tokens. The views
-    of a word: exact (its tokens), word (their canonical ids), first and last (of them, if there are several), shape
-    (kinds of its first three).
+    A word begins with a space, as `memgpt.predict` gives them. Its views: exact (its tokens), word (their canonical
+    ids), first and last (of them, if there are several), shape (kinds of its first three).
     """
 
-    def __init__(self, config: MemGPTConfig):
+    def __init__(self, config: MemGPTConfig, rows: int, features: Features):
         super().__init__()
-        self.rows, self.dropout = config.label_memory_rows, config.label_memory_dropout
+        self.rows, self.features = rows, features
         self.pad = -1 if config.pad_token_id is None else config.pad_token_id
-        self.table = nn.Embedding(1 + self.rows, config.num_labels, padding_idx=0)
-        self.table._memory_table = self.table._label_memory = True  # type: ignore[assignment]  # starts at zero; has a rate of its own
+        self.table = nn.Embedding(1 + rows, config.num_labels, padding_idx=0)
+        self.table._memory_table = True  # type: ignore[assignment]  # starts at zero
         self.spelling = nn.Buffer(torch.zeros(config.vocab_size, dtype=torch.long))
-
-    def forward(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids [B, T], canonical_ids [V] → votes [B, T, L]."""
-        votes = self.table(self.addresses(input_ids, canonical_ids))
-        if self.training:
-            kept = torch.rand(votes.shape[:-1], device=votes.device) >= self.dropout
-            votes = votes * (kept / (1 - self.dropout))[..., None]
-        return votes.sum(-2)
 
     def words(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[B, T]: which word of its row a token is in, from 0. A padding token is one by itself."""
@@ -107,13 +104,68 @@ class LabelMemory(nn.Module):
             "shape": of_words(_mix(kind, place), place < 3),
         }
         rows = []
-        for number, feature in enumerate(FEATURES):
+        for number, feature in enumerate(self.features):
             mixed = torch.full_like(input_ids, number)
             for view, distance in feature:
                 mixed = _mix(mixed, _shift(views[view], distance))
             rows.append(1 + (mixed >> 20) % self.rows)
         of_tokens = torch.stack(rows, dim=-1).gather(1, word[..., None].expand(-1, -1, len(rows)))
         return of_tokens.masked_fill(blank[..., None], 0)
+
+
+class LabelMemory(WordTable):
+    """Token ids → what the words at and around each token add to the logits of its labels."""
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config, config.label_memory_rows, FEATURES)
+        self.dropout = config.label_memory_dropout
+        self.table._label_memory = True  # type: ignore[assignment]  # has a learning rate of its own
+
+    def forward(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids [B, T], canonical_ids [V] → votes [B, T, L]."""
+        votes = self.table(self.addresses(input_ids, canonical_ids))
+        if self.training:
+            kept = torch.rand(votes.shape[:-1], device=votes.device) >= self.dropout
+            votes = votes * (kept / (1 - self.dropout))[..., None]
+        return votes.sum(-2)
+
+
+class WordVotes(WordTable):
+    """Token ids → what the words and word pairs of a text say about its label: a linear model on their idf values, each
+    counted once, as a vector of length 1.
+
+    Punctuation marks are words of their own. `tasks.sentiment` fits table, idf and bias; training leaves them alone.
+    """
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__(config, config.word_vote_rows, PAIRS)
+        self.table.weight.requires_grad_(False)
+        self.idf = nn.Buffer(torch.zeros(1 + self.rows))
+        self.bias = nn.Buffer(torch.zeros(config.num_labels))
+
+    def forward(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids [B, T], canonical_ids [V] → votes [B, L]."""
+        rows = self.addresses(input_ids, canonical_ids)
+        return (self.table(rows) * self.values(rows)[..., None]).sum((1, 2)) + self.bias
+
+    def values(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of what `addresses` gives, rows [B, T, F]: the idf of each, over the length of the text's vector."""
+        idf = self.idf[rows]
+        return idf / idf.square().sum((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
+
+    def words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        marks = self.spelling[input_ids] % _STARTS == _KINDS.index("marks")
+        starts = (self.spelling[input_ids] >= _STARTS) | marks | (input_ids == self.pad)
+        starts[:, 1:] |= marks[:, :-1]
+        starts[:, 0] = True
+        return starts.cumsum(1) - 1
+
+    def addresses(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
+        """Rows [B, T, F] of the table, each where it is first read in its text; 0 elsewhere and for padding."""
+        rows = super().addresses(input_ids, canonical_ids)
+        found, order = rows.flatten(1).sort(dim=1, stable=True)
+        first = torch.diff(found, dim=1, prepend=torch.zeros_like(found[:, :1])) > 0
+        return torch.zeros_like(found).scatter(1, order, found * first).view_as(rows)
 
 
 def _mix(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from memgpt.model.cache import visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
+from memgpt.model.label_memory import WordTable
 from memgpt.model.memory import KnowledgeMemory, NGramHash, RMSNorm
 
 
@@ -231,6 +232,9 @@ class MemGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
         elif isinstance(module, KnowledgeMemory) and module.lead:
             init.zeros_(module.taps)
+        elif isinstance(module, WordTable):
+            for values in module.buffers(recurse=False):
+                init.zeros_(values)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(*args, **kwargs)

@@ -23,6 +23,6 @@ def start(kind: type[Model], task: str, parent: Path, **settings: Any) -> Model:
         model.head.load_state_dict(joint.heads[task].state_dict())
     else:
         model = kind.from_pretrained(parent, **settings)
-    if getattr(model, "label_memory", None) is not None:
-        model.label_memory.spelling.copy_(spelling(AutoTokenizer.from_pretrained(parent), model.config.vocab_size))
+    for table in filter(None, (getattr(model, name, None) for name in ("label_memory", "word_votes"))):
+        table.spelling.copy_(spelling(AutoTokenizer.from_pretrained(parent), model.config.vocab_size))
     return model

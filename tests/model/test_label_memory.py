@@ -1,5 +1,6 @@
-"""The label memory: silent at first, blind to padding, quick to learn what words around a token say."""
+"""Votes of words: silent at first, blind to padding, quick to learn what words say of a token's label or a text's."""
 
+import math
 from itertools import chain
 from pathlib import Path
 
@@ -8,7 +9,13 @@ import torch
 from peft import PeftModel
 
 from memgpt import tuning
-from memgpt.model import MemGPTConfig, MemGPTForTokenClassification, MemGPTTokenizer, canonical_ids
+from memgpt.model import (
+    MemGPTConfig,
+    MemGPTForSequenceClassification,
+    MemGPTForTokenClassification,
+    MemGPTTokenizer,
+    canonical_ids,
+)
 from memgpt.model.label_memory import FEATURES, spelling
 from memgpt.predict.words import encode_words
 
@@ -21,18 +28,13 @@ def tokenizer() -> MemGPTTokenizer:
     return MemGPTTokenizer.train([" ".join(WORDS)] * 4, vocab_size=400)
 
 
+SHAPE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, memory_layers=[], num_labels=2)
+
+
 @pytest.fixture
 def model(tokenizer: MemGPTTokenizer) -> MemGPTForTokenClassification:
     torch.manual_seed(0)
-    config = MemGPTConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        memory_layers=[],
-        num_labels=2,
-        label_memory_rows=9973,
-    )
+    config = MemGPTConfig(vocab_size=len(tokenizer), **SHAPE, label_memory_rows=9973)
     made = MemGPTForTokenClassification(config).eval()
     made.label_memory.spelling.copy_(spelling(tokenizer, config.vocab_size))
     made.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer))
@@ -123,3 +125,62 @@ def test_it_is_saved_and_trained_beside_low_rank_changes(
     again = MemGPTForTokenClassification.from_pretrained(tmp_path).eval()
     assert again.label_memory.table.weight.any()
     assert torch.equal(again(text).logits, whole(text).logits)
+
+
+# --- word votes
+
+
+@pytest.fixture
+def classifier(tokenizer: MemGPTTokenizer) -> MemGPTForSequenceClassification:
+    torch.manual_seed(0)
+    config = MemGPTConfig(vocab_size=len(tokenizer), **SHAPE, word_vote_rows=99991, word_vote_weight=0.5)
+    made = MemGPTForSequenceClassification(config).eval()
+    made.word_votes.spelling.copy_(spelling(tokenizer, config.vocab_size))
+    made.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer))
+    torch.nn.init.normal_(made.word_votes.table.weight[1:])
+    torch.nn.init.uniform_(made.word_votes.idf[1:], 1, 3)
+    torch.nn.init.normal_(made.word_votes.bias)
+    return made
+
+
+def encoded(tokenizer: MemGPTTokenizer, text: str) -> torch.Tensor:
+    return tokenizer(text, return_tensors="pt")["input_ids"]
+
+
+def test_a_text_votes_with_each_of_its_words_and_word_pairs_once(
+    classifier: MemGPTForSequenceClassification, tokenizer: MemGPTTokenizer
+) -> None:
+    votes, canonical = classifier.word_votes, classifier.model.ngram_hash.canonical_ids
+    words = [["So", "Mr", "Ada", ",", "left", "so", "Mr", "Quill"], ["left", "."]]
+    texts = ["So Mr Ada, left so Mr Quill", "left."]
+    pad = tokenizer.pad_token_id
+    rows = [encoded(tokenizer, text)[0] for text in texts]
+    batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    address = {}  # of a word and its pair with the next, from texts of two or three words
+    for line in words:
+        for first, second in zip(line, [*line[1:], None], strict=True):
+            text = " ".join(filter(None, ("Ada" if first in ",." else "", first, second)))
+            text = text.replace(" ,", ",").replace(" .", ".")
+            found = votes.addresses(encoded(tokenizer, text), canonical)[0]
+            address[first, second] = found[found.any(-1)][int(first in ",.")].tolist()
+    for line, found in zip(words, votes(batch, canonical), strict=True):
+        pairs = zip(line, [*line[1:], None], strict=True)
+        features = {row for pair in pairs for row in address[pair]}
+        idf = {row: votes.idf[row].item() for row in features}
+        length = math.sqrt(sum(value**2 for value in idf.values()))
+        expected = votes.bias + sum(votes.table.weight[row] * value / length for row, value in idf.items())
+        torch.testing.assert_close(found, expected)
+
+
+def test_votes_count_in_answers_and_not_in_training(
+    classifier: MemGPTForSequenceClassification, tokenizer: MemGPTTokenizer, tmp_path: Path
+) -> None:
+    text = encoded(tokenizer, "so Mr Ada left")
+    answer, training = classifier(text).logits, classifier.train()(text, labels=torch.ones(1, dtype=torch.long))
+    classifier.save_pretrained(tmp_path)
+    again = MemGPTForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(text).logits, answer)
+    votes = again.word_votes(text, again.model.ngram_hash.canonical_ids)
+    torch.testing.assert_close(answer, training.logits + 0.5 * votes)
+    training.loss.backward()
+    assert classifier.word_votes.table.weight.grad is None

@@ -197,6 +197,42 @@ def test_a_label_with_one_text_or_none_is_no_trouble(tmp_path: Path, tokenizer) 
     assert 0.2 <= found["temperature"] <= 5
 
 
+def test_words_vote_where_the_deep_model_knows_nothing(tmp_path: Path, tokenizer) -> None:
+    """Labels that hang on a pair of words, and one that no text of train has."""
+    import torch
+
+    from memgpt.model import MemGPTForCausalLM
+
+    random = np.random.default_rng(0)
+    texts = []
+    for _ in range(120):
+        words = [str(word) for word in random.choice(["good", "bad", "day"], 5)]
+        texts.append((" ".join(words), "up" if "good day" in " ".join(words) else "down", None))
+    opinions(tmp_path, "train", texts[:80])
+    opinions(tmp_path, "validation", texts[80:])
+    (tmp_path / "sentiment/manifest.json").write_text(json.dumps({"labels": ["down", "sideways", "up"]}))
+    tokenizer.save_pretrained(tmp_path / "core")
+    MemGPTForCausalLM(small().config).save_pretrained(tmp_path / "core")
+    model = sentiment.model(tmp_path / "core", tmp_path, dropout=0.0, max_length=16, word_votes=499).eval()
+    with torch.no_grad():
+        model.head.score.weight.zero_()
+    found = sentiment.calibrate(model, tokenizer, tmp_path, max_length=16)
+    assert found["word_vote_weight"] == model.config.word_vote_weight > 1
+    data = sentiment.Training(tmp_path, tokenizer, max_length=16, split="validation")
+    batch = data.collate(list(range(len(data))))
+    right = model(**batch).logits.argmax(-1) == batch["labels"]
+    assert right.float().mean() > 0.9
+    assert model.train()(**batch).logits.argmax(-1).unique().tolist() == [0]
+
+
+def test_votes_that_say_nothing_count_nothing() -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(3, size=500)
+    knows = 2.0 * np.eye(3)[labels]
+    assert sentiment.fit_weight(knows, random.normal(size=(500, 3)), labels) < 0.2
+    assert sentiment.fit_weight(random.normal(size=(500, 3)), knows, labels) > 5
+
+
 def test_topics_are_learnt_where_enough_texts_have_them(tmp_path: Path, tokenizer) -> None:
     import torch
 
