@@ -73,7 +73,7 @@ def _training(size: str, flexible: str) -> Cells:
         ("llama", "sdpa", "whole"),
         ("memgpt", "sdpa", "whole"),
     ]
-    return {
+    cells: Cells = {
         f"train-{size}-{kind}-{attention}-{scope}": {
             "run": "train",
             "size": size,
@@ -83,6 +83,8 @@ def _training(size: str, flexible: str) -> Cells:
         }
         for kind, attention, scope in ways
     }
+    cells[f"float8-{size}"] = {**cells[f"train-{size}-memgpt-{flexible}-whole"], "float8": True}
+    return cells
 
 
 def measure(name: str, spec: Spec) -> Spec:
@@ -151,6 +153,8 @@ def table(cells: Cells, results: Path) -> list[Row]:
         add(f"train {size}, against Llama", "tokens/s", ours, peer, bound, "base >= 1.3x")
         if flops and torch.cuda.is_available() and (peak := PEAKS.get(torch.cuda.get_device_capability())):
             add(f"train {size}, of the peak that NVIDIA names", "share", flops / peak, None, 1.0, "large >= 0.45")
+        eighth = found.get(f"float8-{size}", {}).get("tokens_per_second")
+        add(f"train {size} in float8, against bf16", "tokens/s", eighth, ours, None)
         for name, cell in found.items():
             way = name.removeprefix(f"train-{size}-memgpt-")
             plain = found.get(f"train-{size}-plain-{way}")

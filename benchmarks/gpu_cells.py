@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,6 +30,7 @@ from transformers import (
 from memgpt import config
 from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM, MemGPTModel, kernels
 from memgpt.model.config import GLOBAL, LOCAL
+from memgpt.model.kernels import float8
 from memgpt.model.memory import KnowledgeMemory
 from memgpt.model.residency import load, place, prefetch
 from memgpt.model.serving import accelerate
@@ -170,20 +171,26 @@ def flops_per_token(model: PreTrainedModel, length: int) -> float:
     return 6 * (matrices + attention)
 
 
-def loss_of(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def loss_of(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, **read: Any) -> torch.Tensor:
     """Pretraining's own loss. The peer gets the same, but no position_ids, for which it would make a mask."""
     if isinstance(model, MemGPTForCausalLM) or not (KERNELS and kernels.LIGER):
-        return next_token_loss(model, input_ids, position_ids, input_ids, Z_LOSS)
+        return next_token_loss(model, input_ids, position_ids, input_ids, Z_LOSS, **read)
     hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
     return fused_loss(hidden, model.lm_head.weight, input_ids[:, 1:], Z_LOSS) / input_ids[:, 1:].numel()
 
 
 def train(spec: Cell) -> Cell:
     """spec: kind "memgpt", "plain" (it without memory) or "llama"; attention; scope: "whole" compiles loss and model,
-    "blocks" each block alone, so that masks are made outside, "none" nothing."""
+    "blocks" each block alone, so that masks are made outside, "none" nothing; float8: the blocks' products in it."""
     size, tiny = spec["size"], spec["size"] == "tiny"
     model = (llama(size) if spec["kind"] == "llama" else memgpt(size, spec["kind"] == "memgpt")).to(DEVICE).train()
     model.set_attn_implementation(spec["attention"])
+    with float8.products(model, emulate=tiny) if spec.get("float8") else nullcontext():
+        return _steps(model, spec, tiny)
+
+
+def _steps(model: PreTrainedModel, spec: Cell, tiny: bool) -> Cell:
+    size = spec["size"]
     optimizer = for_pretraining(model, PARAMS)
     batch, length = BATCH[size]
     input_ids, position_ids = ids(size, batch, length), torch.arange(length, device=DEVICE).expand(batch, -1)
@@ -192,9 +199,12 @@ def train(spec: Cell) -> Cell:
         for block in model.model.layers:
             block.forward = compiled(block.forward, tiny)
 
+    reads = spec["kind"] == "memgpt" and spec["scope"] == "whole"
+
     def gradients() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            value = loss(model, input_ids, position_ids)
+            read = {"memory_entries": model.model.read_memory(input_ids, position_ids)} if reads else {}
+            value = loss(model, input_ids, position_ids, **read)
         value.backward()
 
     def step() -> None:

@@ -86,7 +86,8 @@ class Training(Section):
 class Pretrain(Training):
     """learning_rate is that of AdamW, matrix_learning_rate Muon's. masked_share_*: share of the steps that predict
     masked tokens, at the start and the end of the run. update: which weights a run that starts from `init` changes;
-    "memory" changes, of the memory rows that the new text reads more than the old did, the best `update_share`."""
+    "memory" changes, of the memory rows that the new text reads more than the old did, the best `update_share`.
+    float8: matrix products of the blocks in 8 bits, where the GPU has them."""
 
     init: str | None
     preset: Literal["tiny", "small", "base"]
@@ -100,6 +101,8 @@ class Pretrain(Training):
     update: Literal["all", "memory"]
     update_share: Annotated[float, Field(gt=0, le=1)]
     compile: bool
+    activation_checkpointing: bool
+    float8: bool
 
     @model_validator(mode="after")
     def _update_needs_a_start(self) -> "Pretrain":

@@ -30,6 +30,10 @@ _SETTINGS = {
     # a thread that waits sleeps: on cores that are shared, spinning makes training up to eight times slower
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+_NOISY = (
+    *("alembic", "mlflow", "great_expectations", "httpx", "urllib3", "botocore", "matplotlib"),
+    *("torchao", "torch.utils._pytree"),  # peft imports torchao, which tells what of it does not suit this machine
+)
 
 
 def prepare() -> None:
@@ -40,7 +44,7 @@ def prepare() -> None:
             os.environ.setdefault(name, value)
     if not debug:
         warnings.filterwarnings("ignore")
-        for noisy in ("alembic", "mlflow", "great_expectations", "httpx", "urllib3", "botocore", "matplotlib"):
+        for noisy in _NOISY:
             logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

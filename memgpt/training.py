@@ -151,6 +151,7 @@ def _memory_to_be_short_of(section: str, params: Training) -> Iterator[None]:
         raise UserError(
             f"out of GPU memory; lower {section}.batch_size={params.batch_size} or "
             f"{section}.{length}={getattr(params, length)}"
+            f"{', or set pretrain.activation_checkpointing=true' if section == 'pretrain' else ''}"
         ) from None
 
 

@@ -36,6 +36,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from memgpt.model import paged
 from memgpt.model.cache import visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
 from memgpt.model.label_memory import WordTable
@@ -198,8 +199,12 @@ class Block(GradientCheckpointingLayer):
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if self.memory is not None and entry is not None:
-            hidden = hidden + self.dropout(self.memory(hidden, entry, position_ids))
+        if self.memory is not None and entry is not None and position_ids is not None:
+            if len(entry) == len(hidden):
+                added = self.memory(hidden, entry, position_ids)
+            else:  # a row for each token, in continuous batching
+                added = self.memory(hidden.transpose(0, 1), entry, position_ids.T).transpose(0, 1)
+            hidden = hidden + self.dropout(added)
         hidden = hidden + self.dropout(
             self.attention(self.attention_norm(hidden), position_ids=position_ids, **kwargs)[0]
         )
@@ -312,9 +317,13 @@ class MemGPTModel(MemGPTPreTrainedModel):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
         if input_ids is not None and self.config.memory_layers and memory_entries is None:
-            if context_ids is None and past_key_values is not None:
-                context_ids = _recall(past_key_values)
-            memory_entries = self.read_memory(input_ids, position_ids, context_ids)
+            if "cache" in kwargs:  # of continuous batching: every token is a row of its own to the memory
+                before = paged.context_ids(input_ids=input_ids, count=self.ngram_hash.context, **kwargs)
+                memory_entries = self.read_memory(input_ids.T, position_ids.T, before)
+            else:
+                if context_ids is None and past_key_values is not None:
+                    context_ids = _recall(past_key_values)
+                memory_entries = self.read_memory(input_ids, position_ids, context_ids)
         entries = iter(memory_entries or ())
         masks = self._masks(
             attention_mode, inputs_embeds, attention_mask, past_key_values, position_ids, packed, prefix_mask
@@ -335,8 +344,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 attention_mask=masks[str(layer.kind)],
                 past_key_values=past_key_values,
                 position_ids=position_ids,  # flash attention finds packed documents by them
-                is_causal=not bidirectional,
-                **kwargs,
+                **{"is_causal": not bidirectional, **kwargs},  # continuous batching says it itself
             )
         if past_key_values is not None:
             _remember(past_key_values, input_ids, context_ids, self.ngram_hash.context)

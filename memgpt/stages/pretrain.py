@@ -1,6 +1,8 @@
 """pretrain: teach the core to predict the next token of the corpus, memory included. Writes models/base."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from memgpt import atomic, checkpoint, distributed, lineage
 from memgpt.config import Config, Pretrain
 from memgpt.errors import UserError, existing
 from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM, canonical_ids
+from memgpt.model.kernels import float8
 from memgpt.model.update import USAGE_FILE, choose_rows, count_rows, load_usage, restrict_to_memory, save_usage
 from memgpt.objectives import Pretraining
 from memgpt.optimizers import for_pretraining
@@ -72,19 +75,22 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
         _update_memory_only(model, usage, params)
     inputs = [TOKENIZER, TOKENS, *([parent] if parent else [])]
     checkpoints = checkpoint.directory("pretrain", params.model_dump(), inputs)
-    train(
-        model,
-        data,
-        default_collate,
-        params,
-        steps=steps,
-        checkpoints=checkpoints,
-        title="pretrain",
-        optimizer=for_pretraining(model, params),
-        loss=Pretraining(params, steps, len(tokenizer), tokenizer.mask_token_id, len(data)),
-        log=log,
-        divide_tables=params.update == "all",  # which rows to update is said by their numbers in the whole table
-    )
+    if params.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    with _products(model, params):
+        train(
+            model,
+            data,
+            default_collate,
+            params,
+            steps=steps,
+            checkpoints=checkpoints,
+            title="pretrain",
+            optimizer=for_pretraining(model, params),
+            loss=Pretraining(params, steps, len(tokenizer), tokenizer.mask_token_id, len(data)),
+            log=log,
+            divide_tables=params.update == "all",  # which rows to update is said by their numbers in the whole table
+        )
     if not distributed.first():
         return {}
     loss = held_out_loss(model, Subset(held_out, range(min(len(held_out), VALIDATION_ROWS))), params.batch_size)
@@ -104,6 +110,21 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
         lineage.write(directory, "pretrain", inputs, params.model_dump(), parent, params.seed, metrics)
     checkpoint.discard(checkpoints)
     return metrics
+
+
+def _products(model: MemGPTForCausalLM, params: Pretrain) -> AbstractContextManager[None]:
+    """
+    Raises:
+        UserError: if 8 bits are asked for and could be had, and torchao is not installed.
+    """
+    if not params.float8:
+        return nullcontext()
+    if not float8.available():
+        distributed.tell("pretrain.float8: no GPU that multiplies in 8 bits (Ada, Hopper or later); training without")
+        return nullcontext()
+    if find_spec("torchao") is None:
+        raise UserError("pretrain.float8 needs torchao; pip install 'memgpt[gpu]', or set pretrain.float8=false")
+    return float8.products(model)
 
 
 @torch.no_grad()

@@ -102,6 +102,16 @@ def test_it_learns_and_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert MemGPTForCausalLM.from_pretrained("models/base").num_parameters() == metrics["parameters"]
 
 
+def test_computing_activations_again_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    losses = []
+    for again in (False, True):
+        document = config.read()
+        config.override(document, ["pretrain.tokens=640", f"pretrain.activation_checkpointing={str(again).lower()}"])
+        losses.append(pretrain.run(config.parse(document))["validation_loss"])
+    assert losses[0] == losses[1]
+
+
 def test_starting_from_a_model_keeps_what_it_knows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     first = pretrain.run(config.load())

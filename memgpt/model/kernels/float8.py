@@ -1,0 +1,41 @@
+"""The blocks' matrix products in 8 bits while a model is trained, through torchao (extra `gpu`)."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+CAPABILITY = (8, 9)  # of the GPU: Ada, Hopper and later multiply 8-bit floats
+_MULTIPLE = 16  # of the sizes of a matrix that the product takes
+
+
+def available() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY
+
+
+@contextmanager
+def products(model: PreTrainedModel, emulate: bool = False) -> Iterator[None]:
+    """Within it the blocks multiply in float8, forward and backward, with a scale per tensor (arXiv 2209.05433).
+    Weights and what the optimizer keeps stay as they are, and so do the names of the parameters. emulate: round alike,
+    multiply in 32 bits, on any device.
+
+    Raises:
+        ImportError: without torchao.
+    """
+    from torchao.float8 import Float8LinearConfig
+    from torchao.float8.float8_linear import Float8Linear
+
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name("tensorwise"), emulate=emulate)
+    blocks: nn.Module = model.base_model.layers
+    places = {name: module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
+    places = {name: linear for name, linear in places.items() if not any(n % _MULTIPLE for n in linear.weight.shape)}
+    for name, linear in places.items():
+        blocks.set_submodule(name, Float8Linear.from_float(linear, config))
+    try:
+        yield
+    finally:
+        for name, linear in places.items():
+            blocks.set_submodule(name, linear)

@@ -1,0 +1,59 @@
+"""Continuous batching answers as `generate` does, request by request."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from memgpt.model import MemGPTConfig, MemGPTForCausalLM
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+PREFIX = list(range(3, 43))
+
+
+def model(**changes) -> MemGPTForCausalLM:
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, sliding_window=16)
+    config = MemGPTConfig(memory_rows=997, memory_dim=8, **{**shape, "layer_types": [LOCAL, GLOBAL], **changes})
+    made = MemGPTForCausalLM(config).eval()
+    for layer in made.model.layers:
+        if layer.memory is not None:
+            torch.nn.init.normal_(layer.memory.table.weight[1:])
+            torch.nn.init.normal_(layer.memory.taps)
+    return made
+
+
+def settings(**changes) -> GenerationConfig:
+    small = dict(num_blocks=16, block_size=16, max_batch_tokens=24)
+    return GenerationConfig(
+        max_new_tokens=9, eos_token_id=-1, pad_token_id=0, **small, **{"do_sample": False, **changes}
+    )
+
+
+@pytest.mark.parametrize("layers", [None, []])
+def test_requests_that_share_batches_get_what_each_gets_alone(layers: list[int] | None) -> None:
+    """Prompts shorter than what the memory reads back, one that takes several batches, two that begin alike."""
+    made = model(memory_layers=layers)
+    prompts = [[5], [9, 10, 11], [7] * 30, [*PREFIX, 50], [*PREFIX, 51, 52]]
+    alone = [
+        made.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None)[0, len(prompt) :]
+        for prompt in prompts
+    ]
+    together = made.generate_batch(inputs=prompts, generation_config=settings(), progress_bar=False)
+    assert [answer.error for answer in together.values()] == [None] * len(prompts)
+    found = {tuple(answer.prompt_ids): answer.generated_tokens for answer in together.values()}
+    assert [found[tuple(prompt)] for prompt in prompts] == [tokens.tolist() for tokens in alone]
+
+
+def test_answers_that_fork_take_their_ids_along() -> None:
+    made, prompt = model(), [9, 10, 11, 12, 13]
+    alone = made.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None)[0, 5:]
+    sampled = settings(num_return_sequences=3, do_sample=True, top_k=1)
+    forks = made.generate_batch(inputs=[prompt, [4] * 20], generation_config=sampled, progress_bar=False)
+    found = [answer.generated_tokens for answer in forks.values() if answer.prompt_ids == prompt]
+    assert found == [alone.tolist()] * 3
+
+
+def test_a_model_whose_layers_all_forget_is_refused_in_words() -> None:
+    made = model(layer_types=[LOCAL, LOCAL])
+    answers = made.generate_batch(inputs=[[5, 6]], generation_config=settings(), progress_bar=False)
+    assert all("full attention" in str(answer.error) for answer in answers.values())
