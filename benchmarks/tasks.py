@@ -1,8 +1,9 @@
 """Is each task as good as what a user would pick instead? Same data, same steps, same machine.
 
     python benchmarks/tasks.py --quick            a set per task, one seed, no trials (under 20 minutes)
+    python benchmarks/tasks.py --compare          every set, three seeds, settings as they come: no trials
     python benchmarks/tasks.py --full [--jobs 2]  every set, trials on validation, three seeds, tuning and regularisers
-    python benchmarks/tasks.py --report           tables from the cells that are done
+    python benchmarks/tasks.py --report           tables from the cells that are done, of --compare and of --full
 
 Needs the real data sets in MEMGPT_REAL_DATA and the pretrained cells memgpt-128-4M-1 and bert-128-4M-1 of
 benchmarks/core.py. Settings are chosen on validation, peers with at least as many trials as ours; a test split is read
@@ -78,8 +79,9 @@ def compared(name: str, seeds: tuple[int, ...], trials: bool) -> Cells:
             cells.append((names[-1], {**base, "seed": 1, "changes": changes}))
         middle = TRIALS[system][len(TRIALS[system]) // 2 :][:1]
         final = {"after": names} if names else {"changes": middle[0] if middle else {}}
+        label = f"{name}-{system}-chosen" if names else f"{name}-{system}"
         for seed in seeds if system in SEEDED else seeds[:1]:
-            cells.append((f"{name}-{system}-{seed}", {**base, "seed": seed, "test": True, **final}))
+            cells.append((f"{label}-{seed}", {**base, "seed": seed, "test": True, **final}))
     return cells
 
 
@@ -95,12 +97,12 @@ def regularised(name: str, seeds: tuple[int, ...]) -> Cells:
     ]
 
 
-def plan(quick: bool) -> Cells:
-    """Every cell, trials before what waits for them."""
-    if quick:
-        return [
-            cell for name in ("wikigold", "financial_phrasebank", "movielens") for cell in compared(name, (1,), False)
-        ]
+def plan(mode: str) -> Cells:
+    """Every cell of quick, compare or full, trials before what waits for them."""
+    if mode == "quick":
+        return [cell for name in TRIO.split("+") for cell in compared(name, SEEDS[:1], False)]
+    if mode == "compare":
+        return [cell for name in SETS for cell in compared(name, SEEDS, False)]
     cells = [cell for name in SETS for cell in compared(name, SEEDS, True)]
     for seed in SEEDS:
         spec = {"kind": "joint", "set": TRIO, "seed": seed, "changes": {"steps": 600}}
@@ -160,7 +162,7 @@ def compare(done: dict[str, Any], name: str) -> dict[str, Any]:
     return table
 
 
-def report(cells: Cells, quick: bool) -> None:
+def report(cells: Cells, mode: str) -> None:
     done = results(cells)
     summary: dict[str, Any] = {"cells": {"done": len(done), "planned": len(cells)}}
     summary["compared"] = {name: table for name in SETS if (table := compare(done, name))}
@@ -183,7 +185,7 @@ def report(cells: Cells, quick: bool) -> None:
                     "validation": round(float(np.mean(same)), 4),
                     "seeds": len(same),
                 }
-    write_json(HERE / "results" / ("tasks_quick.json" if quick else "tasks.json"), summary)
+    write_json(HERE / "results" / f"tasks_{mode}.json", summary)
     print("\n".join(lines(summary["compared"])))
     for key in ("joint", "tuning", "regularisers"):
         for name, row in summary[key].items():
@@ -202,16 +204,20 @@ def lines(compared: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--quick", action="store_true", help="a set per task, one seed, no trials")
-    mode.add_argument("--full", action="store_true", help="every cell that has no result yet")
-    mode.add_argument("--report", action="store_true", help="only the tables of the full plan")
+    modes = parser.add_mutually_exclusive_group(required=True)
+    modes.add_argument("--quick", action="store_true", help="a set per task, one seed, no trials")
+    modes.add_argument("--compare", action="store_true", help="every set, three seeds, no trials")
+    modes.add_argument("--full", action="store_true", help="every cell that has no result yet")
+    modes.add_argument("--report", action="store_true", help="only the tables")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     arguments = parser.parse_args()
-    cells = plan(arguments.quick)
-    if not arguments.report:
-        run(cells, arguments.jobs)
-    report(cells, arguments.quick)
+    if arguments.report:
+        for mode in ("compare", "full"):
+            report(plan(mode), mode)
+        return
+    mode = next(mode for mode in ("quick", "compare", "full") if getattr(arguments, mode))
+    run(plan(mode), arguments.jobs)
+    report(plan(mode), mode)
 
 
 if __name__ == "__main__":

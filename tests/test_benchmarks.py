@@ -73,8 +73,8 @@ def test_popularity_counts() -> None:
 
 
 def test_tasks_are_compared_fairly_and_with_settings_that_exist() -> None:
-    for quick in (True, False):
-        planned = tasks.plan(quick)
+    for mode in ("quick", "compare", "full"):
+        planned = tasks.plan(mode)
         names = [name for name, _ in planned]
         assert len(names) == len(set(names))
         for place, (_, spec) in enumerate(planned):
@@ -88,7 +88,7 @@ def test_tasks_are_compared_fairly_and_with_settings_that_exist() -> None:
     for task, peers_of in tasks.PEERS.items():
         for peer in peers_of:
             assert peer == "popularity" or len(tasks.TRIALS[peer]) >= len(tasks.TRIALS["memgpt"]), (task, peer)
-    final = {spec["system"] for _, spec in tasks.plan(False) if spec.get("test")}
+    final = {spec["system"] for _, spec in tasks.plan("full") if spec.get("test")}
     assert final == {"memgpt", *(peer for peers_of in tasks.PEERS.values() for peer in peers_of)}
 
 
