@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def _training(size: str, flexible: str) -> Cells:
         }
         for kind, attention, scope in ways
     }
-    cells[f"float8-{size}"] = {**cells[f"train-{size}-memgpt-{flexible}-whole"], "float8": True}
+    if find_spec("torchao") is not None:  # the extra float8
+        cells[f"float8-{size}"] = {**cells[f"train-{size}-memgpt-{flexible}-whole"], "float8": True}
     return cells
 
 

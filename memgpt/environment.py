@@ -32,7 +32,7 @@ _SETTINGS = {
 }
 _NOISY = (
     *("alembic", "mlflow", "great_expectations", "httpx", "urllib3", "botocore", "matplotlib"),
-    *("torchao", "torch.utils._pytree"),  # peft imports torchao, which tells what of it does not suit this machine
+    *("torchao", "torch.utils._pytree"),  # transformers imports torchao where it is, which tells what does not suit it
 )
 
 

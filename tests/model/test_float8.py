@@ -1,5 +1,7 @@
 """Matrix products in 8 bits: near the others, in the blocks alone, and gone afterwards."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +13,6 @@ from memgpt.model.kernels import float8
 from memgpt.optimizers import for_pretraining
 from memgpt.stages import pretrain
 
-pytest.importorskip("torchao", reason="torchao is for Linux")
-
 
 @pytest.fixture
 def model() -> MemGPTForCausalLM:
@@ -21,6 +21,7 @@ def model() -> MemGPTForCausalLM:
     return MemGPTForCausalLM(MemGPTConfig(**shape, memory_rows=97, memory_dim=16))
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao, the extra float8")
 def test_a_step_in_8_bits_is_near_one_in_32(model: MemGPTForCausalLM) -> None:
     ids = torch.randint(3, 64, (2, 32))
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
@@ -57,5 +58,5 @@ def test_without_such_a_gpu_a_line_says_so_and_without_torchao_an_error(
     assert "no GPU that multiplies in 8 bits" in told[0]
     monkeypatch.setattr(float8, "available", lambda: True)
     monkeypatch.setattr(pretrain, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="memgpt\\[gpu\\]"):
+    with pytest.raises(UserError, match="memgpt\\[float8\\]"):
         pretrain._products(model, params)

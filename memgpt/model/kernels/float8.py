@@ -1,4 +1,4 @@
-"""The blocks' matrix products in 8 bits while a model is trained, through torchao (extra `gpu`)."""
+"""The blocks' matrix products in 8 bits while a model is trained, through torchao (extra `float8`)."""
 
 import dataclasses
 from collections.abc import Iterator
