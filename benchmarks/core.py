@@ -46,9 +46,9 @@ def pretraining(kind: str, width: int, tokens: float, seed: int, rows: int = ROW
     return name, spec
 
 
-def tuning(start: str, task: str, seed: int) -> tuple[str, Spec]:
+def tuning(start: str, task: str, seed: int, epochs: int = 5) -> tuple[str, Spec]:
     kind = start.split("-")[0]
-    return f"{start}-{task}-{seed}", {"kind": kind, "start": start, "task": task, "seed": seed, "epochs": 5}
+    return f"{start}-{task}-{seed}", {"kind": kind, "start": start, "task": task, "seed": seed, "epochs": epochs}
 
 
 def plan(quick: bool) -> list[tuple[str, Spec]]:
@@ -57,7 +57,7 @@ def plan(quick: bool) -> list[tuple[str, Spec]]:
         cells = [pretraining(kind, width, 0.5, 1) for width in (64, MAIN) for kind in ("memgpt", "llama")]
         cells.append(pretraining("bert", MAIN, 0.5, 1))
         starts = [name for name, spec in cells if spec["width"] == MAIN]
-        return [*cells, *(tuning(start, task, 1) for start in starts for task in ("ner", "sentiment")), SPEED]
+        return [*cells, *(tuning(start, task, 1, epochs=2) for start in starts for task in ("ner", "sentiment")), SPEED]
     main = [pretraining(kind, MAIN, BUDGET, seed) for seed in SEEDS for kind in ("memgpt", "llama")]
     frontier = [pretraining(kind, width, FRONTIER, 1) for width in WIDTHS for kind in ("memgpt", "llama")]
     bert = pretraining("bert", MAIN, BUDGET, 1)
