@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from memgpt import tuning
+from memgpt import config, tuning
 from memgpt.model import (
     MemGPTConfig,
     MemGPTForSequenceClassification,
@@ -34,9 +34,9 @@ SHAPE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, memory_l
 @pytest.fixture
 def model(tokenizer: MemGPTTokenizer) -> MemGPTForTokenClassification:
     torch.manual_seed(0)
-    config = MemGPTConfig(vocab_size=len(tokenizer), **SHAPE, label_memory_rows=9973)
-    made = MemGPTForTokenClassification(config).eval()
-    made.label_memory.spelling.copy_(spelling(tokenizer, config.vocab_size))
+    shape = MemGPTConfig(vocab_size=len(tokenizer), **SHAPE, label_memory_rows=9973)
+    made = MemGPTForTokenClassification(shape).eval()
+    made.label_memory.spelling.copy_(spelling(tokenizer, shape.vocab_size))
     made.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer))
     return made
 
@@ -106,8 +106,6 @@ def test_it_learns_a_rule_of_context_and_spelling_from_few_examples(
 def test_it_is_saved_and_trained_beside_low_rank_changes(
     model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer, tmp_path: Path
 ) -> None:
-    from memgpt import config
-
     document = config.read("params.yaml")
     config.override(document, ["finetune.ner.tune=lora"])
     wrapped = tuning.prepare(model, config.parse(document).finetune.ner, 10)
@@ -133,9 +131,9 @@ def test_it_is_saved_and_trained_beside_low_rank_changes(
 @pytest.fixture
 def classifier(tokenizer: MemGPTTokenizer) -> MemGPTForSequenceClassification:
     torch.manual_seed(0)
-    config = MemGPTConfig(vocab_size=len(tokenizer), **SHAPE, word_vote_rows=99991, word_vote_weight=0.5)
-    made = MemGPTForSequenceClassification(config).eval()
-    made.word_votes.spelling.copy_(spelling(tokenizer, config.vocab_size))
+    shape = MemGPTConfig(vocab_size=len(tokenizer), **SHAPE, word_vote_rows=99991, word_vote_weight=0.5)
+    made = MemGPTForSequenceClassification(shape).eval()
+    made.word_votes.spelling.copy_(spelling(tokenizer, shape.vocab_size))
     made.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer))
     torch.nn.init.normal_(made.word_votes.table.weight[1:])
     torch.nn.init.uniform_(made.word_votes.idf[1:], 1, 3)
@@ -184,3 +182,12 @@ def test_votes_count_in_answers_and_not_in_training(
     torch.testing.assert_close(answer, training.logits + 0.5 * votes)
     training.loss.backward()
     assert classifier.word_votes.table.weight.grad is None
+
+
+def test_low_rank_tuning_leaves_votes_alone(classifier: MemGPTForSequenceClassification) -> None:
+    document = config.read("params.yaml")
+    config.override(document, ["finetune.sentiment.tune=lora"])
+    wrapped = tuning.prepare(classifier, config.parse(document).finetune.sentiment, 10)
+    trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert any("head" in name for name in trained)
+    assert not any("word_votes" in name for name in trained)

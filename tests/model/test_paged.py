@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from memgpt.model import MemGPTConfig, MemGPTForCausalLM
+from memgpt.model import MemGPTConfig, MemGPTForCausalLM, paged
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 PREFIX = list(range(3, 43))
@@ -57,3 +57,20 @@ def test_a_model_whose_layers_all_forget_is_refused_in_words() -> None:
     made = model(layer_types=[LOCAL, LOCAL])
     answers = made.generate_batch(inputs=[[5, 6]], generation_config=settings(), progress_bar=False)
     assert all("full attention" in str(answer.error) for answer in answers.values())
+
+
+def test_a_kernel_that_writes_to_the_cache_itself_is_refused_in_words() -> None:
+    class Cache:
+        cache_allocators = {GLOBAL: None}  # noqa: RUF012
+
+    with pytest.raises(ValueError, match="sdpa"):
+        paged.context_ids(
+            Cache(),
+            torch.zeros(1, 1, dtype=torch.long),
+            5,
+            cu_seq_lens_q=torch.tensor([0, 1]),
+            cu_seq_lens_k={GLOBAL: torch.tensor([0, 1])},
+            read_index=[],
+            write_index=[],
+            block_table=torch.zeros(1, 1, 1),
+        )

@@ -225,6 +225,16 @@ def test_words_vote_where_the_deep_model_knows_nothing(tmp_path: Path, tokenizer
     assert model.train()(**batch).logits.argmax(-1).unique().tolist() == [0]
 
 
+def test_texts_of_one_label_leave_the_votes_empty(tmp_path: Path, tokenizer) -> None:
+    from memgpt.model import MemGPTForCausalLM
+
+    opinions(tmp_path, "train", [("good day", "up", None)] * 3)
+    tokenizer.save_pretrained(tmp_path / "core")
+    MemGPTForCausalLM(small().config).save_pretrained(tmp_path / "core")
+    model = sentiment.model(tmp_path / "core", tmp_path, dropout=0.0, max_length=8, word_votes=499)
+    assert not model.word_votes.table.weight.any()
+
+
 def test_votes_that_say_nothing_count_nothing() -> None:
     random = np.random.default_rng(0)
     labels = random.integers(3, size=500)
