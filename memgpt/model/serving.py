@@ -25,9 +25,10 @@ def accelerate(model: PreTrainedModel, weights: str = "bfloat16", compile: bool 
 
     weights: "float32" leaves them; "bfloat16" halves them; "int8" also rounds the trunk's and the output's matrices to
     8 bits with a scale per row, which pays where few tokens are computed at once (decoding). compile: translate the
-    step of `generate`, over a cache of fixed size, or the blocks of a model that does not generate. That takes 15 to
-    60 s at the first calls, and again for another number of texts to generate, or another length of prompt and answer
-    together unless `generation_config.max_cache_len` covers it.
+    step of `generate`, over a cache of fixed size, or the trunk of a model that does not generate; there the weights
+    become part of the code, so that changing them later has no effect. That takes 15 to 60 s at the first calls, and
+    again for another number of texts to generate, or another length of prompt and answer together unless
+    `generation_config.max_cache_len` covers it.
 
     Raises:
         ValueError: unknown weights.
@@ -55,9 +56,9 @@ def accelerate(model: PreTrainedModel, weights: str = "bfloat16", compile: bool 
 
 def _compile(model: PreTrainedModel) -> None:
     if not model.can_generate():
-        for block in model.base_model.layers:  # one by one: blocks of one kind share their code
-            block.compile(dynamic=True)
-        model.base_model.ngram_hash.compile(dynamic=True)
+        # Frozen weights are packed for the processor once instead of at every product.
+        frozen = {"freezing": True} if model.device.type == "cpu" else None
+        model.base_model.compile(dynamic=True, options=frozen)
         return
     # On a GPU as CUDA graphs: a step there is many small kernels.
     settings = CompileConfig(fullgraph=False, mode="reduce-overhead" if model.device.type == "cuda" else "default")

@@ -8,6 +8,7 @@ import torch
 from memgpt import predict
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, MemGPTForTokenClassification, MemGPTTokenizer
 from memgpt.model.config import GLOBAL, LOCAL
+from memgpt.model.residency import load
 from memgpt.model.serving import Int8Linear, accelerate
 
 SHAPE = dict(
@@ -112,6 +113,23 @@ def test_compiled_steps_generate_the_same_tokens() -> None:
     model.generation_config.compile_config.backend = "eager"  # the graphs, without the minutes of code generation
     ids = tokens(2, 3)  # the local window fills up on the way
     assert torch.equal(greedy(model, ids), greedy(exact, ids))
+
+
+def test_compiled_encoders_answer_alike(tmp_path) -> None:
+    exact = made(MemGPTForTokenClassification, num_hidden_layers=2, layer_types=[LOCAL, GLOBAL])
+    exact.save_pretrained(tmp_path)
+    changed = copy.deepcopy(exact)
+    changed.model.layers[0].mlp.down_proj.weight.data.mul_(2)  # one must not get the frozen weights of the other
+    changed.save_pretrained(tmp_path / "changed")
+    pairs = [
+        (load(MemGPTForTokenClassification, tmp_path, "resident"), exact),
+        (load(MemGPTForTokenClassification, tmp_path / "changed", "mapped"), changed),
+    ]
+    for model, _ in pairs:
+        accelerate(model, "float32", compile=True)
+    for ids in (tokens(3, 9), tokens(2, 14)):
+        for model, same in pairs:
+            assert distance(model, same, ids) < 1e-4
 
 
 def test_unknown_weights_are_refused() -> None:
