@@ -20,8 +20,8 @@ from torch import nn
 
 from memgpt import predict
 from memgpt.model.inspection import values
-from memgpt.model.label_memory import Features
 from memgpt.model.memory import KnowledgeMemory
+from memgpt.model.word_votes import Features
 from memgpt.predict.words import encode_rows, split_words
 
 _BATCH = 16  # points of the path at once
@@ -41,7 +41,7 @@ class Entry:
 class Attribution:
     """One prediction. score = start + sum of `shares` + sum of `memory`, but for `error`.
 
-    tokens, shares: a text's tokens and what each moved, by its embedding and by the label memory's votes that look at
+    tokens, shares: a text's tokens and what each moved, by its embedding and by the votes that look at
     it; memory: what each entry of the knowledge memory moved.
     score, start: of the prediction for the text, and for the text of masks; `unit` says what it counts.
     """
@@ -162,7 +162,7 @@ def _attribute(
     text = torch.tensor([ids], device=model.device)
     masks = torch.full_like(text, blank)
     memories = [layer.memory for layer in backbone.layers if layer.memory is not None]
-    votes = getattr(model, "label_memory", None) or getattr(model, "word_votes", None)
+    votes = getattr(model, "word_votes", None)
     layers = [backbone.embed_tokens, *memories, *([votes.table] if votes is not None else [])]
     heard: dict[nn.Module, tuple[Any, ...]] = {}
     with torch.no_grad():

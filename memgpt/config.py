@@ -177,12 +177,9 @@ class Finetune(Tuning):
 
 
 class FinetuneNER(Finetune):
-    """label_memory: rows of the table in which the words around a token vote for its label, 0 for none. Its learning
-    rate and the share of votes left out at random in training are its own."""
+    """word_votes: rows of the table in which the words around a token vote for its label, 0 for none."""
 
-    label_memory: Annotated[int, Field(ge=0)]
-    label_memory_rate: Rate
-    label_memory_dropout: Annotated[float, Field(ge=0, lt=1)]
+    word_votes: Annotated[int, Field(ge=0)]
     augment: AugmentNER
 
 

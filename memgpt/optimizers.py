@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from memgpt import distributed
-from memgpt.config import FinetuneNER, Pretrain, Training
+from memgpt.config import Pretrain, Training
 
 
 def for_pretraining(model: PreTrainedModel, params: Pretrain) -> "Chained":
@@ -49,20 +49,17 @@ def for_tuning(model: PreTrainedModel, params: Training, optimizer: str = "adamw
         optimizers.append(choices[optimizer](groups, lr=params.learning_rate))
     if kinds["tables"]:
         optimizers.append(RowAdagrad(kinds["tables"], lr=params.memory_learning_rate))
-    if kinds["labels"]:
-        assert isinstance(params, FinetuneNER)
-        optimizers.append(RowAdagrad(kinds["labels"], lr=params.label_memory_rate))
     return Chained(optimizers)
 
 
 def _kinds(model: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
     """What is trained, by kind. The tables' gradients become sparse: a step then costs what it touches."""
-    kinds: dict[str, list[torch.nn.Parameter]] = {"matrices": [], "tables": [], "labels": [], "rest": []}
+    kinds: dict[str, list[torch.nn.Parameter]] = {"matrices": [], "tables": [], "rest": []}
     kind_of = {}
     for module in model.modules():
         if getattr(module, "_memory_table", False):
             module.sparse = True
-            kind_of[module.weight] = "labels" if getattr(module, "_label_memory", False) else "tables"
+            kind_of[module.weight] = "tables"
         elif isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
             kind_of[module.weight] = "matrices"
     for parameter in model.parameters():

@@ -16,7 +16,7 @@ from memgpt.model import (
     MemGPTForTokenClassification,
     MemGPTTokenizer,
 )
-from memgpt.model.label_memory import spelling
+from memgpt.model.word_votes import spelling
 from memgpt.predict.recommendation import build_index
 
 TEXT = "The bank raised its rates. Ada Brandt kept hers."
@@ -46,7 +46,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             memory_ngrams=[1, 2],
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
-            label_memory_rows=499,
             word_vote_rows=499,
             word_vote_weight=2.0,
         )
@@ -62,8 +61,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model.word_votes.idf[read[read > 0]] = 2.0
             model.word_votes.table.weight.data[read[read > 0]] = torch.randn(int((read > 0).sum()), 3)
         if task == "ner":
-            torch.nn.init.normal_(model.label_memory.table.weight[1:], std=0.1)
-            model.label_memory.spelling.copy_(spelling(tokenizer, len(tokenizer)))
+            torch.nn.init.normal_(model.word_votes.table.weight[1:], std=0.05)
+            model.word_votes.spelling.copy_(spelling(tokenizer, len(tokenizer)))
             torch.nn.init.constant_(model.head.score.bias[1:2], 3.0)  # finds something everywhere
         model.save_pretrained(root / task)
         tokenizer.save_pretrained(root / task)

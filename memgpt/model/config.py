@@ -63,11 +63,9 @@ class MemGPTConfig(PreTrainedConfig):
     window: subword tokens that the understanding tasks read at once; max_history: a reader's items that count.
     task_labels: task → labels; task_balancing: a learned weight for each task's loss. For the multi-task class only.
     topics: of texts, for a second head beside that of their labels; None is no such head.
-    label_temperature: divides a text's logits, so that their softmax is a probability that can be relied on.
-    label_memory_rows: of the table in which the words around a token vote for its label (label_memory.py); 0 is none.
-    label_memory_dropout: share of these votes that is left out at random in training.
-    word_vote_rows: of the table in which a text's words and word pairs vote for its label; 0 is none.
-    word_vote_weight: what their votes count in a text's logits, in answers; training leaves them out.
+    label_temperature: divides the labels' logits in answers, so that their softmax is a probability to rely on.
+    word_vote_rows: of the table in which words vote for the label of a token, or of a text (word_votes.py); 0 is none.
+    word_vote_weight: what their votes count in the logits, in answers; training leaves them out.
     """
 
     model_type = "memgpt"
@@ -125,8 +123,6 @@ class MemGPTConfig(PreTrainedConfig):
     task_balancing: bool = False
     topics: list[str] | None = None
     label_temperature: float | int = 1.0
-    label_memory_rows: int = 0
-    label_memory_dropout: float | int = 0.5
     word_vote_rows: int = 0
     word_vote_weight: float | int = 0.0
 

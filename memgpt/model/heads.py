@@ -16,8 +16,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from memgpt.model.config import MemGPTConfig
-from memgpt.model.label_memory import LabelMemory, WordVotes
 from memgpt.model.model import Block, MemGPTModel, MemGPTPreTrainedModel, RotaryEmbedding
+from memgpt.model.word_votes import TextVotes, TokenVotes
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -138,13 +138,13 @@ def _causal_ones(history: torch.Tensor) -> torch.Tensor:
 
 class MemGPTForTokenClassification(MemGPTPreTrainedModel):
     """A label per token (named entities): the trunk, read in both directions, under a head; with
-    `config.label_memory_rows`, what the words around it vote for too."""
+    `config.word_vote_rows`, what the words around it vote for too."""
 
     def __init__(self, config: MemGPTConfig):
         super().__init__(config)
         self.model = MemGPTModel(config)
         self.head = TokenClassificationHead(config, config.num_labels)
-        self.label_memory = LabelMemory(config) if config.label_memory_rows else None
+        self.word_votes = TokenVotes(config) if config.word_vote_rows else None
         self.post_init()
 
     @can_return_tuple
@@ -168,8 +168,9 @@ class MemGPTForTokenClassification(MemGPTPreTrainedModel):
             **kwargs,
         )
         logits = self.head(outputs.last_hidden_state, attention_mask)
-        if self.label_memory is not None and input_ids is not None:
-            logits = logits + self.label_memory(input_ids, self.model.ngram_hash.canonical_ids)
+        if self.word_votes is not None and input_ids is not None and not self.training:
+            votes = self.word_votes(input_ids, self.model.ngram_hash.canonical_ids)
+            logits = logits + self.config.word_vote_weight * votes
         loss = None if labels is None else _cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -191,7 +192,7 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
         super().__init__(config)
         self.model = MemGPTModel(config)
         self.head = SequenceClassificationHead(config, config.num_labels)
-        self.word_votes = WordVotes(config) if config.word_vote_rows else None
+        self.word_votes = TextVotes(config) if config.word_vote_rows else None
         self.post_init()
 
     @can_return_tuple

@@ -39,8 +39,8 @@ from transformers.utils.output_capturing import capture_outputs
 from memgpt.model import paged
 from memgpt.model.cache import visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
-from memgpt.model.label_memory import WordTable
 from memgpt.model.memory import KnowledgeMemory, NGramHash, RMSNorm
+from memgpt.model.word_votes import WordTable
 
 
 class RotaryEmbedding(nn.Module):
@@ -199,7 +199,8 @@ class Block(GradientCheckpointingLayer):
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if self.memory is not None and entry is not None and position_ids is not None:
+        if self.memory is not None and entry is not None:
+            assert position_ids is not None  # n-grams end where positions start again
             if len(entry) == len(hidden):
                 added = self.memory(hidden, entry, position_ids)
             else:  # a row for each token, in continuous batching
@@ -324,6 +325,11 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 if context_ids is None and past_key_values is not None:
                     context_ids = _recall(past_key_values)
                 memory_entries = self.read_memory(input_ids, position_ids, context_ids)
+        memory_layers = len(self.config.memory_layers or ())
+        if memory_entries is not None and len(memory_entries) != memory_layers:
+            raise ValueError(
+                f"memory_entries: {len(memory_entries)} for {memory_layers} memory layers; see read_memory"
+            )
         entries = iter(memory_entries or ())
         masks = self._masks(
             attention_mode, inputs_embeds, attention_mask, past_key_values, position_ids, packed, prefix_mask

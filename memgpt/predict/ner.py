@@ -63,7 +63,8 @@ class Predictor:
         context = [np.full(len(words), -1) for words in encoded]
         for batch in by_length(rows, batch_size(self.model)):
             arguments = pad([rows[i] for i in batch], self.tokenizer.pad_token_id, self.device)
-            read = self.model(**arguments).logits.float().log_softmax(-1).cpu().numpy()
+            logits = self.model(**arguments).logits.float() / self.model.config.label_temperature
+            read = logits.log_softmax(-1).cpu().numpy()
             for row, i in enumerate(batch):
                 text, first, last = jobs[i]
                 starts = lengths[text][first:last].cumsum() - lengths[text][first:last]

@@ -127,11 +127,13 @@ def save(
     """Everything that predicting needs, into a directory; numbers that were found on the way."""
     training = model.training
     whole = tuning.whole(model).eval()
-    found = judge(task).calibrate(whole, tokenizer, TABLES, params.max_length) if task == "sentiment" else {}
+    module, found = judge(task), {}
+    if hasattr(module, "calibrate"):
+        found = module.calibrate(whole, tokenizer, TABLES, params.max_length)
     whole.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     if task == "recommendation":
-        judge(task).write_index(whole, tokenizer, TABLES, directory, **params.model_dump())
+        module.write_index(whole, tokenizer, TABLES, directory, **params.model_dump())
     model.train(training)
     return found
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from memgpt.model import MemGPTForMultiTask
-from memgpt.model.label_memory import spelling
+from memgpt.model.word_votes import spelling
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -23,6 +23,6 @@ def start(kind: type[Model], task: str, parent: Path, **settings: Any) -> Model:
         model.head.load_state_dict(joint.heads[task].state_dict())
     else:
         model = kind.from_pretrained(parent, **settings)
-    for table in filter(None, (getattr(model, name, None) for name in ("label_memory", "word_votes"))):
+    if (table := getattr(model, "word_votes", None)) is not None:
         table.spelling.copy_(spelling(AutoTokenizer.from_pretrained(parent), model.config.vocab_size))
     return model

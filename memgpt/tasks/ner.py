@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PRIMARY = "f1"
 PICTURE = ("actual", "predicted")  # columns of what `picture` gives
+_STRENGTH = 10.0  # inverse regularisation of the linear model behind word votes
 _RARE = 2  # times that train has a rare entity, at most
 
 
@@ -33,15 +34,18 @@ def model(
     *,
     dropout: float,
     max_length: int,
-    label_memory: int = 0,
-    label_memory_dropout: float = 0.0,
+    word_votes: int = 0,
+    augment: dict[str, float] | None = None,
+    seed: int = 0,
     **_: Any,
 ) -> "MemGPTForTokenClassification":
+    from transformers import AutoTokenizer
+
     from memgpt.model import MemGPTForTokenClassification
-    from memgpt.tasks import heads
+    from memgpt.tasks import heads, votes
 
     tags = labels(tables)
-    return heads.start(
+    started = heads.start(
         MemGPTForTokenClassification,
         "ner",
         parent,
@@ -49,9 +53,13 @@ def model(
         label2id={tag: index for index, tag in enumerate(tags)},
         dropout=dropout,
         window=max_length,
-        label_memory_rows=label_memory,
-        label_memory_dropout=label_memory_dropout,
+        word_vote_rows=word_votes,
+        word_vote_weight=0.0,
     )
+    if started.word_votes is not None:
+        tokenizer = AutoTokenizer.from_pretrained(parent)
+        votes.fit(started, Training(tables, tokenizer, max_length=max_length, augment=augment, seed=seed), _STRENGTH)
+    return started
 
 
 class Training:
@@ -73,7 +81,8 @@ class Training:
 
         index = {tag: place for place, tag in enumerate(labels(tables))}
         self.pad = tokenizer.pad_token_id
-        self.rows: list[tuple[list[int], list[int]]] = []
+        self.ids: list[list[int]] = []
+        self.tags: list[list[int]] = []
         rows = [row for row in rows_of(tables, "ner", split) if row["tokens"]]
         thesaurus = partial(augmentation.neighbours, Path(tokenizer.name_or_path), tokenizer)
         for row in augmentation.ner(rows, seed, thesaurus, **augment or {}):
@@ -83,28 +92,38 @@ class Training:
                 tags: list[int] = []
                 for piece, tag in zip(pieces[first:last], row["tags"][first:last], strict=True):
                     tags += [index[tag]] + [-100] * (len(piece) - 1)
-                self.rows.append((ids, tags[:max_length]))
+                self.ids.append(ids)
+                self.tags.append(tags[:max_length])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.ids)
 
     @property
     def lengths(self) -> list[int]:
-        return [len(ids) for ids, _ in self.rows]
+        return [len(ids) for ids in self.ids]
 
-    def __getitem__(self, place: int) -> tuple[list[int], list[int]]:
-        return self.rows[place]
+    def __getitem__(self, place: int) -> int:
+        return place
 
-    def collate(self, rows: list[tuple[list[int], list[int]]]) -> "dict[str, torch.Tensor]":
+    def collate(self, rows: list[int]) -> "dict[str, torch.Tensor]":
         import torch
 
         from memgpt.predict.batching import pad
 
-        batch = pad([ids for ids, _ in rows], self.pad)
+        batch = pad([self.ids[i] for i in rows], self.pad)
         target = torch.full_like(batch["input_ids"], -100)
-        for place, (_, tags) in enumerate(rows):
-            target[place, : len(tags)] = torch.tensor(tags)
+        for place, i in enumerate(rows):
+            target[place, : len(self.tags[i])] = torch.tensor(self.tags[i])
         return {**batch, "labels": target}
+
+
+def calibrate(
+    model: "MemGPTForTokenClassification", tokenizer: "PreTrainedTokenizerFast", tables: Path, max_length: int
+) -> dict[str, float]:
+    """Weigh votes and set the temperature by the validation split → they."""
+    from memgpt.tasks import votes
+
+    return votes.weigh(model, Training(tables, tokenizer, max_length=max_length, split="validation"))[0]
 
 
 def test_rows(tables: Path, split: str = "test") -> list[dict[str, Any]]:

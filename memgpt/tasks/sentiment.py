@@ -14,13 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from memgpt.model import MemGPTForSequenceClassification
-    from memgpt.model.label_memory import WordVotes
 
 PRIMARY = "macro_f1"
 PICTURE = ("actual", "predicted")  # columns of what `picture` gives
 _TOPIC_TEXTS = 10  # a topic that fewer texts of train have is not predicted
 _STRENGTH = 3.0  # inverse regularisation of the linear model behind word votes
-_NEVER = -10.0  # the vote for a label that no text of train has
 
 
 def labels(tables: Path) -> list[str]:
@@ -40,7 +38,7 @@ def model(
     from transformers import AutoTokenizer
 
     from memgpt.model import MemGPTForSequenceClassification
-    from memgpt.tasks import heads
+    from memgpt.tasks import heads, votes
 
     names = labels(tables)
     started = heads.start(
@@ -57,43 +55,8 @@ def model(
     )
     if started.word_votes is not None:
         data = Training(tables, AutoTokenizer.from_pretrained(parent), max_length=max_length)
-        _fit_votes(started.word_votes, started.model.ngram_hash.canonical_ids, data)
+        votes.fit(started, data, _STRENGTH, balanced=True)
     return started
-
-
-def _fit_votes(votes: "WordVotes", canonical_ids: "torch.Tensor", data: "Training") -> None:
-    """Logistic regression on the words and word pairs of `data`, rare labels counting as much as frequent ones."""
-    import torch
-    from scipy.sparse import csr_matrix, vstack
-    from sklearn.linear_model import LogisticRegression
-
-    from memgpt.predict.batching import by_length
-
-    if len(set(data.labels)) < 2:
-        return
-    batches = list(by_length(data.ids))
-    rows = [votes.addresses(data.collate(batch)["input_ids"], canonical_ids) for batch in batches]
-    texts = torch.zeros(len(votes.idf))  # that have the feature
-    for text in (text for found in rows for text in found):
-        texts[text.unique()] += 1
-    texts[0] = 0
-    known = texts.nonzero()[:, 0]
-    votes.idf[known] = torch.log((1 + len(data)) / (1 + texts[known])) + 1
-    features = [
-        csr_matrix(
-            (votes.values(found).flatten(), (np.repeat(np.arange(len(found)), found[0].numel()), found.flatten())),
-            (len(found), len(votes.idf)),
-        )
-        for found in rows
-    ]
-    linear = LogisticRegression(C=_STRENGTH, class_weight="balanced", max_iter=1000)
-    linear.fit(vstack(features, "csr")[:, known.numpy()], np.array(data.labels)[np.concatenate(batches)])
-    weights, bias = torch.tensor(linear.coef_).float(), torch.tensor(linear.intercept_).float()
-    if len(weights) == 1:  # of two labels: the log-odds of the second
-        weights, bias = torch.cat((-weights, weights)) / 2, torch.cat((-bias, bias)) / 2
-    with torch.no_grad():
-        votes.bias.fill_(_NEVER)[linear.classes_] = bias
-        votes.table.weight[known[:, None], linear.classes_] = weights.T
 
 
 class Training:
@@ -157,57 +120,15 @@ class Training:
 def calibrate(
     model: "MemGPTForSequenceClassification", tokenizer: "PreTrainedTokenizerFast", tables: Path, max_length: int
 ) -> dict[str, float]:
-    """Set the model's `word_vote_weight` and `label_temperature` to those that make the validation split likeliest (the
-    latter: Guo et al. 2017, arXiv 1706.04599) → they, and the calibration error that the split had without."""
-    import torch
-
-    from memgpt.predict.batching import batch_size, by_length
+    """Weigh votes and set the temperature by the validation split → they, and the calibration error that it had
+    without."""
+    from memgpt.tasks import votes
 
     data = Training(tables, tokenizer, max_length=max_length, split="validation")
-    logits, votes = np.zeros((2, len(data), model.config.num_labels))
-    model.config.word_vote_weight = 0.0
-    with torch.no_grad():
-        for batch in by_length(data.ids, batch_size(model)):
-            inputs = data.collate(batch)
-            logits[batch] = model(**inputs).logits.double().numpy()
-            if model.word_votes is not None:
-                canonical = model.model.ngram_hash.canonical_ids
-                votes[batch] = model.word_votes(inputs["input_ids"], canonical).double().numpy()
-    labels, found = np.array(data.labels), {}
+    found, logits, labels = votes.weigh(model, data)
     confidence = np.exp(logits.max(1) - np.logaddexp.reduce(logits, axis=1))
     found["expected_calibration_error_before"] = calibration_error(_bins(confidence, logits.argmax(1) == labels))
-    if model.word_votes is not None:
-        weight = found["word_vote_weight"] = model.config.word_vote_weight = fit_weight(logits, votes, labels)
-        logits += weight * votes
-    found["temperature"] = model.config.label_temperature = fit_temperature(logits, labels)
     return found
-
-
-def fit_weight(logits: np.ndarray, votes: np.ndarray, labels: np.ndarray) -> float:
-    """What `votes` should count beside `logits`, both [N, L], for labels [N]: with the least negative log-likelihood at
-    the best temperature."""
-    from scipy.optimize import minimize
-
-    def loss(scales: np.ndarray) -> float:
-        return _loss(scales[0] * logits + scales[1] * votes, labels)
-
-    of_logits, of_votes = minimize(loss, (1.0, 0.1), bounds=((0.2, 5.0), (0.0, 50.0))).x
-    return round(float(of_votes / of_logits), 4)
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """logits [N, L], labels [N] → the temperature with the least negative log-likelihood.
-
-    Between 0.2 and 5: where every text of the split is right, ever colder would be ever better.
-    """
-
-    steps = np.geomspace(0.2, 5.0, 323)  # of one percent
-    return round(float(min(steps, key=lambda temperature: _loss(logits / temperature, labels))), 4)
-
-
-def _loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean negative log-likelihood of labels [N] under logits [N, L]."""
-    return float((np.logaddexp.reduce(logits, axis=1) - logits[range(len(labels)), labels]).mean())
 
 
 def test_rows(tables: Path, split: str = "test") -> list[dict[str, Any]]:

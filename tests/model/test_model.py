@@ -210,6 +210,8 @@ def test_impossible_shapes_are_refused_by_name(changes, words) -> None:
 def test_wrong_calls_are_refused(model: MemGPTForCausalLM, ids: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="attention_mode"):
         model(ids, attention_mode="sideways")
+    with pytest.raises(ValueError, match="memory_entries: 1 for 2 memory layers"):
+        model(ids, memory_entries=model.model.read_memory(ids, torch.arange(12)[None])[:1])
 
 
 def test_four_training_steps_give_the_golden_losses(ids: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memgpt.predict.words import joined_words, spans_from_tags
-from memgpt.tasks import base, ner, recommendation, sentiment
+from memgpt.tasks import base, ner, recommendation, sentiment, votes
 
 
 def put(root: Path, source: str, table: str, rows: list[dict]) -> None:
@@ -111,9 +111,9 @@ def test_the_fitted_temperature_is_the_one_that_was_planted() -> None:
     random = np.random.default_rng(0)
     honest = random.normal(size=(4000, 3)) * 2
     labels = np.array([random.choice(3, p=np.exp(row) / np.exp(row).sum()) for row in honest])
-    assert sentiment.fit_temperature(honest * 2.5, labels) == pytest.approx(2.5, rel=0.06)
-    assert sentiment.fit_temperature(honest * 0.5, labels) == pytest.approx(0.5, rel=0.06)
-    assert sentiment.fit_temperature(np.eye(3), np.arange(3)) >= 0.2
+    assert votes.fit_temperature(honest * 2.5, labels) == pytest.approx(2.5, rel=0.06)
+    assert votes.fit_temperature(honest * 0.5, labels) == pytest.approx(0.5, rel=0.06)
+    assert votes.fit_temperature(np.eye(3), np.arange(3)) >= 0.2
 
 
 def opinions(root: Path, split: str, rows: list[tuple[str, str, str | None]]) -> None:
@@ -225,6 +225,32 @@ def test_words_vote_where_the_deep_model_knows_nothing(tmp_path: Path, tokenizer
     assert model.train()(**batch).logits.argmax(-1).unique().tolist() == [0]
 
 
+def test_words_vote_for_tags_by_their_context(tmp_path: Path, tokenizer) -> None:
+    """Who comes after Mr is a person: also one who was never seen."""
+    import torch
+
+    from memgpt.model import MemGPTForCausalLM
+
+    def tagged(names: list[str]) -> list[dict]:
+        lines = [f"so Mr {name} left and {name} said" for name in names]
+        return [{"tokens": line.split(), "tags": ["O", "O", "B-PER", *"OOOO"]} for line in lines]
+
+    for split, names in (("train", ["Ada", "Brandt", "Zork", "Yulia"]), ("validation", ["Quill", "Omar"])):
+        put(tmp_path, "ner", split, tagged(names))
+    (tmp_path / "ner/manifest.json").write_text(json.dumps({"labels": ["LOC", "PER"]}))
+    tokenizer.save_pretrained(tmp_path / "core")
+    MemGPTForCausalLM(small().config).save_pretrained(tmp_path / "core")
+    model = ner.model(tmp_path / "core", tmp_path, dropout=0.0, max_length=32, word_votes=4999).eval()
+    with torch.no_grad():
+        model.head.score.weight.zero_()
+    found = ner.calibrate(model, tokenizer, tmp_path, max_length=32)
+    assert found["word_vote_weight"] == model.config.word_vote_weight > 1
+    data = ner.Training(tmp_path, tokenizer, max_length=32, split="validation")
+    batch = data.collate([0, 1])
+    kept = batch["labels"] != -100
+    assert torch.equal(model(**batch).logits.argmax(-1)[kept], batch["labels"][kept])
+
+
 def test_texts_of_one_label_leave_the_votes_empty(tmp_path: Path, tokenizer) -> None:
     from memgpt.model import MemGPTForCausalLM
 
@@ -239,8 +265,8 @@ def test_votes_that_say_nothing_count_nothing() -> None:
     random = np.random.default_rng(0)
     labels = random.integers(3, size=500)
     knows = 2.0 * np.eye(3)[labels]
-    assert sentiment.fit_weight(knows, random.normal(size=(500, 3)), labels) < 0.2
-    assert sentiment.fit_weight(random.normal(size=(500, 3)), knows, labels) > 5
+    assert votes.fit_weight(knows, random.normal(size=(500, 3)), labels) < 0.2
+    assert votes.fit_weight(random.normal(size=(500, 3)), knows, labels) > 5
 
 
 def test_topics_are_learnt_where_enough_texts_have_them(tmp_path: Path, tokenizer) -> None:

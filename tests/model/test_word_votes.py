@@ -1,4 +1,4 @@
-"""Votes of words: silent at first, blind to padding, quick to learn what words say of a token's label or a text's."""
+"""Votes of words: silent at first, blind to padding, left alone by training."""
 
 import math
 from itertools import chain
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 
 from memgpt import config, tuning
 from memgpt.model import (
@@ -16,7 +15,7 @@ from memgpt.model import (
     MemGPTTokenizer,
     canonical_ids,
 )
-from memgpt.model.label_memory import FEATURES, spelling
+from memgpt.model.word_votes import TOKEN_FEATURES, spelling
 from memgpt.predict.words import encode_words
 
 NAMES = ["Ada", "Brandt", "Zork", "Yulia", "Quill", "Omar"]
@@ -34,9 +33,9 @@ SHAPE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, memory_l
 @pytest.fixture
 def model(tokenizer: MemGPTTokenizer) -> MemGPTForTokenClassification:
     torch.manual_seed(0)
-    shape = MemGPTConfig(vocab_size=len(tokenizer), **SHAPE, label_memory_rows=9973)
+    shape = MemGPTConfig(vocab_size=len(tokenizer), **SHAPE, word_vote_rows=9973, word_vote_weight=0.5)
     made = MemGPTForTokenClassification(shape).eval()
-    made.label_memory.spelling.copy_(spelling(tokenizer, shape.vocab_size))
+    made.word_votes.spelling.copy_(spelling(tokenizer, shape.vocab_size))
     made.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer))
     return made
 
@@ -48,84 +47,39 @@ def ids(tokenizer: MemGPTTokenizer, text: str) -> torch.Tensor:
 def test_it_starts_silent(model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer) -> None:
     text = ids(tokenizer, "Mr Ada left")
     before = model(text).logits
-    model.label_memory = None
+    model.word_votes = None
     assert torch.equal(model(text).logits, before)
 
 
 def test_padding_and_neighbours_in_the_batch_change_nothing(
     model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer
 ) -> None:
-    torch.nn.init.normal_(model.label_memory.table.weight[1:])
+    torch.nn.init.normal_(model.word_votes.table.weight[1:])
     canonical = model.model.ngram_hash.canonical_ids
     short, long = ids(tokenizer, "Mr Ada left"), ids(tokenizer, "so said Mr Yulia Quill and left")
     room = long.shape[1] - short.shape[1]
     batch = torch.cat((torch.nn.functional.pad(short, (0, room), value=tokenizer.pad_token_id), long))
-    votes = model.label_memory(batch, canonical)
-    torch.testing.assert_close(votes[:1, : short.shape[1]], model.label_memory(short, canonical))
+    votes = model.word_votes(batch, canonical)
+    torch.testing.assert_close(votes[:1, : short.shape[1]], model.word_votes(short, canonical))
     assert not votes[0, short.shape[1] :].any()
 
 
 def test_a_words_tokens_vote_alike_and_its_case_and_context_count(
     model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer
 ) -> None:
-    memory, canonical = model.label_memory, model.model.ngram_hash.canonical_ids
+    votes, canonical = model.word_votes, model.model.ngram_hash.canonical_ids
     text = ids(tokenizer, "so Xqyvia left")
-    words = memory.words(text)[0]
+    words = votes.words(text)[0]
     assert words.max() == 2
     assert (words == 1).sum() > 1  # a word of several tokens
-    addresses = memory.addresses(text, canonical)[0]
+    addresses = votes.addresses(text, canonical)[0]
     assert (addresses[words == 1] == addresses[words == 1][0]).all()
-    upper, lower = (memory.addresses(ids(tokenizer, f"so {word} left"), canonical)[0, 1] for word in ("So", "so"))
-    differ = {FEATURES[place] for place in (upper != lower).nonzero()[:, 0].tolist()}
+    upper, lower = (votes.addresses(ids(tokenizer, f"so {word} left"), canonical)[0, 1] for word in ("So", "so"))
+    differ = {TOKEN_FEATURES[place] for place in (upper != lower).nonzero()[:, 0].tolist()}
     assert (("exact", 0),) in differ
     assert (("shape", 0),) in differ
     assert (("word", 0),) not in differ  # folded
     assert (("word", -1),) not in differ
-
-
-def test_it_learns_a_rule_of_context_and_spelling_from_few_examples(
-    model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer
-) -> None:
-    """Who comes after Mr is a person: also one who was never seen."""
-    memory, canonical = model.label_memory.train(), model.model.ngram_hash.canonical_ids
-    optimizer = torch.optim.Adagrad(memory.parameters(), lr=0.5)
-    for _ in range(20):
-        for name in NAMES[:-1]:
-            for start in ("so Mr", "left and"):
-                text = ids(tokenizer, f"{start} {name} left")
-                gold = ((memory.words(text) == 2) & (start == "so Mr")).long()
-                loss = torch.nn.functional.cross_entropy(memory(text, canonical)[0], gold[0])
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    text = ids(tokenizer, f"so Mr {NAMES[-1]} left and {NAMES[-1]} said")
-    found = memory.eval()(text, canonical).argmax(-1)
-    assert torch.equal(found, (memory.words(text) == 2).long())
-
-
-def test_it_is_saved_and_trained_beside_low_rank_changes(
-    model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer, tmp_path: Path
-) -> None:
-    document = config.read("params.yaml")
-    config.override(document, ["finetune.ner.tune=lora"])
-    wrapped = tuning.prepare(model, config.parse(document).finetune.ner, 10)
-    assert isinstance(wrapped, PeftModel)
-    trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
-    assert any("label_memory" in name for name in trained)
-    text = ids(tokenizer, "so Mr Ada left")
-    wrapped(input_ids=text, labels=torch.ones_like(text)).loss.backward()
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "label_memory" in name and parameter.grad is not None:
-                parameter -= parameter.grad
-    whole = tuning.whole(wrapped).eval()
-    whole.save_pretrained(tmp_path)
-    again = MemGPTForTokenClassification.from_pretrained(tmp_path).eval()
-    assert again.label_memory.table.weight.any()
-    assert torch.equal(again(text).logits, whole(text).logits)
-
-
-# --- word votes
 
 
 @pytest.fixture
@@ -170,24 +124,30 @@ def test_a_text_votes_with_each_of_its_words_and_word_pairs_once(
         torch.testing.assert_close(found, expected)
 
 
-def test_votes_count_in_answers_and_not_in_training(
-    classifier: MemGPTForSequenceClassification, tokenizer: MemGPTTokenizer, tmp_path: Path
-) -> None:
+@pytest.fixture(params=["token", "text"])
+def voting(request: pytest.FixtureRequest, model, classifier):
+    """A model of each kind whose words say something."""
+    torch.nn.init.normal_(model.word_votes.table.weight[1:])
+    return {"token": model, "text": classifier}[request.param]
+
+
+def test_votes_count_in_answers_and_not_in_training(voting, tokenizer: MemGPTTokenizer, tmp_path: Path) -> None:
     text = encoded(tokenizer, "so Mr Ada left")
-    answer, training = classifier(text).logits, classifier.train()(text, labels=torch.ones(1, dtype=torch.long))
-    classifier.save_pretrained(tmp_path)
-    again = MemGPTForSequenceClassification.from_pretrained(tmp_path).eval()
+    answer = voting(text).logits
+    training = voting.train()(text, labels=torch.ones(answer.shape[:-1], dtype=torch.long))
+    voting.save_pretrained(tmp_path)
+    again = type(voting).from_pretrained(tmp_path).eval()
     assert torch.equal(again(text).logits, answer)
     votes = again.word_votes(text, again.model.ngram_hash.canonical_ids)
     torch.testing.assert_close(answer, training.logits + 0.5 * votes)
     training.loss.backward()
-    assert classifier.word_votes.table.weight.grad is None
+    assert voting.word_votes.table.weight.grad is None
 
 
-def test_low_rank_tuning_leaves_votes_alone(classifier: MemGPTForSequenceClassification) -> None:
+def test_low_rank_tuning_leaves_votes_alone(voting) -> None:
     document = config.read("params.yaml")
-    config.override(document, ["finetune.sentiment.tune=lora"])
-    wrapped = tuning.prepare(classifier, config.parse(document).finetune.sentiment, 10)
+    config.override(document, ["finetune.ner.tune=lora"])
+    wrapped = tuning.prepare(voting, config.parse(document).finetune.ner, 10)
     trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
     assert any("head" in name for name in trained)
     assert not any("word_votes" in name for name in trained)

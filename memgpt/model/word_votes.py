@@ -1,13 +1,12 @@
 """Tables, addressed by words, in which labels have votes: which words were seen with which label.
 
-The label memory votes for the label of a token by the words around it, and is trained with the deep model. Word votes
-are for the label of a text, by its words and word pairs: fitted by themselves, and weighed against the deep model last.
+A token's label has the votes of the words around it, a text's label those of its words and word pairs. The deep model
+generalises; such a table remembers, and needs few examples for it. Their logits are added up, as in *Wide & Deep
+Learning* (arXiv 1606.07792), with hashed features (Weinberger et al. 2009, arXiv 0902.2206): of a token, the kind that
+a conditional random field is given. Addresses depend on token ids alone, as those of the knowledge memory do.
 
-The deep model generalises; a table of which words were seen with which label remembers, and needs few examples for it.
-Their logits are added up, as in *Wide & Deep Learning* (arXiv 1606.07792), with hashed features (Weinberger et al.
-2009, arXiv 0902.2206), the label memory's of the kind that a conditional random field is given. Addresses depend on
-token ids alone, as those of the knowledge memory do. Shape letters: B batch, T positions, L labels, F features
-of a word.
+The votes are a linear model, fitted by itself (`memgpt.tasks.votes`); training leaves them alone. Shape letters: B
+batch, T positions, L labels, F features of a word.
 """
 
 import torch
@@ -18,8 +17,8 @@ from memgpt.model.config import MemGPTConfig
 
 # A feature: the views of one or more words, each at a distance from the token's own.
 Features = tuple[tuple[tuple[str, int], ...], ...]
-PAIRS: Features = ((("word", 0),), (("word", 0), ("word", 1)))
-FEATURES: Features = (
+TEXT_FEATURES: Features = ((("word", 0),), (("word", 0), ("word", 1)))
+TOKEN_FEATURES: Features = (
     *(((view, 0),) for view in ("exact", "word", "first", "last", "shape")),
     *(((view, distance),) for distance in (-2, -1, 1, 2) for view in ("word", "last", "shape")),
     (("word", -1), ("word", 0)),
@@ -63,19 +62,27 @@ def _kind(text: str) -> int:
 
 
 class WordTable(nn.Module):
-    """A row for each feature of a word, in which the labels have their votes.
+    """A row for each feature of a word, in which the labels have their votes; each label's bias.
 
     A word begins with a space, as `memgpt.predict` gives them. Its views: exact (its tokens), word (their canonical
     ids), first and last (of them, if there are several), shape (kinds of its first three).
     """
 
-    def __init__(self, config: MemGPTConfig, rows: int, features: Features):
+    features: Features
+
+    def __init__(self, config: MemGPTConfig):
         super().__init__()
-        self.rows, self.features = rows, features
+        self.rows = config.word_vote_rows
         self.pad = -1 if config.pad_token_id is None else config.pad_token_id
-        self.table = nn.Embedding(1 + rows, config.num_labels, padding_idx=0)
+        self.table = nn.Embedding(1 + self.rows, config.num_labels, padding_idx=0)
         self.table._memory_table = True  # type: ignore[assignment]  # starts at zero
+        self.table.weight.requires_grad_(False)
+        self.bias = nn.Buffer(torch.zeros(config.num_labels))
         self.spelling = nn.Buffer(torch.zeros(config.vocab_size, dtype=torch.long))
+
+    def values(self, rows: torch.Tensor) -> torch.Tensor:
+        """What each feature of a token or a text counts: rows [..., F] → [..., F]."""
+        return (rows > 0).float()
 
     def words(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[B, T]: which word of its row a token is in, from 0. A padding token is one by itself."""
@@ -113,45 +120,45 @@ class WordTable(nn.Module):
         return of_tokens.masked_fill(blank[..., None], 0)
 
 
-class LabelMemory(WordTable):
-    """Token ids → what the words at and around each token add to the logits of its labels."""
+class TokenVotes(WordTable):
+    """Token ids → what the words at and around each token say of its label."""
 
-    def __init__(self, config: MemGPTConfig):
-        super().__init__(config, config.label_memory_rows, FEATURES)
-        self.dropout = config.label_memory_dropout
-        self.table._label_memory = True  # type: ignore[assignment]  # has a learning rate of its own
+    features = TOKEN_FEATURES
 
     def forward(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [B, T], canonical_ids [V] → votes [B, T, L]."""
-        votes = self.table(self.addresses(input_ids, canonical_ids))
-        if self.training:
-            kept = torch.rand(votes.shape[:-1], device=votes.device) >= self.dropout
-            votes = votes * (kept / (1 - self.dropout))[..., None]
-        return votes.sum(-2)
+        return self.table(self.addresses(input_ids, canonical_ids)).sum(-2) + self.bias
 
 
-class WordVotes(WordTable):
-    """Token ids → what the words and word pairs of a text say about its label: a linear model on their idf values, each
-    counted once, as a vector of length 1.
+class TextVotes(WordTable):
+    """Token ids → what the words and word pairs of a text say of its label, by their idf values, each counted once, as
+    a vector of length 1. Punctuation marks are words of their own."""
 
-    Punctuation marks are words of their own. `tasks.sentiment` fits table, idf and bias; training leaves them alone.
-    """
+    features = TEXT_FEATURES
 
     def __init__(self, config: MemGPTConfig):
-        super().__init__(config, config.word_vote_rows, PAIRS)
-        self.table.weight.requires_grad_(False)
+        super().__init__(config)
         self.idf = nn.Buffer(torch.zeros(1 + self.rows))
-        self.bias = nn.Buffer(torch.zeros(config.num_labels))
 
     def forward(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [B, T], canonical_ids [V] → votes [B, L]."""
         rows = self.addresses(input_ids, canonical_ids)
-        return (self.table(rows) * self.values(rows)[..., None]).sum((1, 2)) + self.bias
+        values = self.values(rows.flatten(1)).view_as(rows)
+        return (self.table(rows) * values[..., None]).sum((1, 2)) + self.bias
 
     def values(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of what `addresses` gives, rows [B, T, F]: the idf of each, over the length of the text's vector."""
+        """The idf of each, over the length of the text's vector."""
         idf = self.idf[rows]
-        return idf / idf.square().sum((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
+        return idf / idf.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-6)
+
+    def count(self, texts: list[torch.Tensor]) -> None:
+        """Set the idf values from addresses [N, F] of all texts."""
+        having = torch.zeros(len(self.idf))
+        for text in (text for rows in texts for text in rows):
+            having[text.unique()] += 1
+        having[0] = 0
+        known = having.nonzero()[:, 0]
+        self.idf[known] = torch.log((1 + sum(map(len, texts))) / (1 + having[known])) + 1
 
     def words(self, input_ids: torch.Tensor) -> torch.Tensor:
         marks = self.spelling[input_ids] % _STARTS == _KINDS.index("marks")
