@@ -125,7 +125,7 @@ def bert(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
         hidden_dropout_prob=params.dropout,
         attention_probs_dropout_prob=params.dropout,
     )
-    model.config.window = params.max_length
+    model.config.window, model.config.label_temperature = params.max_length, 1.0
     tokenizer = AutoTokenizer.from_pretrained(cells.WORK / "tokenizer")
     data = module.Training(TABLES, tokenizer, **params.model_dump())
     steps = params.epochs * math.ceil(len(data) / params.batch_size)
