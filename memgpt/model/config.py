@@ -64,6 +64,7 @@ class MemGPTConfig(PreTrainedConfig):
     task_labels: task → labels; task_balancing: a learned weight for each task's loss. For the multi-task class only.
     topics: of texts, for a second head beside that of their labels; None is no such head.
     label_temperature: divides the labels' logits in answers, so that their softmax is a probability to rely on.
+    outside_bias: taken from the log-probability of "outside" when the tags of a text are chosen.
     word_vote_rows: of the table in which words vote for the label of a token, or of a text (word_votes.py); 0 is none.
     word_vote_weight: what their votes count in the logits, in answers; training leaves them out.
     """
@@ -123,6 +124,7 @@ class MemGPTConfig(PreTrainedConfig):
     task_balancing: bool = False
     topics: list[str] | None = None
     label_temperature: float | int = 1.0
+    outside_bias: float | int = 0.0
     word_vote_rows: int = 0
     word_vote_weight: float | int = 0.0
 

@@ -1,12 +1,13 @@
 """Text → named entities with their place in it."""
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memgpt.model import MemGPTForTokenClassification
 from memgpt.model.residency import Residency, load
@@ -18,7 +19,6 @@ class Predictor:
     def __init__(self, directory: Path | str, device: str = "cpu", memory: Residency = "resident"):
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self.model = load(MemGPTForTokenClassification, directory, memory).to(device).eval()
-        self.device = device
 
     def predict(self, inputs: list[str | list[str]]) -> list[list[dict[str, Any]]]:
         """Per text, its entities as {text, type, score, start, end} in order of place.
@@ -26,17 +26,15 @@ class Predictor:
         A list of words counts as their text with single spaces between. A text longer than the model's window is read
         in overlapping windows; each word is judged in the one that shows most of its surroundings, and the tags of all
         words are chosen together, so that no entity is cut where two windows meet. score: geometric mean of the
-        probabilities of its words' tags.
+        probabilities of its words' tags, which may be below one half (`outside_bias` of the model's configuration).
         """
         texts = [text if isinstance(text, str) else " ".join(text) for text in inputs]
         places = [split_words(t) if isinstance(t, str) else joined_words(t) for t in inputs]
-        encoded = encode_rows(
-            self.tokenizer, [[text[a:b] for a, b in spans] for text, spans in zip(texts, places, strict=True)]
-        )
+        words = [[text[a:b] for a, b in spans] for text, spans in zip(texts, places, strict=True)]
         tags = [self.model.config.id2label[label] for label in range(self.model.config.num_labels)]
         answers = []
-        for text, spans, scores in zip(texts, places, self._score(encoded), strict=True):
-            path = best_path(scores, tags)
+        for text, spans, scores in zip(texts, places, word_scores(self.model, self.tokenizer, words), strict=True):
+            path = best_path(scores, tags, self.model.config.outside_bias)
             chosen = scores[range(len(path)), path]
             entities = []
             for kind, first, last in spans_from_tags([tags[label] for label in path]):
@@ -48,28 +46,32 @@ class Predictor:
             answers.append(entities)
         return answers
 
-    @torch.no_grad()
-    def _score(self, encoded: list[list[list[int]]]) -> list[np.ndarray]:
-        """Subwords of the words of each text → log-probabilities [words, L] of each text."""
-        size, count = self.model.config.window, self.model.config.num_labels
-        lengths = [np.array([len(word) for word in words], dtype=int) for words in encoded]
-        jobs = [
-            (text, first, last)
-            for text, words in enumerate(lengths)
-            for first, last in (windows(words.tolist(), size) if len(words) else [])
-        ]
-        rows = [[*chain.from_iterable(encoded[text][first:last])][:size] for text, first, last in jobs]
-        scores = [np.zeros((len(words), count)) for words in encoded]
-        context = [np.full(len(words), -1) for words in encoded]
-        for batch in by_length(rows, batch_size(self.model)):
-            arguments = pad([rows[i] for i in batch], self.tokenizer.pad_token_id, self.device)
-            logits = self.model(**arguments).logits.float() / self.model.config.label_temperature
-            read = logits.log_softmax(-1).cpu().numpy()
-            for row, i in enumerate(batch):
-                text, first, last = jobs[i]
-                starts = lengths[text][first:last].cumsum() - lengths[text][first:last]
-                shown = np.minimum(np.arange(last - first), np.arange(last - first)[::-1])  # words on its poorer side
-                better = shown > context[text][first:last]
-                context[text][first:last][better] = shown[better]
-                scores[text][first:last][better] = read[row, starts[better]]
-        return scores
+
+@torch.no_grad()
+def word_scores(
+    model: MemGPTForTokenClassification, tokenizer: PreTrainedTokenizerFast, words: Sequence[Sequence[str]]
+) -> list[np.ndarray]:
+    """The words of each text → log-probabilities [words, L] of each text."""
+    size, count = model.config.window, model.config.num_labels
+    encoded = encode_rows(tokenizer, words)
+    lengths = [np.array([len(piece) for piece in pieces], dtype=int) for pieces in encoded]
+    jobs = [
+        (text, first, last)
+        for text, sizes in enumerate(lengths)
+        for first, last in (windows(sizes.tolist(), size) if len(sizes) else [])
+    ]
+    rows = [[*chain.from_iterable(encoded[text][first:last])][:size] for text, first, last in jobs]
+    scores = [np.zeros((len(pieces), count)) for pieces in encoded]
+    context = [np.full(len(pieces), -1) for pieces in encoded]
+    for batch in by_length(rows, batch_size(model)):
+        arguments = pad([rows[i] for i in batch], tokenizer.pad_token_id, model.device)
+        logits = model(**arguments).logits.float() / model.config.label_temperature
+        read = logits.log_softmax(-1).cpu().numpy()
+        for row, i in enumerate(batch):
+            text, first, last = jobs[i]
+            starts = lengths[text][first:last].cumsum() - lengths[text][first:last]
+            shown = np.minimum(np.arange(last - first), np.arange(last - first)[::-1])  # words on its poorer side
+            better = shown > context[text][first:last]
+            context[text][first:last][better] = shown[better]
+            scores[text][first:last][better] = read[row, starts[better]]
+    return scores

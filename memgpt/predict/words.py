@@ -73,14 +73,16 @@ def windows(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
         first = max(first + 1, (first + last) // 2)
 
 
-def best_path(scores: np.ndarray, tags: Sequence[str]) -> list[int]:
-    """Log-probabilities [words, L] of the L tags → the likeliest well-formed BIO sequence, as indices of tags.
+def best_path(scores: np.ndarray, tags: Sequence[str], outside_bias: float = 0.0) -> list[int]:
+    """Log-probabilities [words, L] of the L tags → the likeliest well-formed BIO sequence, as indices of tags, after
+    `outside_bias` was taken from those of O.
 
     Viterbi: an I- may only follow a B- or I- of its type. Where the best tag of each word already gives such a
     sequence, it is the answer; that spares most texts the loop.
     """
     if not len(scores):
         return []
+    scores = scores - outside_bias * (np.array(tags) == "O")
     kinds = np.array([tag[2:] for tag in tags])
     free = np.array([not tag.startswith("I-") for tag in tags])  # may follow anything
     allowed = free | (kinds[:, None] == kinds)  # [before, tag]

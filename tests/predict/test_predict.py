@@ -84,9 +84,11 @@ def test_spans_from_tags_mend_what_continues_nothing() -> None:
     ]
 
 
+@pytest.mark.parametrize("outside_bias", [0.0, 1.5])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_the_best_path_is_the_best_of_all_well_formed_ones(count: int) -> None:
+def test_the_best_path_is_the_best_of_all_well_formed_ones(count: int, outside_bias: float) -> None:
     random = np.random.default_rng(count)
+    less = outside_bias * np.array([tag == "O" for tag in TAGS])
     for _ in range(20):
         scores = np.log(random.dirichlet(np.ones(len(TAGS)), size=count))
         well_formed = [
@@ -94,8 +96,8 @@ def test_the_best_path_is_the_best_of_all_well_formed_ones(count: int) -> None:
             for path in itertools.product(range(len(TAGS)), repeat=count)
             if bio_error([TAGS[label] for label in path]) is None
         ]
-        best = max(well_formed, key=lambda path: scores[range(count), path].sum())
-        assert words.best_path(scores, TAGS) == list(best)
+        best = max(well_formed, key=lambda path: (scores - less)[range(count), path].sum())
+        assert words.best_path(scores, TAGS, outside_bias) == list(best)
 
 
 class _Reader(torch.nn.Module):

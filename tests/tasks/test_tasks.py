@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from memgpt.predict.words import joined_words, spans_from_tags
+from memgpt.predict.words import best_path, joined_words, spans_from_tags
 from memgpt.tasks import base, ner, recommendation, sentiment, votes
 
 
@@ -245,10 +245,32 @@ def test_words_vote_for_tags_by_their_context(tmp_path: Path, tokenizer) -> None
         model.head.score.weight.zero_()
     found = ner.calibrate(model, tokenizer, tmp_path, max_length=32)
     assert found["word_vote_weight"] == model.config.word_vote_weight > 1
+    assert found["outside_bias"] == model.config.outside_bias == 0  # nothing is missed
     data = ner.Training(tmp_path, tokenizer, max_length=32, split="validation")
     batch = data.collate([0, 1])
     kept = batch["labels"] != -100
     assert torch.equal(model(**batch).logits.argmax(-1)[kept], batch["labels"][kept])
+
+
+def test_entities_are_told_from_the_probability_on_that_f1_pays_for(tmp_path: Path) -> None:
+    """Rare and uncertain ones: four hundred texts of one-word entities, each as probable as the model says."""
+    from seqeval.metrics import f1_score
+
+    random, tags = np.random.default_rng(0), ["O", "B-PER", "I-PER"]
+    probable = random.beta(0.3, 2, size=(400, 30))
+    gold = [["B-PER" if drawn else "O" for drawn in row] for row in random.random((400, 30)) < probable]
+    scores = [np.log(np.stack((0.999 - row, row, np.full(30, 0.001)), axis=1).clip(1e-6)) for row in probable]
+
+    def f1(bias: float) -> float:
+        return f1_score(gold, [[tags[i] for i in best_path(row, tags, bias)] for row in scores])
+
+    bias = ner.fit_outside_bias(scores, gold, tags)
+    assert bias == pytest.approx(np.log((2 - f1(bias)) / f1(bias)), abs=0.05)
+    assert f1(bias) > f1(0) + 0.1
+    assert f1(bias) > max(f1(other) for other in np.linspace(0, 3, 13)) - 0.02
+    sure = [np.log(np.eye(3)[[tags.index(tag) for tag in row]] + 1e-9) for row in gold]
+    assert ner.fit_outside_bias(sure, gold, tags) == 0
+    assert ner.fit_outside_bias(scores, [["O"] * 30] * 400, tags) == 3  # nothing to find
 
 
 def test_texts_of_one_label_leave_the_votes_empty(tmp_path: Path, tokenizer) -> None:
