@@ -118,7 +118,8 @@ def encode(sentences: list[list[str]], folder: Path, rounds: int, compiled: bool
         """Ours and the peers through one predictor: the same tokens, buckets and entities."""
         predictor = predict.load("ner", folder)
         predictor.model = model.eval()
-        predictor.model.config.window, predictor.model.config.label_temperature = small.window, 1.0
+        shape = predictor.model.config
+        shape.window, shape.label_temperature, shape.outside_bias = small.window, 1.0, 0.0
         return predictor.predict
 
     def ours(width: int, rows: int = ROWS, compile: bool = False) -> Callable[[list[str]], Any]:

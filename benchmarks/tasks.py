@@ -33,10 +33,12 @@ RESAMPLES = 1000
 Cells = list[tuple[str, dict[str, Any]]]
 # Values that are tried on validation, by system. Ours has as many as each peer, or fewer.
 RATES = [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)]
+CRF = [{"c1": c1, "c2": c2} for c1 in (0.01, 0.1, 0.5) for c2 in (0.01, 0.1)]
 TRIALS: dict[str, list[dict[str, Any]]] = {
     "memgpt": RATES,
     "bert": RATES,
-    "crf": [{"c1": c1, "c2": c2} for c1 in (0.01, 0.1, 0.5) for c2 in (0.01, 0.1)],
+    "crf": CRF,
+    "crf_biased": CRF,
     "bag_of_words": [{"strength": c} for c in (0.3, 1.0, 3.0, 10.0, 30.0)],
     "item_knn": [{"neighbours": k} for k in (20, 50, 100, 300)],
     "ease": [{"penalty": penalty} for penalty in (100, 250, 500, 1000, 2000)],
@@ -44,7 +46,7 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     "popularity": [],
 }
 PEERS = {
-    "ner": ("bert", "crf"),
+    "ner": ("bert", "crf", "crf_biased"),
     "sentiment": ("bert", "bag_of_words"),
     "recommendation": ("popularity", "item_knn", "ease", "sasrec"),
 }
