@@ -54,6 +54,8 @@ def fit(
             f"data.{task}.uri: no training example in {tables}; give more rows "
             "(of a reader's items the last two are held out, and learning from the others takes two)"
         )
+    if not module.test_rows(TABLES, "validation"):
+        raise UserError(f"data.{task}.uri: no validation example in {tables}, to calibrate and judge by; give some")
     epoch_steps = -(-len(data) // params.batch_size)
     steps = params.epochs * epoch_steps
     model = tuning.prepare(model, params, steps)

@@ -1,6 +1,7 @@
 """Fine-tuning on the tiny pipeline's tables: what each setting trains, keeps and resumes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from importlib import import_module
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import Pipeline
@@ -90,6 +92,21 @@ def test_only_what_is_tuned_changes(place: Path, monkeypatch: pytest.MonkeyPatch
     assert not any("lora" in name or "base_layer" in name for name in weights), "merged"
     (answer,) = predict.load("sentiment", place / "models/sentiment").predict(["Profit rose."])
     assert abs(sum(answer["scores"].values()) - 1) < 1e-4
+
+
+@pytest.mark.parametrize(("split", "word"), [("train", "training"), ("validation", "validation")])
+def test_a_split_without_rows_is_told_before_training(
+    place: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, split: str, word: str
+) -> None:
+    (place / "data").unlink()
+    tables = place / "data/tables/ner"
+    shutil.copytree(pipeline.root / "data/tables/ner", tables)
+    empty = pq.read_table(tables / f"{split}.parquet").slice(0, 0)
+    (tables / f"{split}.parquet").unlink()
+    pq.write_table(empty, tables / f"{split}.parquet")
+    monkeypatch.chdir(place)
+    with pytest.raises(UserError, match=rf"data\.ner\.uri: no {word} example"):
+        finetune.run(config.load(), "ner")
 
 
 def test_a_merged_adapter_computes_the_same() -> None:
