@@ -40,7 +40,7 @@ from memgpt.model import paged
 from memgpt.model.cache import visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
 from memgpt.model.memory import KnowledgeMemory, NGramHash, RMSNorm
-from memgpt.model.word_votes import WordTable
+from memgpt.model.word_votes import VoteTable, WordTable
 
 
 class RotaryEmbedding(nn.Module):
@@ -238,16 +238,20 @@ class MemGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
         elif isinstance(module, KnowledgeMemory) and module.lead:
             init.zeros_(module.taps)
-        elif isinstance(module, WordTable):
+        elif isinstance(module, (VoteTable, WordTable)):
             for values in module.buffers(recurse=False):
                 init.zeros_(values)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        ngram_hash = self.base_model.ngram_hash
-        known = ngram_hash.canonical_ids[: embeddings.num_embeddings]
-        added = torch.arange(len(known), embeddings.num_embeddings, device=known.device)
+        ngram_hash, size = self.base_model.ngram_hash, embeddings.num_embeddings
+        known = ngram_hash.canonical_ids[:size]
+        added = torch.arange(len(known), size, device=known.device)
         ngram_hash.canonical_ids = nn.Buffer(torch.cat((known, added)))
+        for module in self.modules():
+            if isinstance(module, WordTable):  # which knows nothing of the spelling of new tokens
+                spelling = module.spelling
+                module.spelling = nn.Buffer(nn.functional.pad(spelling, (0, size - len(spelling))))
         return embeddings
 
     @classmethod
