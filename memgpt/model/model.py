@@ -375,8 +375,11 @@ class MemGPTModel(MemGPTPreTrainedModel):
         return tuple(memory.look_up(addresses) for memory in memories if isinstance(memory, KnowledgeMemory))
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
-        # On an accelerator this would wait for the device at every call, and an index error is raised there anyway.
-        if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+        if torch.compiler.is_compiling():
+            return
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids: expected [texts, tokens] with one or more of each, got {[*input_ids.shape]}")
+        if input_ids.device.type != "cpu":  # it would wait for the device at every call, which raises an error anyway
             return
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:

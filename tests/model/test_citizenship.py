@@ -315,6 +315,9 @@ def test_ids_and_lengths_beyond_the_model_are_refused(kind) -> None:
     for bad in (64, -1):
         with pytest.raises(ValueError, match="vocabulary"):
             model(torch.tensor([[5, bad]]))
+    for shape in ((0, 5), (2, 0), (5,)):
+        with pytest.raises(ValueError, match="input_ids: expected"):
+            model(torch.full(shape, 5))
     with pytest.raises(ValueError, match="max_position_embeddings"):
         model(torch.full((1, 65), 5))
     assert model(torch.full((1, 64), 5)).logits.shape[1] == 64
