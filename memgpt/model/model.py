@@ -201,7 +201,7 @@ class Block(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         if self.memory is not None and entry is not None:
             assert position_ids is not None  # n-grams end where positions start again
-            if len(entry) == len(hidden):
+            if entry.shape[0] == hidden.shape[0]:  # `len` would fix the batch size of an export
                 added = self.memory(hidden, entry, position_ids)
             else:  # a row for each token, in continuous batching
                 added = self.memory(hidden.transpose(0, 1), entry, position_ids.T).transpose(0, 1)
@@ -562,8 +562,8 @@ class MemGPTForMaskedLM(MemGPTPreTrainedModel):
     """Fills masks in, reading in both directions.
 
     Masked next-token prediction as in GPT-BERT (arXiv 2410.24159): a token is read off the position before it, so that
-    the one head serves both objectives. The first token is read off itself; put the end token before a text, as in
-    pretraining, to have it predicted well.
+    the one head serves both objectives. The first token of a text is read off itself; put the end token before a text,
+    as in pretraining, to have it predicted well.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -580,6 +580,7 @@ class MemGPTForMaskedLM(MemGPTPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
@@ -589,12 +590,18 @@ class MemGPTForMaskedLM(MemGPTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             attention_mode=attention_mode,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1))
+        first = torch.arange(hidden.shape[1], device=hidden.device)[None] == 0
+        if attention_mask is not None and attention_mask.dim() == 2:  # behind padding
+            first = first | (nn.functional.pad(attention_mask[:, -hidden.shape[1] : -1], (1, 0)) == 0)
+        if position_ids is not None:  # of a document in a packed row
+            first = first | (position_ids == 0)
+        logits = self.lm_head(torch.where(first[..., None], hidden, hidden.roll(1, dims=1)))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -194,6 +194,24 @@ def test_masked_words_are_read_off_both_sides(ids: torch.Tensor) -> None:
     assert not torch.allclose(model(after).logits[:, 5], output.logits[:, 5])
 
 
+def test_masked_words_are_read_alike_behind_padding_and_in_a_packed_row(ids: torch.Tensor) -> None:
+    model = made(MemGPTForMaskedLM)
+    alone = model(ids).logits
+    padded, mask = torch.nn.functional.pad(ids, (5, 0)), torch.nn.functional.pad(torch.ones_like(ids), (5, 0))
+    assert torch.allclose(model(padded, mask).logits[:, 5:], alone, atol=1e-5)
+    packed = model(ids.reshape(1, -1), position_ids=torch.arange(12).repeat(2)[None]).logits
+    assert torch.allclose(packed.reshape(2, 12, -1), alone, atol=1e-5)
+
+
+def test_an_encoder_exports_for_any_batch_and_length(ids: torch.Tensor) -> None:
+    model = made(MemGPTForTokenClassification, num_labels=3)
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(model, (ids, torch.ones_like(ids)), dynamic_shapes=(sizes, sizes)).module()
+    rows = torch.randint(3, 64, (3, 20), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(20) < torch.tensor([[20], [11], [4]])).long()
+    assert torch.allclose(exported(rows, mask).logits, model(rows, mask).logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("step", [1, 3])
 def test_decoding_by_hand_in_any_pieces_equals_the_full_pass(cache, step: int, ids: torch.Tensor) -> None:
