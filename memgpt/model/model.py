@@ -346,7 +346,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(position_ids)
         rotation = None if self.rotary_emb is None else self.rotary_emb(inputs_embeds, position_ids)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in `generate(assistant_early_exit=...)`
             hidden = layer(
                 hidden,
                 None if layer.memory is None else next(entries, None),

@@ -243,12 +243,14 @@ def test_a_cache_that_was_changed_asks_for_the_tokens_before(ids: torch.Tensor) 
         dict(cache_implementation="static"),
         dict(num_beams=2, cache_implementation="static"),
         dict(prompt_lookup_num_tokens=2),
+        dict(assistant_early_exit=1),
         dict(use_cache=False),
     ],
 )
 def test_ways_to_generate_agree(settings: dict, ids: torch.Tensor) -> None:
     model = made(MemGPTForCausalLM)
-    row = ids[:1].repeat(1, 2) if "prompt_lookup_num_tokens" in settings else ids
+    assisted = {"prompt_lookup_num_tokens", "assistant_early_exit"} & settings.keys()  # one text at a time
+    row = ids[:1].repeat(1, 2) if assisted else ids
     common = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
     plain = model.generate(row, num_beams=settings.get("num_beams", 1), use_cache=False, **common)
     cached = model.generate(row, **settings, **common) if "use_cache" not in settings else model.generate(row, **common)
