@@ -40,7 +40,7 @@ from memgpt.model import paged
 from memgpt.model.cache import visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
 from memgpt.model.memory import KnowledgeMemory, NGramHash, RMSNorm
-from memgpt.model.word_votes import WordTable
+from memgpt.model.word_votes import VoteTable, WordTable
 
 
 class RotaryEmbedding(nn.Module):
@@ -201,7 +201,7 @@ class Block(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         if self.memory is not None and entry is not None:
             assert position_ids is not None  # n-grams end where positions start again
-            if len(entry) == len(hidden):
+            if entry.shape[0] == hidden.shape[0]:  # `len` would fix the batch size of an export
                 added = self.memory(hidden, entry, position_ids)
             else:  # a row for each token, in continuous batching
                 added = self.memory(hidden.transpose(0, 1), entry, position_ids.T).transpose(0, 1)
@@ -238,16 +238,20 @@ class MemGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
         elif isinstance(module, KnowledgeMemory) and module.lead:
             init.zeros_(module.taps)
-        elif isinstance(module, WordTable):
+        elif isinstance(module, (VoteTable, WordTable)):
             for values in module.buffers(recurse=False):
                 init.zeros_(values)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        ngram_hash = self.base_model.ngram_hash
-        known = ngram_hash.canonical_ids[: embeddings.num_embeddings]
-        added = torch.arange(len(known), embeddings.num_embeddings, device=known.device)
+        ngram_hash, size = self.base_model.ngram_hash, embeddings.num_embeddings
+        known = ngram_hash.canonical_ids[:size]
+        added = torch.arange(len(known), size, device=known.device)
         ngram_hash.canonical_ids = nn.Buffer(torch.cat((known, added)))
+        for module in self.modules():
+            if isinstance(module, WordTable):  # which knows nothing of the spelling of new tokens
+                spelling = module.spelling
+                module.spelling = nn.Buffer(nn.functional.pad(spelling, (0, size - len(spelling))))
         return embeddings
 
     @classmethod
@@ -342,7 +346,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(position_ids)
         rotation = None if self.rotary_emb is None else self.rotary_emb(inputs_embeds, position_ids)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in `generate(assistant_early_exit=...)`
             hidden = layer(
                 hidden,
                 None if layer.memory is None else next(entries, None),
@@ -371,8 +375,11 @@ class MemGPTModel(MemGPTPreTrainedModel):
         return tuple(memory.look_up(addresses) for memory in memories if isinstance(memory, KnowledgeMemory))
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
-        # On an accelerator this would wait for the device at every call, and an index error is raised there anyway.
-        if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+        if torch.compiler.is_compiling():
+            return
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids: expected [texts, tokens] with one or more of each, got {[*input_ids.shape]}")
+        if input_ids.device.type != "cpu":  # it would wait for the device at every call, which raises an error anyway
             return
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:
@@ -555,8 +562,8 @@ class MemGPTForMaskedLM(MemGPTPreTrainedModel):
     """Fills masks in, reading in both directions.
 
     Masked next-token prediction as in GPT-BERT (arXiv 2410.24159): a token is read off the position before it, so that
-    the one head serves both objectives. The first token is read off itself; put the end token before a text, as in
-    pretraining, to have it predicted well.
+    the one head serves both objectives. The first token of a text is read off itself; put the end token before a text,
+    as in pretraining, to have it predicted well.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -573,6 +580,7 @@ class MemGPTForMaskedLM(MemGPTPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
@@ -582,12 +590,18 @@ class MemGPTForMaskedLM(MemGPTPreTrainedModel):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             attention_mode=attention_mode,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1))
+        first = torch.arange(hidden.shape[1], device=hidden.device)[None] == 0
+        if attention_mask is not None and attention_mask.dim() == 2:  # behind padding
+            first = first | (nn.functional.pad(attention_mask[:, -hidden.shape[1] : -1], (1, 0)) == 0)
+        if position_ids is not None:  # of a document in a packed row
+            first = first | (position_ids == 0)
+        logits = self.lm_head(torch.where(first[..., None], hidden, hidden.roll(1, dims=1)))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -61,6 +61,18 @@ def _kind(text: str) -> int:
     return _KINDS.index(name)
 
 
+class VoteTable(nn.Module):
+    """rows [...] → their votes [..., L]; row 0 is silent. Its weight is a buffer, since a frozen parameter that was
+    loaded is trainable again."""
+
+    def __init__(self, rows: int, labels: int):
+        super().__init__()
+        self.weight = nn.Buffer(torch.zeros(rows, labels))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.weight[rows]
+
+
 class WordTable(nn.Module):
     """A row for each feature of a word, in which the labels have their votes; each label's bias.
 
@@ -74,9 +86,7 @@ class WordTable(nn.Module):
         super().__init__()
         self.rows = config.word_vote_rows
         self.pad = -1 if config.pad_token_id is None else config.pad_token_id
-        self.table = nn.Embedding(1 + self.rows, config.num_labels, padding_idx=0)
-        self.table._memory_table = True  # type: ignore[assignment]  # starts at zero
-        self.table.weight.requires_grad_(False)
+        self.table = VoteTable(1 + self.rows, config.num_labels)
         self.bias = nn.Buffer(torch.zeros(config.num_labels))
         self.spelling = nn.Buffer(torch.zeros(config.vocab_size, dtype=torch.long))
 

@@ -194,6 +194,24 @@ def test_masked_words_are_read_off_both_sides(ids: torch.Tensor) -> None:
     assert not torch.allclose(model(after).logits[:, 5], output.logits[:, 5])
 
 
+def test_masked_words_are_read_alike_behind_padding_and_in_a_packed_row(ids: torch.Tensor) -> None:
+    model = made(MemGPTForMaskedLM)
+    alone = model(ids).logits
+    padded, mask = torch.nn.functional.pad(ids, (5, 0)), torch.nn.functional.pad(torch.ones_like(ids), (5, 0))
+    assert torch.allclose(model(padded, mask).logits[:, 5:], alone, atol=1e-5)
+    packed = model(ids.reshape(1, -1), position_ids=torch.arange(12).repeat(2)[None]).logits
+    assert torch.allclose(packed.reshape(2, 12, -1), alone, atol=1e-5)
+
+
+def test_an_encoder_exports_for_any_batch_and_length(ids: torch.Tensor) -> None:
+    model = made(MemGPTForTokenClassification, num_labels=3)
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(model, (ids, torch.ones_like(ids)), dynamic_shapes=(sizes, sizes)).module()
+    rows = torch.randint(3, 64, (3, 20), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(20) < torch.tensor([[20], [11], [4]])).long()
+    assert torch.allclose(exported(rows, mask).logits, model(rows, mask).logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("step", [1, 3])
 def test_decoding_by_hand_in_any_pieces_equals_the_full_pass(cache, step: int, ids: torch.Tensor) -> None:
@@ -225,12 +243,14 @@ def test_a_cache_that_was_changed_asks_for_the_tokens_before(ids: torch.Tensor) 
         dict(cache_implementation="static"),
         dict(num_beams=2, cache_implementation="static"),
         dict(prompt_lookup_num_tokens=2),
+        dict(assistant_early_exit=1),
         dict(use_cache=False),
     ],
 )
 def test_ways_to_generate_agree(settings: dict, ids: torch.Tensor) -> None:
     model = made(MemGPTForCausalLM)
-    row = ids[:1].repeat(1, 2) if "prompt_lookup_num_tokens" in settings else ids
+    assisted = {"prompt_lookup_num_tokens", "assistant_early_exit"} & settings.keys()  # one text at a time
+    row = ids[:1].repeat(1, 2) if assisted else ids
     common = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
     plain = model.generate(row, num_beams=settings.get("num_beams", 1), use_cache=False, **common)
     cached = model.generate(row, **settings, **common) if "use_cache" not in settings else model.generate(row, **common)
@@ -315,6 +335,9 @@ def test_ids_and_lengths_beyond_the_model_are_refused(kind) -> None:
     for bad in (64, -1):
         with pytest.raises(ValueError, match="vocabulary"):
             model(torch.tensor([[5, bad]]))
+    for shape in ((0, 5), (2, 0), (5,)):
+        with pytest.raises(ValueError, match="input_ids: expected"):
+            model(torch.full(shape, 5))
     with pytest.raises(ValueError, match="max_position_embeddings"):
         model(torch.full((1, 65), 5))
     assert model(torch.full((1, 64), 5)).logits.shape[1] == 64

@@ -142,6 +142,19 @@ def test_votes_count_in_answers_and_not_in_training(voting, tokenizer: MemGPTTok
     torch.testing.assert_close(answer, training.logits + 0.5 * votes)
     training.loss.backward()
     assert voting.word_votes.table.weight.grad is None
+    untouched = [name for name, weight in again.named_parameters() if weight.requires_grad and "votes" in name]
+    assert not untouched  # DistributedDataParallel would wait for their gradients
+
+
+@pytest.mark.parametrize("more", [3, -1])
+def test_the_vocabulary_may_change(voting, more: int, tokenizer: MemGPTTokenizer, tmp_path: Path) -> None:
+    text = encoded(tokenizer, "Mr Ada left")
+    before = voting(text).logits
+    voting.resize_token_embeddings(len(tokenizer) + more)
+    assert torch.equal(voting(text).logits, before)
+    last = torch.full_like(text, len(tokenizer) + more - 1)
+    voting.save_pretrained(tmp_path)
+    assert torch.equal(type(voting).from_pretrained(tmp_path)(last).logits, voting(last).logits)
 
 
 def test_low_rank_tuning_leaves_votes_alone(voting) -> None:
