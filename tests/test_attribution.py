@@ -129,8 +129,8 @@ def test_a_planted_cause_has_the_largest_share(models: Path) -> None:
 
 
 def test_an_answer_is_printed_and_drawn(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_config", lambda: None)
-    monkeypatch.setattr(cli, "_compute_with", lambda _: None)
+    monkeypatch.setattr(cli.look, "load_config", lambda: None)
+    monkeypatch.setattr(cli.look, "compute_with", lambda _: None)
     page = tmp_path / "why.html"
     command = ["explain", "sentiment", "<b>Rates</b> rose", "--dir", str(models / "sentiment"), "--html", str(page)]
     done = CliRunner().invoke(cli.app, command)

@@ -132,7 +132,7 @@ def test_outside_a_checkout_the_root_is_asked_for(tmp_path: Path) -> None:
 
 def test_assignments_edit_the_file_and_the_change_is_printed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (place / "params.yaml").read_text()
-    cli._edit(["finetune.ner.epochs=9", "data.ner.uri=sample://newsroom?scale=2"])
+    cli.flows._edit(["finetune.ner.epochs=9", "data.ner.uri=sample://newsroom?scale=2"])
     told = capsys.readouterr().out.splitlines()
     after = (place / "params.yaml").read_text()
     changed = [(old, new) for old, new in zip(before.splitlines(), after.splitlines(), strict=True) if old != new]
@@ -182,7 +182,7 @@ def test_interrupted_exits_with_130(place: Path, monkeypatch: pytest.MonkeyPatch
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_stage", interrupt)
+    monkeypatch.setattr(cli.stages, "_stage", interrupt)
     assert CliRunner().invoke(cli.app, ["snapshot"]).exit_code == 130
 
 
@@ -190,11 +190,11 @@ def test_threads_are_set_unless_they_are_given(place: Path, monkeypatch: pytest.
     monkeypatch.setenv("MEMGPT_THREADS", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MKL_NUM_THREADS", "1")
-    cli._compute_with(config.load())
+    cli.base.compute_with(config.load())
     assert os.environ["OMP_NUM_THREADS"] == "1"
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.delenv("MKL_NUM_THREADS")
-    cli._compute_with(config.load())
+    cli.base.compute_with(config.load())
     assert (os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]) == ("3", "3")
     monkeypatch.undo()
 

@@ -33,7 +33,7 @@ def test_versions_are_compared_metric_by_metric_and_answer_by_answer(
     register(place, errors={"negative": 0.0, "neutral": 0.4, "positive": 0.4})
     register(place, errors={"negative": 0.1, "neutral": 0.0, "positive": 0.0})
     tracking.client().set_registered_model_alias("memgpt-sentiment", "champion", "1")
-    monkeypatch.setattr(cli, "_config", lambda: place.config)
+    monkeypatch.setattr(cli.registry, "load_config", lambda: place.config)
     arguments = ["compare", "sentiment@champion", "models:/memgpt-sentiment/2"]
     found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"], catch_exceptions=False).output)
     metrics = {row["metric"]: row for row in found["metrics"]}

@@ -156,7 +156,7 @@ def test_only_the_first_process_tracks(
     monkeypatch.setattr(pretrain, "run", lambda config: ran.append(config) or {})
     monkeypatch.setattr(tracking, "stage_run", lambda *_: pytest.fail("tracked"))
     pretend(monkeypatch, 1, 2)
-    cli._tracked("pretrain", log=True)
+    cli.stages._tracked("pretrain", log=True)
     assert ran
     assert not capsys.readouterr().out
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import ROOT
 from judged_place import Place, settle
 from typer.testing import CliRunner
 
@@ -174,7 +175,7 @@ def test_an_upgrade_saves_first_and_a_failed_one_names_the_backup(place: Place) 
 def test_doctor_finds_what_is_broken_and_makes_nothing(
     tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copy(Path(cli.__file__).parents[1] / "params.yaml", place.root)
+    shutil.copy(ROOT / "params.yaml", place.root)
     assert [finding.told for finding in doctor.examine() if finding.state == "broken"] == []
     (place.root / "requirements.lock").write_text("numpy==0.1\nno-such-package==1\nnone==1 ; python_version < '3'\n")
     assert "numpy" in state("packages")[1]

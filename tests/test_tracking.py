@@ -138,7 +138,7 @@ def test_a_server_that_is_away_for_a_while_loses_nothing(
     with ExitStack() as first, ExitStack() as second:
         first.enter_context(mlflow(port, tmp_path))
         with tracking.stage_run("pretrain") as run:
-            curve = cli._Curve(run)
+            curve = cli.stages._Curve(run)
             curve.sent = 0.0
             first.close()
             curve({"loss": 3.0}, 1)  # nobody hears it
@@ -166,8 +166,8 @@ def test_what_a_stage_made_outlives_the_server(
         server.close()
         return {"f1": 0.5}
 
-    monkeypatch.setattr(cli, "_stage", stage)
-    cli._tracked("evaluate", "ner")
+    monkeypatch.setattr(cli.stages, "_stage", stage)
+    cli.stages._tracked("evaluate", "ner")
     assert "warning: what evaluate made is kept, its metrics are not in MLflow" in capsys.readouterr().err
 
 

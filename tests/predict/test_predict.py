@@ -312,7 +312,7 @@ def test_new_items_are_added_without_training(shop, tmp_path, monkeypatch) -> No
 
     from memgpt import cli
 
-    monkeypatch.setattr(cli, "_compute_with", lambda config: None)
+    monkeypatch.setattr(cli.models, "compute_with", lambda config: None)
     before = load_file(shop / "items.safetensors")["vectors"]
     weights = (shop / "model.safetensors").read_bytes()
     new = tmp_path.parent / "new-items.csv"

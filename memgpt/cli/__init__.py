@@ -1,0 +1,54 @@
+"""The command line: a file per group of commands, as `memgpt --help` shows them.
+
+Everything heavy is imported by the command that needs it, so that `memgpt --help` answers at once.
+"""
+
+import errno
+import sys
+from pathlib import Path
+
+import typer
+
+from memgpt import environment
+from memgpt.cli import flows, look, models, registry, stages, upkeep
+from memgpt.cli.base import Model, Source, Task
+from memgpt.errors import UserError
+
+__all__ = ["Model", "Source", "Task", "app", "main"]
+
+app = typer.Typer(
+    help="MemGPT, the memory-augmented GPT for language tasks, and the pipeline that keeps it fresh. "
+    "Run it in the root of the checkout; params.yaml holds every setting.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for group in (stages, flows, models, registry, look, upkeep):  # in the order of the help
+    app.add_typer(group.app)
+
+
+def main() -> None:
+    """Entry point. A user's mistake is one line on stderr and exit status 1; a stack trace is for our bugs."""
+    environment.prepare()
+    try:
+        app()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:
+        if type(error).__name__ == "MlflowException":
+            from memgpt import tracking
+
+            if gone := tracking.away(error):
+                sys.exit(f"error: {gone}")
+        if not _disk_is_full(error):
+            raise
+        where = getattr(error, "filename", None) or Path.cwd()
+        sys.exit(f"error: {where}: the disk is full; free some space and run the command again")
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Told by the system, or in words by a library that has no error of its own for it (safetensors, SQLite)."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in ("No space left on device", "database or disk is full"))

@@ -1,0 +1,74 @@
+"""Upkeep of the installation and of what the commands leave behind."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memgpt.cli.base import AsJson, show
+
+PANEL = "Upkeep"
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=PANEL)
+def doctor(as_json: AsJson = False) -> None:
+    """Check the installation, this checkout and what runs here; each finding comes with its fix. Changes nothing.
+
+    Exit status 1 if something is broken. Example: [bold]memgpt doctor[/]
+    """
+    from memgpt import doctor as checks
+
+    found = checks.examine()
+    show([dataclasses.asdict(finding) for finding in found] if as_json else checks.lines(found))
+    if any(finding.state == "broken" for finding in found):
+        sys.exit(1)
+
+
+@app.command(rich_help_panel=PANEL)
+def gc(
+    days: Annotated[float, typer.Option(help="Keep checkpoints and worktrees that are younger.", min=0)] = 7.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+) -> None:
+    """Remove old checkpoints and worktrees that nothing works in, and unused objects of DVC's cache.
+
+    Safe while stages run. Example: [bold]memgpt gc --dry-run[/]
+    """
+    from rich.console import Console
+
+    from memgpt import housekeeping
+
+    freed = 0
+    with Console(stderr=True).status("DVC reads every commit"):
+        for item in housekeeping.gc(days, dry_run):
+            freed += 0 if item.kept else item.bytes
+            word = f"kept, {item.kept}" if item.kept else "would go" if dry_run else "removed"
+            print(f"{item.what}: {item.bytes / 1e6:.1f} MB, {word}", flush=True)
+    print(f"gc: {freed / 1e6:.1f} MB {'to free' if dry_run else 'freed'}")
+
+
+@app.command(rich_help_panel=PANEL)
+def backup(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where: a new folder in it.")]) -> None:
+    """Copy mlflow.db and Prefect's database, consistent while servers and runs write to them.
+
+    To restore, stop what uses them and copy a file back. Example: [bold]memgpt backup .memgpt/backups[/]
+    """
+    from memgpt import housekeeping
+
+    for path in housekeeping.backup(directory):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command(rich_help_panel=PANEL)
+def upgrade() -> None:
+    """Bring mlflow.db and Prefect's database to the installed versions' schema, after a backup. Stop servers first.
+
+    Example: [bold]memgpt upgrade[/]
+    """
+    from memgpt import housekeeping
+
+    saved, upgraded = housekeeping.upgrade()
+    print(f"backup in {saved[0].parent}; upgraded: {', '.join(map(str, upgraded))}")
