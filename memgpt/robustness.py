@@ -10,7 +10,8 @@ flips_, shift_, gap_GROUPS    sentiment: the same text said by members of two gr
                               variation of the probabilities, and the largest difference between two groups' mean
                               probability of a label; shift_GROUPS_same: the shift between two members of one group
 wrong_CLAUSE                  sentiment: share of texts that a clearly positive (negative) clause makes more negative
-                              (positive), or a negation of a good sentence more positive
+                              (positive); wrong_negation, _negation_of_bad: of good sentences that a negation makes
+                              more positive, of bad ones that it makes more negative
 overlap_order, _case          recommendation: share of the ten best that stay when all but the latest item of the
                               history are shuffled, or its texts are written in capitals
 """
@@ -64,16 +65,29 @@ _GROUPS: dict[str, tuple[dict[str, tuple[str, ...]], str]] = {
     "nationalities": (NATIONALITIES, "The {} manager said: {}"),
 }
 _CLAUSES = {"positive": "This is excellent news.", "negative": "This is terrible news."}
-_NEGATIONS = (
-    ("The company reached its targets.", "The company did not reach its targets."),
-    ("The new product is good.", "The new product is not good."),
-    ("Customers were happy with the service.", "Customers were not happy with the service."),
-    ("The results were strong.", "The results were not strong."),
-    ("Analysts expect profits to grow.", "Analysts do not expect profits to grow."),
-    ("The plan worked well.", "The plan never worked well."),
-    ("The merger was a success.", "The merger was no success."),
-    ("Sales have recovered.", "Sales have not recovered."),
-)
+# A model that takes every `not` for bad news is right about the first kind alone.
+_NEGATIONS = {
+    "negation": (
+        ("The company reached its targets.", "The company did not reach its targets."),
+        ("The new product is good.", "The new product is not good."),
+        ("Customers were happy with the service.", "Customers were not happy with the service."),
+        ("The results were strong.", "The results were not strong."),
+        ("Analysts expect profits to grow.", "Analysts do not expect profits to grow."),
+        ("The plan worked well.", "The plan never worked well."),
+        ("The merger was a success.", "The merger was no success."),
+        ("Sales have recovered.", "Sales have not recovered."),
+    ),
+    "negation_of_bad": (
+        ("The company missed its targets.", "The company did not miss its targets."),
+        ("The new product is bad.", "The new product is not bad."),
+        ("Customers were angry about the service.", "Customers were not angry about the service."),
+        ("The results were weak.", "The results were not weak."),
+        ("Analysts expect profits to shrink.", "Analysts do not expect profits to shrink."),
+        ("The plan failed.", "The plan never failed."),
+        ("The merger was a disaster.", "The merger was no disaster."),
+        ("Sales have collapsed.", "Sales have not collapsed."),
+    ),
+}
 
 
 def typos(text: str, random: np.random.Generator) -> str:
@@ -254,9 +268,12 @@ def _directions(predict: Predict, rows: list[Row], answers: list[Any]) -> dict[s
         after = leaning(predict([{**row["input"], "text": f"{row['input']['text']} {clause}"} for row in rows]))
         wrong = before - after if name == "positive" else after - before
         numbers[f"wrong_{name}_clause"] = float((wrong > _TOLERANCE).mean())
-    pairs = [{"text": text, "topic": None} for pair in _NEGATIONS for text in pair]
-    good, negated = leaning(predict(pairs)).reshape(-1, 2).T
-    return {**numbers, "wrong_negation": float((negated - good > _TOLERANCE).mean())}
+    for name, pairs in _NEGATIONS.items():
+        texts = [{"text": text, "topic": None} for pair in pairs for text in pair]
+        plain, negated = leaning(predict(texts)).reshape(-1, 2).T
+        wrong = plain - negated if name == "negation_of_bad" else negated - plain
+        numbers[f"wrong_{name}"] = float((wrong > _TOLERANCE).mean())
+    return numbers
 
 
 def _as_texts(rows: list[Row], predict: Predict, tables: Path) -> tuple[list[Row], Predict]:

@@ -69,7 +69,15 @@ def test_moving_the_wrong_way_shows() -> None:
     def deaf_to_not(inputs: list[Any]) -> list[Any]:
         return [opinion(row["text"], 4.0 * ("not" in row["text"])) for row in inputs]
 
-    assert measured(deaf_to_not)["wrong_negation"] == 6 / 8  # the others say "no" and "never"
+    numbers = measured(deaf_to_not)
+    assert numbers["wrong_negation"] == 6 / 8  # the others say "no" and "never"
+    assert numbers["wrong_negation_of_bad"] == 0
+
+    def afraid_of_not(inputs: list[Any]) -> list[Any]:
+        return [opinion(row["text"], -4.0 * ("not" in row["text"])) for row in inputs]
+
+    numbers = measured(afraid_of_not)
+    assert (numbers["wrong_negation"], numbers["wrong_negation_of_bad"]) == (0, 6 / 8)
 
     def gloomy(inputs: list[Any]) -> list[Any]:
         return [opinion(row["text"], -4.0 * ("excellent" in row["text"])) for row in inputs]
