@@ -152,13 +152,14 @@ class Multitask(Tuning):
 
 class Finetune(Tuning):
     """tune: what is trained beside the head: all, backbone (all but the memory), memory (the rows that the data reads),
-    head (nothing else), adapter (`rank` more hidden units in each feed-forward layer), or low-rank changes of the
-    backbone's matrices, of rank `rank`, merged into them at the end. patience: 0, or after how many epochs without a
+    head (nothing else), adapter (`rank` more hidden units in each feed-forward layer), prefix (`rank` keys and values
+    that every token sees in each layer), or low-rank changes of the backbone's matrices, of rank `rank`, merged into
+    them at the end. patience: 0, or after how many epochs without a
     better validation score to stop; the best epoch is kept. soup: how many fine-tunings, with other seeds, to average
     as long as that helps on validation."""
 
     start: Literal["base", "multitask"]
-    tune: Literal["all", "backbone", "memory", "head", "adapter", "lora", "adalora"]
+    tune: Literal["all", "backbone", "memory", "head", "adapter", "prefix", "lora", "adalora"]
     rank: Positive
     epochs: Positive
     patience: Annotated[int, Field(ge=0)]

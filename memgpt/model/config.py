@@ -66,6 +66,7 @@ class MemGPTConfig(PreTrainedConfig):
     label_temperature: divides the labels' logits in answers, so that their softmax is a probability to rely on.
     word_vote_rows: of the table in which words vote for the label of a token, or of a text (word_votes.py); 0 is none.
     word_vote_weight: what their votes count in the logits, in answers; training leaves them out.
+    prefix_length: trained keys and values that all tokens see in each layer, for the understanding tasks; 0 is none.
     """
 
     model_type = "memgpt"
@@ -125,6 +126,7 @@ class MemGPTConfig(PreTrainedConfig):
     label_temperature: float | int = 1.0
     word_vote_rows: int = 0
     word_vote_weight: float | int = 0.0
+    prefix_length: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.memory_layers is None:

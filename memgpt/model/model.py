@@ -133,6 +133,7 @@ class Attention(nn.Module):
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        prefix: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (*hidden.shape[:-1], -1, self.head_dim)
@@ -145,6 +146,9 @@ class Attention(nn.Module):
         query, key = query.to(value.dtype), key.to(value.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if prefix is not None:  # after the rotation: it has no position
+            first_key, first_value = prefix.to(value.dtype).unsqueeze(1).expand(-1, len(value), -1, -1, -1)
+            key, value = torch.cat((first_key, key), dim=2), torch.cat((first_value, value), dim=2)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -212,6 +216,22 @@ class Block(GradientCheckpointingLayer):
         return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
 
 
+class Prefix(nn.Module):
+    """Keys and values of every layer that all tokens of all texts see, in place of further tokens before the text:
+    prefix tuning (arXiv 2101.00190). They have no position, and no window ends before them."""
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__()
+        shape = (config.num_hidden_layers, 2, config.num_key_value_heads, config.prefix_length, config.head_dim)
+        self.weight = nn.Parameter(torch.empty(*shape))  # type: ignore[arg-type]
+
+    def widen(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask of a layer, bool (true: seen) or to be added [B, 1, T, S] → [B, 1, T, P + S], the prefix seen."""
+        if mask is None:  # in both directions: all is seen
+            return None
+        return nn.functional.pad(mask, (self.weight.shape[3], 0), value=float(mask.dtype == torch.bool))
+
+
 class MemGPTPreTrainedModel(PreTrainedModel):
     config: MemGPTConfig
     config_class = MemGPTConfig
@@ -238,6 +258,8 @@ class MemGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
         elif isinstance(module, KnowledgeMemory) and module.lead:
             init.zeros_(module.taps)
+        elif isinstance(module, Prefix):
+            init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, WordTable):
             for values in module.buffers(recurse=False):
                 init.zeros_(values)
@@ -277,6 +299,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
             for layer in range(config.num_hidden_layers)
         )
         self.norm = make_norm(config, config.hidden_size)
+        self.prefix = Prefix(config) if config.prefix_length else None
         learned = config.position_embedding == "learned"
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.rotary_emb = None if learned else RotaryEmbedding(config)
@@ -342,13 +365,16 @@ class MemGPTModel(MemGPTPreTrainedModel):
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(position_ids)
         rotation = None if self.rotary_emb is None else self.rotary_emb(inputs_embeds, position_ids)
-        for layer in self.layers:
+        if self.prefix is not None:
+            masks = {kind: self.prefix.widen(mask) for kind, mask in masks.items()}
+        for index, layer in enumerate(self.layers):
             hidden = layer(
                 hidden,
                 None if layer.memory is None else next(entries, None),
                 rotation=rotation,
                 attention_mask=masks[str(layer.kind)],
                 past_key_values=past_key_values,
+                prefix=None if self.prefix is None else self.prefix.weight[index],
                 position_ids=position_ids,  # flash attention finds packed documents by them
                 **{"is_causal": not bidirectional, **kwargs},  # continuous batching says it itself
             )
@@ -405,6 +431,8 @@ class MemGPTModel(MemGPTPreTrainedModel):
         prefix_mask: torch.Tensor | None,
     ) -> dict[str, torch.Tensor | None]:
         """The mask of each kind of layer (`config.layer_types`), in the form that the attention back end wants."""
+        if self.prefix is not None:
+            self._check_prefix(mode)
         if isinstance(attention_mask, dict):  # made by `generate`, for a cache of fixed size
             return attention_mask
         if "flash" in (self.config._attn_implementation or ""):
@@ -439,6 +467,13 @@ class MemGPTModel(MemGPTPreTrainedModel):
 
         near = {GLOBAL: within, LOCAL: lambda b, h, q, kv: within(b, h, q, kv) & ((q - kv).abs() < window)}
         return {kind: causal[kind](**shared, or_mask_function=near[kind]) for kind in kinds}
+
+    def _check_prefix(self, mode: str) -> None:
+        length, back_end = self.config.prefix_length, self.config._attn_implementation or ""
+        if mode != "bidirectional":
+            raise ValueError(f"attention_mode={mode!r}: a model with a prefix (prefix_length={length}) reads both ways")
+        if "flash" in back_end or "flex" in back_end:
+            raise ValueError(f"prefix_length={length}: {back_end} takes no mask for it; use sdpa or eager")
 
     @staticmethod
     def _check_flash(mode: str, packed_rows: bool) -> None:
