@@ -67,6 +67,7 @@ REGULARISERS: dict[str, dict[str, Any]] = {
     "recombination": {"augment.recombination": 1.0},
     "mention replacement": {"augment.mention_replacement": 1.0},
     "soup of three": {"soup": 3},
+    "ensemble of three": {"ensemble": 3},
 }
 
 
