@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from memgpt import atomic, checkpoint, distributed, lineage, predict, tuning
-from memgpt.config import Config, Finetune
+from memgpt.config import Config, Finetune, FinetuneLabels
 from memgpt.errors import UserError, existing
 from memgpt.tasks import TABLES, judge
 from memgpt.training import Log, train
@@ -37,9 +37,9 @@ def fit(
     """
     if params.soup > 1:
         return _soup(params, task, target, log)
+    if isinstance(params, FinetuneLabels) and params.ensemble > 1:
+        return _ensemble(params, task, target, log)
     settings = params.model_dump()
-    if settings.get("ensemble", 1) > 1:
-        return _ensemble(params, settings["ensemble"], task, target, log)
     parent, tables = existing(MODELS / params.start), TABLES / task
     module = judge(task)
     if task == "recommendation" and distributed.processes() > 1:
@@ -118,18 +118,18 @@ def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[st
     return metrics
 
 
-def _ensemble(params: Finetune, count: int, task: str, target: Path, log: Log | None) -> dict[str, float]:
+def _ensemble(params: FinetuneLabels, task: str, target: Path, log: Log | None) -> dict[str, float]:
     """Fine-tunings with other seeds in one directory, to answer together, each calibrated by itself."""
     inputs = [existing(MODELS / params.start), TABLES / task]
     place = checkpoint.directory(f"ensemble-{task}", params.model_dump(), inputs)
-    members = _members(params.model_copy(update={"ensemble": 1}), count, task, place, log)
+    members = _members(params.model_copy(update={"ensemble": 1}), params.ensemble, task, place, log)
     if not distributed.first():
         return {}
     with atomic.replacing(target) as directory:
         for number, member in enumerate(members, start=1):
             shutil.copytree(member, directory if number == 1 else directory / f"member-{number}")
         metrics = {f"validation_{name}": round(value, 6) for name, value in validate(task, directory).items()}
-        metrics["members"] = count
+        metrics["members"] = len(members)
         lineage.write(directory, f"finetune@{task}", inputs, params.model_dump(), inputs[0], params.seed, metrics)
     checkpoint.discard(place)
     return metrics
