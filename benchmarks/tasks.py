@@ -52,7 +52,10 @@ PEERS = {
 }
 SEEDED = ("memgpt", "bert", "sasrec")
 TRIO = "wikigold+financial_phrasebank+movielens"  # one set per task, for what concerns several
-METHODS = ("all", "backbone", "memory", "head", "adapter", "lora", "adalora")
+METHODS: dict[str, dict[str, Any]] = {
+    **{method: {"tune": method} for method in ("all", "backbone", "memory", "head", "adapter", "lora", "adalora")},
+    "prefix": {"tune": "prefix", "learning_rate": 0.01},  # few numbers, far from where they are needed
+}
 REGULARISERS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "no dropout": {"dropout": 0.0},
@@ -66,6 +69,7 @@ REGULARISERS: dict[str, dict[str, Any]] = {
     "recombination": {"augment.recombination": 1.0},
     "mention replacement": {"augment.mention_replacement": 1.0},
     "soup of three": {"soup": 3},
+    "ensemble of three": {"ensemble": 3},
 }
 
 
@@ -112,7 +116,7 @@ def plan(mode: str) -> Cells:
         cells.append((f"joint-balanced-{seed}", {**spec, "changes": {**spec["changes"], "balancing": "uncertainty"}}))
     for part in TRIO.split("+"):
         spec = {"kind": "forgetting", "set": TRIO, "part": part, "seed": 1, "after": ["joint-plain-1"]}
-        cells += [(f"tune-{part}-{method}", {**spec, "changes": {"tune": method}}) for method in METHODS]
+        cells += [(f"tune-{part}-{method}", {**spec, "changes": changes}) for method, changes in METHODS.items()]
     for name in ("wikigold", "financial_phrasebank"):
         cells += regularised(name, SEEDS[:2])
     return cells

@@ -65,7 +65,7 @@ def explain(task: str, directory: Path, texts: list[str], steps: int = 64) -> li
     ner: one per entity found, of its words' mean log-odds of being of its type. sentiment: one per text, of the
     log-odds of its label. recommendation: texts are a reader's history, oldest first, as texts or item ids (an id
     stands for its title); one per text, of its part in the similarity to the item offered first, the other texts given.
-    A text is read up to the model's window.
+    A text is read up to the model's window. Of an ensemble the first member is explained.
 
     Raises:
         ValueError: for an empty text.
@@ -73,6 +73,7 @@ def explain(task: str, directory: Path, texts: list[str], steps: int = 64) -> li
     if not all(text.strip() for text in texts):
         raise ValueError("text: is empty; give at least one word")
     predictor: Any = predict.load(task, directory)
+    predictor.model = getattr(predictor.model, "members", [predictor.model])[0]
     if task == "ner":
         return [each for text in texts for each in _ner(predictor, text, steps)]
     if task == "sentiment":

@@ -152,13 +152,13 @@ class Multitask(Tuning):
 
 class Finetune(Tuning):
     """tune: what is trained beside the head: all, backbone (all but the memory), memory (the rows that the data reads),
-    head (nothing else), adapter (`rank` more hidden units in each feed-forward layer), or low-rank changes of the
-    backbone's matrices, of rank `rank`, merged into them at the end. patience: 0, or after how many epochs without a
-    better validation score to stop; the best epoch is kept. soup: how many fine-tunings, with other seeds, to average
-    as long as that helps on validation."""
+    head (nothing else), adapter (`rank` more hidden units in each feed-forward layer), prefix (`rank` keys and values
+    that every token sees in each layer), or low-rank changes of the backbone's matrices, of rank `rank`, merged into
+    them at the end. patience: 0, or after how many epochs without a better validation score to stop; the best epoch is
+    kept. soup: how many fine-tunings, with other seeds, to average as long as that helps on validation."""
 
     start: Literal["base", "multitask"]
-    tune: Literal["all", "backbone", "memory", "head", "adapter", "lora", "adalora"]
+    tune: Literal["all", "backbone", "memory", "head", "adapter", "prefix", "lora", "adalora"]
     rank: Positive
     epochs: Positive
     patience: Annotated[int, Field(ge=0)]
@@ -176,18 +176,28 @@ class Finetune(Tuning):
         return self
 
 
-class FinetuneNER(Finetune):
-    """word_votes: rows of the table in which the words around a token vote for its label, 0 for none."""
+class FinetuneLabels(Finetune):
+    """word_votes: rows of the table in which the words around a token, or the words and word pairs of a text, vote for
+    its label, 0 for none. ensemble: how many fine-tunings, with other seeds, answer together, by the mean of their
+    probabilities."""
 
     word_votes: Annotated[int, Field(ge=0)]
+    ensemble: Positive
+
+    @model_validator(mode="after")
+    def _one_way_to_join_seeds(self) -> "FinetuneLabels":
+        if self.ensemble > 1 and self.soup > 1:
+            raise ValueError(f"ensemble={self.ensemble} and soup={self.soup} both take several seeds; set one to 1")
+        return self
+
+
+class FinetuneNER(FinetuneLabels):
     augment: AugmentNER
 
 
-class FinetuneSentiment(Finetune):
-    """class_balance: a text's loss is weighted by how frequent its label is, to the power of minus this.
-    word_votes: rows of the table in which a text's words and word pairs vote for its label, 0 for none."""
+class FinetuneSentiment(FinetuneLabels):
+    """class_balance: a text's loss is weighted by how frequent its label is, to the power of minus this."""
 
-    word_votes: Annotated[int, Field(ge=0)]
     class_balance: Fraction
     augment: Augment
 

@@ -27,18 +27,19 @@ def digest(path: Path | str) -> str:
 
 
 def weights_digest(directory: Path | str) -> str:
-    """sha256 over a model directory's weights and, for recommendation, its item index: equal means the same model.
+    """sha256 over a model directory's weights, an ensemble's members among them, and, for recommendation, its item
+    index: equal means the same model.
 
     Raises:
         UserError: if the directory holds no weights.
     """
     directory = Path(directory)
-    files = sorted([*directory.glob("*.safetensors"), *directory.glob("items.json"), *directory.glob("config.json")])
+    files = sorted(file for kind in ("*.safetensors", "items.json", "config.json") for file in directory.rglob(kind))
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(
             f"{directory}: holds no *.safetensors; run the stage that makes it, or `dvc checkout {directory}`"
         )
-    return hashlib.sha256("".join(f"{f.name}\0{digest(f)}\n" for f in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{f.relative_to(directory)}\0{digest(f)}\n" for f in files).encode()).hexdigest()
 
 
 def write(

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from memgpt.config import Finetune
 from memgpt.errors import UserError
-from memgpt.model.model import FeedForward
+from memgpt.model.model import FeedForward, Prefix
 
 
 def prepare(model: PreTrainedModel, params: Finetune, steps: int) -> PreTrainedModel:
@@ -26,12 +26,17 @@ def prepare(model: PreTrainedModel, params: Finetune, steps: int) -> PreTrainedM
     if params.tune == "adapter":
         for layer in trunk.layers:
             layer.mlp = Widened(layer.mlp, params.rank)
+    if params.tune == "prefix":
+        model.config.prefix_length = params.rank
+        trunk.prefix = Prefix(model.config)
+        model._init_weights(trunk.prefix)
     for name, parameter in trunk.named_parameters():
         trained = {
             "all": True,
             "backbone": ".memory." not in name,
             "memory": name in tables,
             "adapter": ".adapter." in name,
+            "prefix": name == "prefix.weight",
             "head": False,
         }[params.tune]
         parameter.requires_grad_(trained)

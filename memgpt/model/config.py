@@ -67,6 +67,7 @@ class MemGPTConfig(PreTrainedConfig):
     outside_bias: taken from the log-probability of "outside" when the tags of a text are chosen.
     word_vote_rows: of the table in which words vote for the label of a token, or of a text (word_votes.py); 0 is none.
     word_vote_weight: what their votes count in the logits, in answers; training leaves them out.
+    prefix_length: trained keys and values that all tokens see in each layer, for the understanding tasks; 0 is none.
     """
 
     model_type = "memgpt"
@@ -127,6 +128,7 @@ class MemGPTConfig(PreTrainedConfig):
     outside_bias: float | int = 0.0
     word_vote_rows: int = 0
     word_vote_weight: float | int = 0.0
+    prefix_length: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.memory_layers is None:

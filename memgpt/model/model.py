@@ -18,12 +18,6 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import (
-    create_bidirectional_mask,
-    create_bidirectional_sliding_window_mask,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -39,7 +33,9 @@ from transformers.utils.output_capturing import capture_outputs
 from memgpt.model import paged
 from memgpt.model.cache import visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
+from memgpt.model.masks import make_masks
 from memgpt.model.memory import KnowledgeMemory, NGramHash, RMSNorm
+from memgpt.model.prefix import Prefix
 from memgpt.model.word_votes import VoteTable, WordTable
 
 
@@ -133,6 +129,7 @@ class Attention(nn.Module):
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        prefix: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (*hidden.shape[:-1], -1, self.head_dim)
@@ -145,6 +142,9 @@ class Attention(nn.Module):
         query, key = query.to(value.dtype), key.to(value.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if prefix is not None:  # after the rotation: it has no position
+            first_key, first_value = prefix.to(value.dtype).unsqueeze(1).expand(-1, len(value), -1, -1, -1)
+            key, value = torch.cat((first_key, key), dim=2), torch.cat((first_value, value), dim=2)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -238,6 +238,8 @@ class MemGPTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
         elif isinstance(module, KnowledgeMemory) and module.lead:
             init.zeros_(module.taps)
+        elif isinstance(module, Prefix):
+            init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, (VoteTable, WordTable)):
             for values in module.buffers(recurse=False):
                 init.zeros_(values)
@@ -281,6 +283,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
             for layer in range(config.num_hidden_layers)
         )
         self.norm = make_norm(config, config.hidden_size)
+        self.prefix = Prefix(config) if config.prefix_length else None
         learned = config.position_embedding == "learned"
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.rotary_emb = None if learned else RotaryEmbedding(config)
@@ -335,9 +338,18 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 f"memory_entries: {len(memory_entries)} for {memory_layers} memory layers; see read_memory"
             )
         entries = iter(memory_entries or ())
-        masks = self._masks(
-            attention_mode, inputs_embeds, attention_mask, past_key_values, position_ids, packed, prefix_mask
+        masks = make_masks(
+            attention_mode,
+            packed,
+            prefix_mask,
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
         )
+        if self.prefix is not None:
+            masks = self.prefix.widen(masks, attention_mode)
         bidirectional = attention_mode == "bidirectional"
         if use_cache and not bidirectional and past_key_values is None:
             # After the mask: with a cache in hand transformers would not look for packed documents.
@@ -346,13 +358,15 @@ class MemGPTModel(MemGPTPreTrainedModel):
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(position_ids)
         rotation = None if self.rotary_emb is None else self.rotary_emb(inputs_embeds, position_ids)
-        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in `generate(assistant_early_exit=...)`
+        # Fewer layers in `generate(assistant_early_exit=...)`.
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden = layer(
                 hidden,
                 None if layer.memory is None else next(entries, None),
                 rotation=rotation,
                 attention_mask=masks[str(layer.kind)],
                 past_key_values=past_key_values,
+                prefix=None if self.prefix is None else self.prefix.weight[index],
                 position_ids=position_ids,  # flash attention finds packed documents by them
                 **{"is_causal": not bidirectional, **kwargs},  # continuous batching says it itself
             )
@@ -400,59 +414,6 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 f"{length} tokens are more than the model's max_position_embeddings={longest}; "
                 "cut the text, or read it in windows"
             )
-
-    def _masks(
-        self,
-        mode: str,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor,
-        packed: bool,
-        prefix_mask: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor | None]:
-        """The mask of each kind of layer (`config.layer_types`), in the form that the attention back end wants."""
-        if isinstance(attention_mask, dict):  # made by `generate`, for a cache of fixed size
-            return attention_mask
-        if "flash" in (self.config._attn_implementation or ""):
-            self._check_flash(mode, packed and inputs_embeds.shape[0] > 1)
-        shared: dict[str, Any] = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-        }
-        kinds = sorted(set(self.config.layer_types or ()))
-        if mode == "bidirectional":
-            if packed:
-                document = (position_ids == 0).cumsum(1).expand(inputs_embeds.shape[0], -1)
-                shared["and_mask_function"] = lambda b, h, q, kv: document[b, q] == document[b, kv]
-            both = {GLOBAL: create_bidirectional_mask, LOCAL: create_bidirectional_sliding_window_mask}
-            return {kind: both[kind](**shared) for kind in kinds}
-        shared["position_ids"] = position_ids
-        causal = {GLOBAL: create_causal_mask, LOCAL: create_sliding_window_causal_mask}
-        if mode == "causal":
-            return {kind: causal[kind](**shared) for kind in kinds}
-        if mode != "prefix":
-            raise ValueError(f"attention_mode={mode!r}: expected 'causal', 'bidirectional' or 'prefix'")
-        if prefix_mask is None:
-            raise ValueError("attention_mode='prefix': pass prefix_mask [B, T], 1 for the tokens to read both ways")
-        # What is generated after the prefix, and room in a cache, is not part of it.
-        prefix, end = nn.functional.pad(prefix_mask.bool(), (0, 1)), prefix_mask.shape[1]
-        window = self.config.sliding_window or 0
-
-        def within(b: Any, h: Any, q: Any, kv: Any) -> Any:
-            return prefix[b, q.clamp(max=end)] & prefix[b, kv.clamp(max=end)]
-
-        near = {GLOBAL: within, LOCAL: lambda b, h, q, kv: within(b, h, q, kv) & ((q - kv).abs() < window)}
-        return {kind: causal[kind](**shared, or_mask_function=near[kind]) for kind in kinds}
-
-    @staticmethod
-    def _check_flash(mode: str, packed_rows: bool) -> None:
-        if mode == "prefix":
-            raise ValueError("attention_mode='prefix': flash attention takes no such mask; use sdpa or eager")
-        if packed_rows:
-            raise ValueError("packed documents under flash attention: pass them as one row, or use sdpa")
 
 
 def _remember(cache: Cache, input_ids: torch.Tensor | None, context_ids: torch.Tensor | None, count: int) -> None:

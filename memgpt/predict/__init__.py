@@ -32,5 +32,6 @@ def load(
     if weights != "float32" or compile:
         from memgpt.model.serving import accelerate
 
-        accelerate(predictor.model, weights, compile)
+        for model in getattr(predictor.model, "members", [predictor.model]):  # of an ensemble
+            accelerate(model, weights, compile)
     return predictor

@@ -10,15 +10,16 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memgpt.model import MemGPTForTokenClassification
-from memgpt.model.residency import Residency, load
+from memgpt.model.residency import Residency
 from memgpt.predict.batching import batch_size, by_length, pad
+from memgpt.predict.ensemble import load
 from memgpt.predict.words import best_path, encode_rows, joined_words, spans_from_tags, split_words, windows
 
 
 class Predictor:
     def __init__(self, directory: Path | str, device: str = "cpu", memory: Residency = "resident"):
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = load(MemGPTForTokenClassification, directory, memory).to(device).eval()
+        self.model = load(MemGPTForTokenClassification, directory, memory, device)
 
     def predict(self, inputs: list[str | list[str]]) -> list[list[dict[str, Any]]]:
         """Per text, its entities as {text, type, score, start, end} in order of place.

@@ -7,14 +7,15 @@ import torch
 from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTForSequenceClassification
-from memgpt.model.residency import Residency, load
+from memgpt.model.residency import Residency
 from memgpt.predict.batching import batch_size, by_length, pad
+from memgpt.predict.ensemble import load
 
 
 class Predictor:
     def __init__(self, directory: Path | str, device: str = "cpu", memory: Residency = "resident"):
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = load(MemGPTForSequenceClassification, directory, memory).to(device).eval()
+        self.model = load(MemGPTForSequenceClassification, directory, memory, device)
         self.device = device
 
     @torch.no_grad()

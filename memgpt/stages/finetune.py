@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from memgpt import atomic, checkpoint, distributed, lineage, predict, tuning
-from memgpt.config import Config, Finetune
+from memgpt.config import Config, Finetune, FinetuneLabels
 from memgpt.errors import UserError, existing
 from memgpt.tasks import TABLES, judge
 from memgpt.training import Log, train
@@ -37,6 +37,8 @@ def fit(
     """
     if params.soup > 1:
         return _soup(params, task, target, log)
+    if isinstance(params, FinetuneLabels) and params.ensemble > 1:
+        return _ensemble(params, task, target, log)
     settings = params.model_dump()
     parent, tables = existing(MODELS / params.start), TABLES / task
     module = judge(task)
@@ -93,16 +95,11 @@ def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[st
     (greedy soup, arXiv 2203.05482)."""
     inputs, primary = [existing(MODELS / params.start), TABLES / task], judge(task).PRIMARY
     place = checkpoint.directory(f"soup-{task}", params.model_dump(), inputs)
-    scores: dict[Path, float] = {}
-    for seed in range(params.seed, params.seed + params.soup):
-        member = place / f"seed-{seed}"
-        if not member.exists():
-            fit(params.model_copy(update={"seed": seed, "soup": 1}), task, member, log, head_seed=params.seed)
-        if distributed.first():
-            scores[member] = validate(task, member)[primary]
+    members = _members(params.model_copy(update={"soup": 1}), params.soup, task, place, log, head_seed=params.seed)
     if not distributed.first():
         return {}
-    members = sorted(scores, key=lambda member: -scores[member])
+    scores = {member: validate(task, member)[primary] for member in members}
+    members.sort(key=lambda member: -scores[member])
     best, score, taken = members[0], scores[members[0]], members[:1]
     predictor, tokenizer = predict.load(task, best), AutoTokenizer.from_pretrained(best)
     for member in members[1:]:
@@ -121,6 +118,35 @@ def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[st
         lineage.write(directory, f"finetune@{task}", inputs, params.model_dump(), inputs[0], params.seed, metrics)
     checkpoint.discard(place)
     return metrics
+
+
+def _ensemble(params: FinetuneLabels, task: str, target: Path, log: Log | None) -> dict[str, float]:
+    """Fine-tunings with other seeds in one directory, to answer together, each calibrated by itself."""
+    inputs = [existing(MODELS / params.start), TABLES / task]
+    place = checkpoint.directory(f"ensemble-{task}", params.model_dump(), inputs)
+    members = _members(params.model_copy(update={"ensemble": 1}), params.ensemble, task, place, log)
+    if not distributed.first():
+        return {}
+    with atomic.replacing(target) as directory:
+        for number, member in enumerate(members, start=1):
+            shutil.copytree(member, directory if number == 1 else directory / f"member-{number}")
+        metrics = {f"validation_{name}": round(value, 6) for name, value in validate(task, directory).items()}
+        metrics["members"] = len(members)
+        lineage.write(directory, f"finetune@{task}", inputs, params.model_dump(), inputs[0], params.seed, metrics)
+    checkpoint.discard(place)
+    return metrics
+
+
+def _members(
+    params: Finetune, count: int, task: str, place: Path, log: Log | None, head_seed: int | None = None
+) -> list[Path]:
+    """Fine-tunings with `count` seeds from the first on, each in a directory of its own below `place`."""
+    members = []
+    for seed in range(params.seed, params.seed + count):
+        members.append(place / f"seed-{seed}")
+        if not members[-1].exists():
+            fit(params.model_copy(update={"seed": seed}), task, members[-1], log, head_seed=head_seed)
+    return members
 
 
 def save(

@@ -159,7 +159,7 @@ def _initial_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MemGPT
                 f"pretrain.init={params.init}: a {config_there.model_type} model, of which no weight fits; "
                 "take it over with `memgpt convert`, or start from a directory that a stage made"
             )
-        model = MemGPTForCausalLM.from_pretrained(params.init, task_labels=None, dtype=torch.float32)
+        model = MemGPTForCausalLM.from_pretrained(params.init, task_labels=None, prefix_length=0, dtype=torch.float32)
     except UserError:
         raise
     except (OSError, ValueError) as error:

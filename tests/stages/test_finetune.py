@@ -64,13 +64,19 @@ def is_table(name: str) -> bool:
     return name.endswith("memory.table.weight")
 
 
-@pytest.mark.parametrize("tune", ["backbone", "memory", "head", "adapter", "lora", "adalora"])
+@pytest.mark.parametrize("tune", ["backbone", "memory", "head", "adapter", "prefix", "lora", "adalora"])
 def test_only_what_is_tuned_changes(place: Path, monkeypatch: pytest.MonkeyPatch, tune: str) -> None:
     monkeypatch.chdir(place)
-    weights = tuned(place, f"tune={tune}", "memory_learning_rate=0.01")
+    rate = ["learning_rate=0.02"] if tune == "prefix" else []
+    weights = tuned(place, f"tune={tune}", "memory_learning_rate=0.01", *rate)
     names = changed(place, weights)
     if tune == "head":
         assert not names
+    elif tune == "prefix":
+        assert not names, "a weight more, the others keep their bits"
+        prefix = weights["model.prefix.weight"]
+        assert prefix.shape[3] == config.load(place / "params.yaml").finetune.sentiment.rank
+        assert prefix.std() > 0.03, "it has learnt"
     elif tune == "memory":
         assert names and all(map(is_table, names))
         before = load_file(place / "models/base/model.safetensors")
@@ -135,9 +141,10 @@ def test_a_low_rank_change_has_that_rank(place: Path, monkeypatch: pytest.Monkey
         assert torch.linalg.matrix_rank((weights[name] - before[name]).double(), rtol=1e-3) <= 2
 
 
-def test_killed_and_resumed_equals_undisturbed(place: Path) -> None:
+@pytest.mark.parametrize("tuned", ["adversarial=0.5 batch_by_length=true", "tune=prefix rank=3"])
+def test_killed_and_resumed_equals_undisturbed(place: Path, tuned: str) -> None:
     """With everything switched on that keeps a state of its own."""
-    settings = "epochs=3 patience=1 ema_decay=0.9 adversarial=0.5 batch_by_length=true checkpoint_steps=5".split()
+    settings = f"epochs=3 patience=1 ema_decay=0.9 checkpoint_steps=5 {tuned}".split()
     write(place, [f"finetune.sentiment.{setting}" for setting in settings])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -236,6 +243,12 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(UserError, match=r"finetune\.ner: adversarial=1\.0 .* tune=lora does not train"):
         config.override(document, ["finetune.ner.adversarial=1.0", "finetune.ner.tune=lora"])
     document = config.read(ROOT / "params.yaml")
+    with pytest.raises(UserError, match=r"finetune\.ner: ensemble=3 and soup=2 both take several seeds"):
+        config.override(document, ["finetune.ner.soup=2", "finetune.ner.ensemble=3"])
+    document = config.read(ROOT / "params.yaml")
+    with pytest.raises(UserError, match=r"finetune\.recommendation\.ensemble: unknown key"):
+        config.override(document, ["finetune.recommendation.ensemble=2"])
+    document = config.read(ROOT / "params.yaml")
     with pytest.raises(UserError, match=r"pretrain: update=memory needs pretrain\.init"):
         config.override(document, ["pretrain.update=memory"])
     assert config.override(document, ["pretrain.update=memory", "pretrain.init=models/base"])
@@ -264,6 +277,35 @@ def test_a_soup_is_no_worse_than_its_best_member(place: Path, monkeypatch: pytes
     )
     if metrics["members"] == 2:
         torch.testing.assert_close(soup, (first + second) / 2)
+
+
+def test_an_ensemble_is_its_members_in_one_directory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    settings = write(place, ["finetune.sentiment.ensemble=2"])
+    whole, seeds = finetune.fit, []
+
+    def stopped_once(params: config.Finetune, *args: object, **kwargs: object) -> dict[str, float]:
+        seeds.append(params.seed)
+        if len(seeds) == 2:
+            raise KeyboardInterrupt
+        return whole(params, *args, **kwargs)
+
+    monkeypatch.setattr(finetune, "fit", stopped_once)
+    with pytest.raises(KeyboardInterrupt):
+        whole(settings.finetune.sentiment, "sentiment", place / "models/sentiment")
+    metrics = whole(settings.finetune.sentiment, "sentiment", place / "models/sentiment")
+    assert seeds == [1, 2, 2], "the first is not trained again"
+    assert metrics["members"] == 2
+    monkeypatch.setattr(finetune, "fit", whole)
+    members = [place / "models/sentiment", place / "models/sentiment/member-2"]
+    for seed, member in enumerate(members, start=1):
+        finetune.fit(seeded(place, seed), "sentiment", place / f"models/{seed}")
+        for file in ("model.safetensors", "config.json"):
+            assert (member / file).read_bytes() == (place / f"models/{seed}" / file).read_bytes()
+    assert lineage.read(members[0])["params"]["ensemble"] == 2
+    assert not list(place.glob(".memgpt/checkpoints/*"))
+    (answer,) = predict.load("sentiment", place / "models/sentiment").predict(["Profit rose."])
+    assert sum(answer["scores"].values()) == pytest.approx(1, abs=1e-5)
 
 
 def seeded(place: Path, seed: int) -> config.Finetune:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from memgpt import config, predict
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, MemGPTTokenizer
@@ -42,7 +44,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Config:
             {"user_id": "ann", "item_id": f"i{n}", "timestamp": n, "event": None, "rating": None} for n in range(3)
         ]
         put("recommendation", split, events)
-    items = [{"item_id": f"i{n}", "title": f"plant {n}", "description": "", "tags": ""} for n in range(3)]
+    items = [{"item_id": f"i{n}", "title": f"plant {n}", "description": "", "tags": ""} for n in range(5)]
     put("recommendation", "items", items)
     for source, labels in (("sentiment", ["down", "up"]), ("ner", ["PER"]), ("recommendation", None)):
         (Path("data/tables") / source / "manifest.json").write_text(json.dumps({"labels": labels}))
@@ -71,6 +73,27 @@ def test_sentiment_is_calibrated_and_knows_topics(settings: config.Config) -> No
     assert metrics["validation_expected_calibration_error"] < metrics["validation_expected_calibration_error_before"]
     (answer,) = predict.load("sentiment", "models/sentiment").predict(["the bank makes bad losses"])
     assert (answer["label"], answer["topic"], answer["predicted_topic"]) == ("down", None, "banking")
+
+
+@pytest.mark.parametrize("start", ["base", "multitask"])
+@pytest.mark.parametrize("task", config.TASKS)
+def test_a_prefix_is_learnt_for_every_task(settings: config.Config, task: str, start: str) -> None:
+    multitask.run(settings)
+    tuned = getattr(settings.finetune, task).model_copy(update={"tune": "prefix", "rank": 3, "start": start})
+    assert finetune.fit(tuned, task, Path("models") / task)["trainable_parameters"] > 0
+    before, after = (load_file(Path("models") / name / "model.safetensors") for name in (start, task))
+    trunk = {name: weight for name, weight in after.items() if name.startswith("model.")}
+    assert trunk.pop("model.prefix.weight").shape == (1, 2, 1, 3, 16)
+    assert all(torch.equal(weight, before[name]) for name, weight in trunk.items())
+    inputs = {"ner": "Ada Brandt fell", "sentiment": "good profits", "recommendation": {"history": ["i0"], "k": 2}}
+    assert len(predict.load(task, Path("models") / task).predict([inputs[task]])) == 1
+
+
+def test_an_ensemble_finds_names(settings: config.Config) -> None:
+    params = settings.finetune.ner.model_copy(update={"start": "base", "ensemble": 3, "epochs": 20})
+    assert finetune.fit(params, "ner", Path("models/ner"))["validation_f1"] == 1
+    (found,) = predict.load("ner", "models/ner").predict(["Ada Brandt fell"])
+    assert [(entity["text"], entity["type"]) for entity in found] == [("Ada Brandt", "PER")]
 
 
 def test_joint_training_has_the_topics_too_and_its_heads_go_on(settings: config.Config) -> None:

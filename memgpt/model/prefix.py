@@ -1,0 +1,38 @@
+"""Prefix tuning: keys and values that stand before every text."""
+
+import torch
+from torch import nn
+
+from memgpt.model.config import MemGPTConfig
+from memgpt.model.masks import Masks
+
+
+class Prefix(nn.Module):
+    """Keys and values of every layer that all tokens of all texts see, in place of further tokens before the text
+    (arXiv 2101.00190). They have no position, and no window ends before them.
+
+    weight: [layers, 2, key-value heads, P, head_dim].
+    """
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__()
+        self.config = config
+        shape = (config.num_hidden_layers, 2, config.num_key_value_heads, config.prefix_length, config.head_dim)
+        self.weight = nn.Parameter(torch.empty(*shape))  # type: ignore[arg-type]
+
+    def widen(self, masks: Masks, mode: str) -> Masks:
+        """Masks [B, 1, T, S], bool (true: seen) or to be added → [B, 1, T, P + S] that let the prefix be seen; none, in
+        both directions, hides nothing.
+
+        Raises:
+            ValueError: for another mode than "bidirectional", or an attention back end without such masks.
+        """
+        length, back_end = self.config.prefix_length, self.config._attn_implementation or ""
+        if mode != "bidirectional":
+            raise ValueError(f"attention_mode={mode!r}: a model with a prefix (prefix_length={length}) reads both ways")
+        if "flash" in back_end or "flex" in back_end:
+            raise ValueError(f"prefix_length={length}: {back_end} takes no mask for it; use sdpa or eager")
+        return {
+            kind: None if mask is None else nn.functional.pad(mask, (length, 0), value=float(mask.dtype == torch.bool))
+            for kind, mask in masks.items()
+        }
