@@ -333,10 +333,11 @@ def apart(
     chosen = counts(tables)
     readers = len(histories(tables, "train"))
     offered = [item["item_id"] for prediction in predictions for item in prediction[:10]]
+    bits = [np.log2(readers / max(1, chosen[item])) for item in offered]
     return {
         **{f"text_{name}": value for name, value in metrics(rows, by_text).items()},
         "coverage_at_10": len(set(offered)) / len(predictor.place),
-        "novelty_at_10": float(np.mean([np.log2(readers / max(1, chosen[item])) for item in offered])),
+        "novelty_at_10": float(np.mean(bits)) if bits else 0.0,  # who has read everything is offered nothing
     }
 
 

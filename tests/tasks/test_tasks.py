@@ -447,6 +447,8 @@ def test_coverage_and_novelty_by_hand(shop: Path, trained: Path) -> None:
     apart = recommendation.apart(shop, rows, offered, predictor)
     assert apart["coverage_at_10"] == pytest.approx(1 / 30)
     assert apart["novelty_at_10"] == pytest.approx(np.log2(60 / chosen))
+    nothing = recommendation.apart(shop, rows, [[] for _ in rows], predictor)  # who has read the whole catalogue
+    assert (nothing["coverage_at_10"], nothing["novelty_at_10"]) == (0, 0)
 
 
 def test_cold_readers_have_hardly_read(shop: Path) -> None:
