@@ -10,7 +10,7 @@ from pathlib import Path
 import judged_place
 import pytest
 
-from memgpt import tracking
+from memgpt import environment, tracking
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -35,6 +35,27 @@ for model in MODELS:
         version = str(registry.versions(client, model)[0].version)
         registry.carry_out(client, registry.Change(model, "promote", version, None, ["crowned by a test"], "test"))
 """
+
+
+# Files that take minutes, for xdist to begin with: at the end a core would wait. After the first, which asks for the
+# pipeline, come some that do not, to run while it is made.
+LONG = (
+    "flows/test_up.py",
+    *("flows/test_alerts.py", "test_servers.py", "test_distributed.py", "stages/test_promote.py"),
+    *("test_readme.py", "flows/test_retrain.py", "flows/test_chaos.py", "test_experiments.py", "test_consumer.py"),
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: much of the time, tests wait for servers."""
+    return environment.threads(None) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONG)}
+    assert all(path.is_file() for path in ranks)
+    items.sort(key=lambda item: ranks.get(item.path, len(LONG)))
 
 
 @dataclass(frozen=True)
