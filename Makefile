@@ -11,7 +11,7 @@ run: environment
 	@.venv/bin/memgpt retrain
 
 test: environment
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 up: environment
 	@.venv/bin/python -m flows.up

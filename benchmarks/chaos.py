@@ -86,8 +86,8 @@ class Checkout:
         found = (self.root / folder / "reports/metrics").glob("*.json")
         return {path.stem: path.read_text(encoding="utf-8") for path in sorted(found)}
 
-    def processes(self, words: tuple[str, ...]) -> list[psutil.Process]:
-        """That work below this folder and whose command line has these words in a row."""
+    def processes(self, *calls: tuple[str, ...]) -> list[psutil.Process]:
+        """That work below this folder and whose command line has the words of one of the calls in a row."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -95,8 +95,8 @@ class Checkout:
                 inside = Path(process.cwd()).is_relative_to(self.root)
             except (psutil.Error, OSError):
                 continue
-            runs = range(len(line) - len(words) + 1)
-            if inside and "dvc" not in line and any(tuple(line[i : i + len(words)]) == words for i in runs):
+            called = any(tuple(line[i : i + len(words)]) == words for words in calls for i in range(len(line)))
+            if inside and called and "dvc" not in line:
                 found.append(process)
         return found
 
@@ -138,7 +138,7 @@ def kill_stages(
                 flow.kill()
                 raise SystemExit(f"{checkout.root}: not whole after {PATIENCE:.0f} s; see chaos.log there")
             for name, delay in list(left):
-                found = [process for words in stage(name) for process in checkout.processes(words)]
+                found = checkout.processes(*stage(name))
                 if found:
                     left.remove((name, delay))
                     time.sleep(delay)
@@ -146,7 +146,7 @@ def kill_stages(
                         if process.is_running():
                             process.kill()
                             killed.append({"what": name, "seconds_into_it": round(delay, 2)})
-            time.sleep(0.05)
+            time.sleep(0.2)  # looking at every process costs, too
         if flow.returncode == 0 or (not left and whole(checkout, reference)):
             break
         left = [(name, delay) for name, delay in left if not _done(checkout, name)]
@@ -227,7 +227,7 @@ def kill_up(up: Up, target: str, delay: float, reference: dict[str, str]) -> dic
     place.forget()
     shutil.rmtree(up.checkout.root / ".dvc/cache", ignore_errors=True)  # which the workspace uses
     (place.root / ".memgpt/settled.json").unlink(missing_ok=True)
-    training = lambda: [p for words in stage("pretrain") for p in place.processes(words)]  # noqa: E731
+    training = lambda: place.processes(*stage("pretrain"))  # noqa: E731
     first = up.run()
     up.until(training)
     time.sleep(delay)

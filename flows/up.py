@@ -136,7 +136,7 @@ def up() -> None:
         "PREFECT_SERVER_API_PORT": port,  # the UI asks this variable, not --port, where the API is
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # as prefect.toml, which a run does not read: it starts elsewhere
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the server has the runs' logs
-        "PREFECT_WORKER_QUERY_SECONDS": "5",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven idle processes for what nothing here uses
         "MEMGPT_MLFLOW_UI": ui,
         "MEMGPT_WORKSPACE": str(place),

@@ -3,6 +3,7 @@
 Called first thing by the command line and by the flows; nothing happens at import.
 """
 
+import gc
 import logging
 import os
 import warnings
@@ -30,6 +31,9 @@ _SETTINGS = {
     # a thread that waits sleeps: on cores that are shared, spinning makes training up to eight times slower
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+# New objects after which Python looks for garbage, instead of 700: the libraries make half a million that stay, and
+# looking through them again and again is up to a fifth of a start.
+GARBAGE = 10_000
 _NOISY = (
     *("alembic", "mlflow", "great_expectations", "httpx", "urllib3", "botocore", "matplotlib"),
     *("torchao", "torch.utils._pytree"),  # transformers imports torchao where it is, which tells what does not suit it
@@ -38,6 +42,7 @@ _NOISY = (
 
 def prepare() -> None:
     """Set every switch that the user has not set; `MEMGPT_DEBUG=1` leaves warnings visible."""
+    gc.set_threshold(GARBAGE)
     debug = os.environ.get("MEMGPT_DEBUG") == "1"
     for name, value in _SETTINGS.items():
         if not (debug and name.endswith(("WARNINGS", "VERBOSITY", "LEVEL"))):

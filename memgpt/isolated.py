@@ -9,6 +9,7 @@ the model loaded: {"bytes": size of its weights}. {"error": "..."} instead of an
 """
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from typing import Any
 def main(uri: str) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the gate, not even mid-prediction
+    gc.set_threshold(10_000)  # as in memgpt/environment.py, which is out of reach
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the model's libraries print goes to the log, not between the answers
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import judged_place
 import pytest
 
+from memgpt import environment, tracking
+
 ROOT = Path(__file__).parents[1]
 TINY = [
     *(f"data.{source}.uri=sample://newsroom?scale=0.05" for source in ("corpus", "ner", "sentiment", "recommendation")),
@@ -35,6 +37,27 @@ for model in MODELS:
 """
 
 
+# Files that take minutes, for xdist to begin with: at the end a core would wait. After the first, which asks for the
+# pipeline, come some that do not, to run while it is made.
+LONG = (
+    "flows/test_up.py",
+    *("flows/test_alerts.py", "test_servers.py", "test_distributed.py", "stages/test_promote.py"),
+    *("test_readme.py", "flows/test_retrain.py", "flows/test_chaos.py", "test_experiments.py", "test_consumer.py"),
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: much of the time, tests wait for servers."""
+    return environment.threads(None) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONG)}
+    assert all(path.is_file() for path in ranks)
+    items.sort(key=lambda item: ranks.get(item.path, len(LONG)))
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """A checkout in which `memgpt retrain` has run once. first: what that printed."""
@@ -49,10 +72,15 @@ class Pipeline:
             command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=timeout, check=False
         )
 
-    def copy(self, target: Path) -> "Pipeline":
-        """One to break: results and DVC's cache come along, the registry and the server's state do not."""
+    def copy(self, target: Path, registry: bool = False) -> "Pipeline":
+        """One to change: results and DVC's cache come along, of the server only an empty database.
+
+        registry: with the versions and the champions, else with an empty one too.
+        """
         left_out = shutil.ignore_patterns("mlflow.db*", "mlartifacts", ".prefect", ".memgpt", "tmp")
         shutil.copytree(self.root, target, ignore=left_out, symlinks=True)
+        judged_place.copy_registry((self.root if registry else self.root.parent) / "mlflow.db", target)
+        shutil.copytree(self.root.parent / ".prefect", target / ".prefect")
         return Pipeline(target, self.env)
 
 
@@ -90,15 +118,35 @@ def fresh_checkout(target: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """The whole pipeline on tiny data, run once; not to be changed (`copy` it first)."""
-    made = Pipeline(fresh_checkout(tmp_path_factory.mktemp("pipeline") / "checkout"), clean_environment())
+    """The whole pipeline on tiny data, run once for all of xdist's workers; not to be changed (`copy` it first)."""
+    base = tmp_path_factory.getbasetemp()  # with xdist, a worker's own in the session's
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pipeline"
+    first = place / "first.txt"
+    with tracking.locked(place / "lock"):
+        if not first.exists():
+            shutil.rmtree(place / "checkout", ignore_errors=True)
+            judged_place.empty_registry(place)
+            empty_server(place / ".prefect")
+            first.write_text(run_pipeline(place / "checkout"), encoding="utf-8")
+    return Pipeline(place / "checkout", clean_environment(), first.read_text(encoding="utf-8"))
+
+
+def empty_server(home: Path) -> None:
+    """A Prefect server's database to copy: creating one takes seconds."""
+    create = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+    subprocess.run(create, env={**clean_environment(), "PREFECT_HOME": str(home)}, check=True, capture_output=True)
+
+
+def run_pipeline(target: Path) -> str:
+    """Make the checkout in which `memgpt retrain` has run, with a champion of every model; what that printed."""
+    made = Pipeline(fresh_checkout(target), clean_environment())
     assignments = [word for assignment in TINY for word in ("--set", assignment)]
     done = made.run("memgpt", "retrain", *assignments, timeout=600)
     judged = [made.root / ".memgpt" / "verdicts" / f"{name}.json" for name in ("base", "ner", "sentiment")]
     assert all(path.is_file() for path in judged), done.stdout + done.stderr
     crowned = made.run(sys.executable, "-c", CROWN)
     assert crowned.returncode == 0, crowned.stderr
-    return Pipeline(made.root, made.env, done.stdout + done.stderr)
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="session")

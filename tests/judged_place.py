@@ -9,6 +9,7 @@ import json
 import shutil
 import sqlite3
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -143,22 +144,25 @@ def pack(target: Path, extra: str = "{}") -> Path:
 def empty_registry(folder: Path) -> Path:
     """A tracking database to copy: creating one takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.chdir(folder)
-        tracking.use()
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        tracking.use(folder)
     return folder / "mlflow.db"
+
+
+def copy_registry(database: Path, root: Path) -> None:
+    """To root/mlflow.db. New artifacts go to root/mlartifacts; those that there are stay where they are."""
+    shutil.copyfile(database, root / "mlflow.db")
+    with closing(sqlite3.connect(root / "mlflow.db")) as connection:
+        location = (root / "mlartifacts").as_uri()
+        connection.execute("UPDATE experiments SET artifact_location = ? || '/' || name", (location,))
+        connection.commit()
 
 
 def settle(root: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """A Place in `root` with its own copy of the database, as the working directory."""
     environment.prepare()
     root.mkdir(exist_ok=True)
-    shutil.copyfile(database, root / "mlflow.db")
-    connection = sqlite3.connect(root / "mlflow.db")
-    location = (root / "mlartifacts").as_uri()
-    connection.execute("UPDATE experiments SET artifact_location = ? || '/' || name", (location,))
-    connection.commit()
-    connection.close()
+    copy_registry(database, root)
     monkeypatch.chdir(root)
     for name in ("MEMGPT_COMMIT", "MEMGPT_PARENT_RUN", "PREFECT__FLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)

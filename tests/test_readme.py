@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Pipeline
 
+from memgpt import config, registry
+
+STAGES_PER_RUN = 18
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"(?P<skip><!-- not run: [^>]+ -->\n)?```(?P<kind>sh|python)\n(?P<text>.*?)```", re.DOTALL)
 
@@ -26,10 +29,7 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def walked(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """A copy to change, which keeps the registry of the original."""
-    copy = pipeline.copy(tmp_path_factory.mktemp("readme") / "checkout")
-    uri = f"sqlite:///{pipeline.root / 'mlflow.db'}"
-    return Pipeline(copy.root, {**copy.env, "MLFLOW_TRACKING_URI": uri})
+    return pipeline.copy(tmp_path_factory.mktemp("readme") / "checkout", registry=True)
 
 
 def test_the_readme_is_short_and_says_what_this_is() -> None:
@@ -42,9 +42,28 @@ def test_every_command_is_shown() -> None:
     assert {command.split()[0] for command in commands()} == {"memgpt", "dvc"}
 
 
+def champions(place: Pipeline) -> dict[str, str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{place.root / 'mlflow.db'}")
+    return {model: registry.aliases(client, model)[registry.CHAMPION] for model in config.MODELS}
+
+
+def test_run_again_unchanged_stages_are_skipped(walked: Pipeline) -> None:
+    before = champions(walked)
+    assert commands()[0] == "memgpt retrain"
+    done = walked.run("memgpt", "retrain", timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("skipped (unchanged)") == STAGES_PER_RUN
+    table = [line.split()[0] for line in done.stdout.splitlines() if " unchanged " in line and line[0] != " "]
+    assert sorted(table) == sorted(config.MODELS)
+    assert "models:/memgpt-ner@champion" in done.stdout
+    assert champions(walked) == before
+
+
 @pytest.mark.timeout(900)
-def test_the_commands_work_in_order(walked: Pipeline) -> None:
-    for command in commands():
+def test_the_other_commands_work_in_order(walked: Pipeline) -> None:
+    for command in commands()[1:]:
         done = walked.run("/bin/sh", "-c", command, timeout=600)
         told = f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in told

@@ -18,8 +18,6 @@ from flows.crew import Crew, Order, Progress, Queue, Step, _outcome, _reason, st
 from memgpt import config, console
 from memgpt.errors import UserError
 
-STAGES_PER_RUN = 18
-
 
 def crew(
     monkeypatch: pytest.MonkeyPatch, outputs: list[tuple[int, list[str]]], cores: int = 2
@@ -168,32 +166,12 @@ def processes_in(root: Path) -> list[str]:
     return [line for line in found if line]
 
 
-def champions(pipeline: Pipeline) -> str:
-    script = (
-        "from memgpt import registry, tracking; tracking.use(); c = tracking.client(); "
-        "print([registry.aliases(c, m).get('champion') for m in ('base', 'ner', 'sentiment', 'recommendation')])"
-    )
-    done = pipeline.run(sys.executable, "-c", script)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_first_run_shows_every_stage_and_a_verdict_each(pipeline: Pipeline) -> None:
     done = [line.split()[0] for line in pipeline.first.splitlines() if line.startswith("  ") and line.endswith(" s")]
     assert {step.name for step in steps(config.load(pipeline.root / "params.yaml"))} <= set(done)
     for model in config.MODELS:
         assert any(line.startswith(f"{model} ") for line in pipeline.first.splitlines())
     assert "Traceback" not in pipeline.first
-
-
-def test_an_unchanged_run_does_nothing(pipeline: Pipeline) -> None:
-    before = champions(pipeline)
-    done = pipeline.run("memgpt", "retrain")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("skipped (unchanged)") == STAGES_PER_RUN
-    assert done.stdout.count(" unchanged ") == len(config.MODELS)
-    assert "models:/memgpt-ner@champion" in done.stdout
-    assert champions(pipeline) == before
 
 
 def test_the_server_keeps_tasks_logs_and_artifacts(pipeline: Pipeline) -> None:
