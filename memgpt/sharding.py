@@ -6,6 +6,7 @@ checkpoint each process adds a file of its rows; one after the other these are t
 processes reads its parts. One process alone does the same, with one part.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,10 +65,10 @@ def divide(model: PreTrainedModel) -> None:
             table.weight.register_hook(lambda gradient: gradient / processes())
 
 
-def without_tables(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The model's state less what `write` writes."""
+def without_tables(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """The model's state less what `write` writes; None if that is nothing."""
     tables = dict(_divided(model))
-    return {name: weight for name, weight in model.state_dict().items() if name not in tables}
+    return {name: weight for name, weight in model.state_dict().items() if name not in tables} if tables else None
 
 
 @contextmanager
@@ -154,6 +155,8 @@ def _gather(own: torch.Tensor, count: int, place: Path) -> torch.Tensor:
     if first():
         with tempfile.NamedTemporaryFile(dir=place) as file:  # the mapping keeps what the name is taken from
             size = count * own.shape[1]
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would kill the process later
+                os.posix_fallocate(file.fileno(), 0, size * own.itemsize)
             whole = torch.from_file(file.name, shared=True, size=size, dtype=own.dtype).view(count, -1)
     for owner in range(processes()):
         start = owner * each
