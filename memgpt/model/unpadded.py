@@ -84,7 +84,7 @@ def text_by_text(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     reach = -1 if sliding_window is None else sliding_window  # to either side
     if not query.is_cuda:
-        return _loop(query, key, value, scaling, reach, cu_seq_lens_q.tolist()), None
+        return _loop(query, key, value, scaling, reach, cu_seq_lens_q), None
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
     found: Any = varlen_attn(
         query,
@@ -101,12 +101,13 @@ def text_by_text(
     return found[None], None
 
 
+@torch.compiler.disable
 def _loop(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, reach: int, ends: list[int]
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, reach: int, ends: torch.Tensor
 ) -> torch.Tensor:
     """What the kernel computes."""
     found = []
-    for start, end in pairwise(ends):
+    for start, end in pairwise(ends.tolist()):
         place = torch.arange(end - start)
         near = (place[:, None] - place).abs() <= (reach if reach >= 0 else end)
         q, k, v = (heads[:, :, start:end] for heads in (query, key, value))
