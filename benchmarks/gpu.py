@@ -32,6 +32,7 @@ from memgpt.atomic import write_json
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
 BATCHES = (1, 16, 128)
+EIGHT_BITS = ("float8", "int8")  # weights
 PEAKS = {(8, 0): 312e12, (9, 0): 989e12}  # dense bf16 operations per second, by compute capability, as NVIDIA says
 Spec = dict[str, Any]
 Cells = dict[str, Spec]
@@ -50,16 +51,20 @@ def plan(tiny: bool) -> Cells:
         for kind in ("memgpt", "plain", "llama", "llama eager"):
             name = f"decode-{batch}-{kind.replace(' ', '-')}"
             cells[name] = {"run": "decode", "size": base, "kind": kind, "batch": batch}
+        for weights in EIGHT_BITS:
+            spec = {"run": "decode", "size": base, "kind": "memgpt", "batch": batch, "weights": weights}
+            cells[f"{weights}-decode-{batch}"] = spec
     for kept in ("resident", "int8", "host", "mapped"):
         cells[f"tables-{kept}"] = {"run": "residency", "size": base, "kept": kept}
     if not tiny:
         cells |= _training("large", flexible)
-    for kind in ("memgpt packed", "memgpt padded", "bert", "modernbert"):
+    for kind in ("memgpt packed", "memgpt unpadded", "memgpt padded", "bert", "modernbert"):
         for attention in ("sdpa", flexible) if kind == "memgpt packed" and not tiny else ("sdpa",):
             for whole in (False, True):
                 name = f"encode-{kind.replace(' ', '-')}-{attention}-{'compiled' if whole else 'eager'}"
                 spec = {"run": "encode", "size": base, "kind": kind, "attention": attention, "compiled": whole}
                 cells[name] = spec
+    cells["float8-encode"] = {**cells["encode-memgpt-unpadded-sdpa-compiled"], "weights": "float8"}
     if not tiny:
         cells |= _training("medium", flexible)
     return cells
@@ -180,9 +185,20 @@ def table(cells: Cells, results: Path) -> list[Row]:
         for peer_name, goal in (("llama", ""), ("llama-eager", ">= 3x")):
             peer = found.get(f"decode-{batch}-{peer_name}", {}).get("tokens_per_second")
             add(f"decode {batch}, against {peer_name}", "tokens/s", ours, peer, bound, goal)
+        for weights in EIGHT_BITS:
+            cell = found.get(f"{weights}-decode-{batch}", {})
+            bound = batch * copy / cell["step_bytes"] if cell and copy else None
+            what = f"decode {batch}, {weights} weights against bf16"
+            add(what, "tokens/s", cell.get("tokens_per_second"), ours, bound)
     ours = best("encode-memgpt", "tokens_per_second")
     for kind in ("bert", "modernbert"):
         add(f"encode, against {kind}", "tokens/s", ours, best(f"encode-{kind}-", "tokens_per_second"), None)
+    ways = {way: best(f"encode-memgpt-{way}-", "tokens_per_second") for way in ("unpadded", "packed", "padded")}
+    for way in ("unpadded", "packed"):
+        add(f"encode, {way} against padded", "tokens/s", ways[way], ways["padded"], None)
+    bf16 = found.get("encode-memgpt-unpadded-sdpa-compiled", {}).get("tokens_per_second")
+    eighth = found.get("float8-encode", {}).get("tokens_per_second")
+    add("encode, float8 weights against bf16", "tokens/s", eighth, bf16, None)
     resident = found.get("tables-resident", {})
     for kept in ("int8", "host", "mapped"):
         cell = found.get(f"tables-{kept}", {})

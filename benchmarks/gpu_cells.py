@@ -352,7 +352,8 @@ def head(spec: Cell) -> Cell:
 
 def encode(spec: Cell) -> Cell:
     """Sentences of uneven length. Ours are packed into rows without padding ("packed") or, as the peers', padded in
-    batches of similar length ("padded")."""
+    batches of similar length ("padded"), which the trunk may read without the padding ("unpadded"). weights: as in
+    `accelerate`."""
     size, tiny = spec["size"], spec["size"] == "tiny"
     shape, names = SIZES[size], ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     same = {name: shape[name] for name in names}
@@ -365,8 +366,11 @@ def encode(spec: Cell) -> Cell:
     else:
         model = MemGPTModel(MemGPTConfig(**shape))
     model.set_attn_implementation(spec["attention"])
-    model = accelerate(model.to(DEVICE), "bfloat16") if "memgpt" in spec["kind"] else model.to(DEVICE, torch.bfloat16)
-    model.eval()
+    if "memgpt" in spec["kind"]:
+        padding = spec["kind"] != "memgpt unpadded"
+        model = accelerate(model.to(DEVICE), spec.get("weights", "bfloat16"), padding=padding)
+    else:
+        model = model.to(DEVICE, torch.bfloat16).eval()
     draw = torch.Generator().manual_seed(0)
     row, sentences = (64, 12) if tiny else (1024, 4096)
     lengths = (torch.randn(sentences, generator=draw) * 0.6 + 3.3).exp().long().clamp(4, row // 2).tolist()
@@ -412,22 +416,24 @@ def _packed(lengths: list[int], row: int, size: str) -> Iterator[dict[str, torch
 
 
 def decode(spec: Cell) -> Cell:
-    """A step of `generate`. kind: "memgpt" as accelerated, "plain" it without memory, "llama" over transformers'
-    compiled static cache, "llama eager" over its default one."""
+    """A step of `generate`. kind: "memgpt" as accelerated (weights: as there), "plain" it without memory, "llama" over
+    transformers' compiled static cache, "llama eager" over its default one."""
     size, tiny, batch = spec["size"], spec["size"] == "tiny", spec["batch"]
     if "llama" in spec["kind"]:
         model: PreTrainedModel = llama(size).to(DEVICE, torch.bfloat16).eval()
         if spec["kind"] == "llama":
             model.generation_config.cache_implementation = "static"
     else:
-        model = accelerate(memgpt(size, spec["kind"] == "memgpt").to(DEVICE), "bfloat16", compile=True)
+        weights = spec.get("weights", "bfloat16")
+        model = accelerate(memgpt(size, spec["kind"] == "memgpt").to(DEVICE), weights, compile=True)
         if tiny:
             model.generation_config.compile_config.backend = "eager"
     context, tokens = (8, 4) if tiny else (128, 128)
     prompt = ids(size, batch, context)
-    weights = sum(p.numel() * 2 for name, p in model.named_parameters() if not name.endswith("memory.table.weight"))
+    rows = ("memory.table.weight", "embed_tokens.weight", "canonical_ids")  # of which a step reads a few
+    read = sum(weight.nbytes for name, weight in model.state_dict().items() if not name.endswith(rows))
     step = _step(model, prompt, tokens, tiny)
-    return {"step_seconds": step, "tokens_per_second": batch / step, "step_bytes": weights}
+    return {"step_seconds": step, "tokens_per_second": batch / step, "step_bytes": read}
 
 
 def _step(model: PreTrainedModel, prompt: torch.Tensor, tokens: int, tiny: bool) -> float:

@@ -37,6 +37,17 @@ def latest(directory: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def of_step(directory: Path | str, step: int) -> Path:
+    return Path(directory) / f"checkpoint-{step}"
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a kill left half written, which the next run writes anew, perhaps in another number of parts."""
+    for path in directory.glob("checkpoint-*"):
+        if not (path / COMPLETE).exists():
+            shutil.rmtree(path)
+
+
 def discard(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     if (descriptor := _held.pop(directory.absolute(), None)) is not None:

@@ -1,21 +1,32 @@
 """Memory tables divided by rows among the processes of torchrun, each of which holds, looks up and trains its part.
 
 The rest of the model is small and whole everywhere (DDP). With tables as large as memory allows, this is what lets them
-grow with the number of GPUs; per step, a process sends and gets the distinct rows of its own share of the batch.
+grow with the number of GPUs; per step, a process sends and gets the distinct rows of its own share of the batch. To a
+checkpoint each process adds a file of its rows; one after the other these are the tables, of which any number of
+processes reads its parts. One process alone does the same, with one part.
 """
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed._functional_collectives import all_to_all_single
 from transformers import PreTrainedModel
 
 from memgpt.distributed import first, processes
 from memgpt.environment import rank
+from memgpt.optimizers import RowAdagrad
+
+_CHUNK_BYTES = 1 << 24
+_KEPT = "square_sum"  # by the optimizer, a number of each row
 
 
 class DividedTable(nn.Embedding):
@@ -39,74 +50,125 @@ class DividedTable(nn.Embedding):
         rows = super().forward(asked - rank() * each)
         return all_to_all_single(rows, to, come, dist.group.WORLD)[place]  # type: ignore[arg-type]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own = _own(state_dict[f"{prefix}weight"], self.whole)
-        super()._load_from_state_dict({**state_dict, f"{prefix}weight": own}, prefix, *args)
-
 
 def divide(model: PreTrainedModel) -> None:
     """Leave each process its part of the model's memory tables, in place; the parameters stay the same objects."""
     for table in model.modules():
-        if getattr(table, "_memory_table", False) and processes() > 1:
-            table.__class__, table.whole = DividedTable, len(table.weight)
+        if not getattr(table, "_memory_table", False):
+            continue
+        table.whole = len(table.weight)
+        if processes() > 1:
+            table.__class__ = DividedTable
             table.padding_idx = None if rank() else 0
-            table.weight.data = _own(table.weight.data, table.whole)
+            table.weight.data = _own(table.weight.data)
             table.weight.divided = True
             table.weight.register_hook(lambda gradient: gradient / processes())
 
 
+def without_tables(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """The model's state less what `write` writes; None if that is nothing."""
+    tables = dict(_divided(model))
+    return {name: weight for name, weight in model.state_dict().items() if name not in tables} if tables else None
+
+
 @contextmanager
-def whole(model: PreTrainedModel, optimizer: Any) -> Iterator[None]:
-    """Within it the first process has the tables whole, and what the optimizer keeps of each row, in host memory."""
-    kept = []
-    for table in _divided(model):
-        state = _row_state(optimizer, table.weight)
-        kept.append((table.weight, table.weight.data, state, state["square_sum"]))
-        rows, squares = _gather(table.weight.data, table.whole), _gather(state["square_sum"], table.whole)
-        table.weight.data, state["square_sum"] = rows, squares
+def without_rows(model: PreTrainedModel, optimizer: Any) -> Iterator[None]:
+    """Within it the optimizer has nothing of what `write` writes."""
+    states = [_state(optimizer, table) for _, table in _divided(model)]
+    kept = [(state, state.pop(_KEPT)) for state in states if _KEPT in state]
     yield
-    for weight, rows, state, squares in kept:
-        weight.data, state["square_sum"] = rows, squares
+    for state, squares in kept:
+        state[_KEPT] = squares
 
 
-def keep_own(model: PreTrainedModel, optimizer: Any) -> None:
-    """Of what the optimizer of a checkpoint keeps of each row, leave this process its part."""
-    for table in _divided(model):
-        state = _row_state(optimizer, table.weight)
-        state["square_sum"] = _own(state["square_sum"], table.whole)
+def write(model: PreTrainedModel, optimizer: Any, directory: Path) -> None:
+    """A file in `directory` with this process's rows of the tables, and with what the optimizer keeps of each."""
+    rows = {}
+    for name, table in _divided(model):
+        count = max(0, min(len(table.weight), table.whole - rank() * len(table.weight)))
+        rows[name] = table.weight.data[:count]
+        if (squares := _state(optimizer, table).get(_KEPT)) is not None:  # since the first step
+            rows[f"{name}.{_KEPT}"] = squares[:count]
+    if rows:
+        save_file(rows, directory / f"rows-{rank() + 1:05}-of-{processes():05}.safetensors")
 
 
-def join(model: PreTrainedModel) -> None:
-    """Undo `divide`: the first process gets whole tables, in host memory; the others are left with their parts."""
-    for table in list(_divided(model)):
-        table.weight.data = _gather(table.weight.data, table.whole)
-        table.__class__, table.padding_idx = nn.Embedding, 0  # type: ignore[assignment]
+def read(model: PreTrainedModel, optimizer: Any, directory: Path) -> None:
+    """This process's rows, of those that any number of processes wrote to `directory`."""
+    parts = sorted(directory.glob("rows-*.safetensors"))
+    for name, table in _divided(model):
+        _read(table.weight.data, name, parts)
+        squares = torch.zeros(len(table.weight), device=table.weight.device)
+        if _read(squares, f"{name}.{_KEPT}", parts):
+            _state(optimizer, table)[_KEPT] = squares
 
 
-def _divided(model: PreTrainedModel) -> Iterator[DividedTable]:
-    return (module for module in model.modules() if isinstance(module, DividedTable))
+def join(model: PreTrainedModel, place: Path) -> None:
+    """Undo `divide`: the first process gets whole tables, the others are left with their parts.
+
+    The whole is in a file below the directory `place` that has no name any more and is read as rows are needed, so
+    that no memory has to hold it.
+    """
+    for _, table in _divided(model):
+        if processes() > 1:
+            table.weight.data = _gather(table.weight.data, table.whole, place)
+            table.__class__, table.padding_idx = nn.Embedding, 0
 
 
-def _row_state(optimizer: Any, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def _divided(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """The tables, with the names of their weights."""
+    return ((f"{name}.weight", table) for name, table in model.named_modules() if hasattr(table, "whole"))
+
+
+def _state(optimizer: Any, table: nn.Embedding) -> dict[str, torch.Tensor]:
     chained = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    return next(part.state[weight] for part in chained.optimizers if weight in part.state)
+    return next(part.state[table.weight] for part in chained.optimizers if isinstance(part, RowAdagrad))
 
 
-def _own(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """This process's part of rows [count, …]."""
-    each = -(-count // processes())
+def _own(rows: torch.Tensor) -> torch.Tensor:
+    """This process's part of rows [N, …]."""
+    each = -(-len(rows) // processes())
     own = rows.new_zeros(each, *rows.shape[1:])
     part = rows[rank() * each :][:each]
     own[: len(part)] = part
     return own
 
 
-def _gather(own: torch.Tensor, count: int) -> torch.Tensor:
-    """Everyone's parts as rows [count, …] on the host of the first process, one after the other; elsewhere `own`."""
-    parts = []
+def _read(own: torch.Tensor, name: str, parts: list[Path]) -> bool:
+    """Fill this process's rows from files that side by side hold all of them; whether they hold any."""
+    start, before = rank() * len(own), 0
+    for part in parts:
+        with safe_open(part, "pt") as file:
+            if name not in file.keys():  # noqa: SIM118
+                return False
+            stored = file.get_slice(name)
+            after = before + stored.get_shape()[0]
+            for low, high in _chunks(own, max(start, before), min(start + len(own), after)):
+                own[low - start : high - start] = stored[low - before : high - before]
+            before = after
+    return True
+
+
+def _gather(own: torch.Tensor, count: int, place: Path) -> torch.Tensor:
+    """Everyone's parts as rows [count, M] for the first process, one chunk after the other; elsewhere `own`."""
+    whole, each = own, len(own)
+    if first():
+        with tempfile.NamedTemporaryFile(dir=place) as file:  # the mapping keeps what the name is taken from
+            size = count * own.shape[1]
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would kill the process later
+                os.posix_fallocate(file.fileno(), 0, size * own.itemsize)
+            whole = torch.from_file(file.name, shared=True, size=size, dtype=own.dtype).view(count, -1)
     for owner in range(processes()):
-        part = own.clone() if owner == rank() else torch.empty_like(own)
-        dist.broadcast(part, owner)
-        if first():
-            parts.append(part.cpu())
-    return torch.cat(parts)[:count] if first() else own
+        start = owner * each
+        for low, high in _chunks(own, start, min(start + each, count)):
+            part = own[low - start : high - start] if owner == rank() else own.new_empty(high - low, own.shape[1])
+            dist.broadcast(part, owner)
+            if first():
+                whole[low:high] = part
+    return whole
+
+
+def _chunks(rows: torch.Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """start … end in steps of as many rows as are in memory at once beyond a process's own."""
+    step = max(1, _CHUNK_BYTES // rows[:1].nbytes)
+    return ((low, min(low + step, end)) for low in range(start, end, step))

@@ -108,10 +108,13 @@ def train(
         trainer.remove_callback(_printer())
         if not wrapped:  # only the memory is trained; DDP refuses to have nothing to do
             trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
+        if distributed.first():
+            checkpoint.sweep(checkpoints)
+        distributed.wait()
         resume = checkpoint.latest(checkpoints)
         set_seed(params.seed + distributed.rank())  # dropout of its own in each process
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    sharding.join(model)
+    sharding.join(model, checkpoints)
     trained = average.model.module if average else model
     return trained.to("cpu").eval()
 
@@ -195,13 +198,17 @@ class _Trainer(Trainer):
         return loss
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with sharding.whole(self.model, self.optimizer):
+        with sharding.without_rows(self.model, self.optimizer):
             super()._save_checkpoint(*args, **kwargs)
+        sharding.write(self.model, self.optimizer, checkpoint.of_step(self.args.output_dir, self.state.global_step))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict or sharding.without_tables(self.model))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint:
-            sharding.keep_own(self.model, self.optimizer)
+            sharding.read(self.model, self.optimizer, Path(checkpoint))
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         distributed.average_rows(model.parameters())
@@ -246,14 +253,14 @@ class _Average(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step:
-            load_model(self.model, Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
+            load_model(self.model, checkpoint.of_step(args.output_dir, state.global_step) / self.FILE)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.model.update_parameters(model)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if distributed.first():
-            save_model(self.model, str(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE))
+            save_model(self.model, str(checkpoint.of_step(args.output_dir, state.global_step) / self.FILE))
 
 
 class _AllocateRanks(TrainerCallback):
@@ -280,7 +287,7 @@ class _MarkComplete(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         distributed.wait()
         if distributed.first():
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / checkpoint.COMPLETE).touch()
+            (checkpoint.of_step(args.output_dir, state.global_step) / checkpoint.COMPLETE).touch()
 
 
 class _StopOnNaN(TrainerCallback):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import clean_environment
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from memgpt import cli, config, distributed, tracking, training
 from memgpt.errors import UserError
@@ -41,8 +42,15 @@ distributed.leave()
 """
 KILLED = """
 import os
+from memgpt import sharding
+from memgpt.distributed import rank
 from memgpt.stages import pretrain
-training._StopOnNaN.on_log = lambda self, args, state, *rest, **more: os._exit(9) if state.global_step == 9 else None
+write = sharding.write
+def killed(model, optimizer, directory):
+    if rank() and directory.name == "checkpoint-14":
+        os._exit(9)
+    write(model, optimizer, directory)
+sharding.write = killed
 pretrain.run(config.load())
 """
 
@@ -115,11 +123,31 @@ def test_two_processes_learn_what_one_does(one: Learned, monkeypatch: pytest.Mon
 
 
 def test_what_two_processes_began_one_finishes(one: Learned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two is killed before it has written its part of a checkpoint, so that the one before counts."""
     monkeypatch.chdir(one.place)
     shutil.rmtree("models/base", ignore_errors=True)
     assert two_processes(one.place, KILLED).returncode
     assert not Path("models/base").exists()
+    (broken,) = Path(".memgpt/checkpoints").glob("*/checkpoint-14")
+    assert [path.name for path in broken.glob("rows-*")] == ["rows-00001-of-00002.safetensors"]
+    assert len(list(broken.parent.glob("checkpoint-7/rows-*-of-00002.safetensors"))) == 2
     assert min(one_process(monkeypatch)) == 8, "it went on from the checkpoint"
+    assert_same_weights(one.model, one.place / "models/base")
+
+
+def test_what_one_process_began_two_finish(one: Learned, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(one.place)
+
+    def killed(self: object, args: object, state: TrainerState, *rest: object, **more: object) -> None:
+        if state.global_step == 9:
+            raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(training._StopOnNaN, "on_log", killed)
+        one_process(patch)
+    done = two_processes(one.place, UNDISTURBED)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 7 of 24" in done.stderr
     assert_same_weights(one.model, one.place / "models/base")
 
 

@@ -7,8 +7,13 @@ from pathlib import Path
 from conftest import ROOT, clean_environment
 
 CODE = """
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from memgpt import sharding
 from memgpt.optimizers import Chained, RowAdagrad, clip_gradients
 
@@ -37,27 +42,62 @@ def step(model, optimizer, number, *shares):
     model.zero_grad()
 
 
+@contextmanager
+def alone():
+    rank = os.environ.pop("LOCAL_RANK")
+    yield
+    os.environ["LOCAL_RANK"] = rank
+
+
+def squares(optimizer, model):
+    return optimizer.optimizers[0].state[model[0].weight]["square_sum"]
+
+
 whole, parted = model(), model()
 one, two = (Chained([RowAdagrad(each.parameters(), lr=0.1)]) for each in (whole, parted))
 sharding.divide(parted)
+own, count = slice(6 * rank, 6 * rank + 6), 6 - rank
 assert parted[0].weight.shape == (6, 4)
 for number in range(3):
     step(parted, two, number, rank)
     step(whole, one, number, 0, 1)
-    with sharding.whole(parted, two):
-        if not rank:
-            torch.testing.assert_close(parted[0].weight, whole[0].weight)
-            here, there = (each.optimizers[0].state[m[0].weight] for each, m in ((one, whole), (two, parted)))
-            torch.testing.assert_close(there["square_sum"], here["square_sum"])
-            torch.testing.assert_close(there["usual"], here["usual"])
-    parted.load_state_dict(whole.state_dict())  # the last bits
-assert torch.equal(parted[0].weight[:5], whole[0].weight[6 * rank :][:5])
-two.load_state_dict(one.state_dict())  # as a checkpoint of one process
-sharding.keep_own(parted, two)
-squares = one.optimizers[0].state[whole[0].weight]["square_sum"]
-assert torch.equal(two.optimizers[0].state[parted[0].weight]["square_sum"][:5], squares[6 * rank :][:5])
-sharding.join(parted)
+    torch.testing.assert_close(parted[0].weight[:count], whole[0].weight[own])
+    torch.testing.assert_close(squares(two, parted)[:count], squares(one, whole)[own])
+    here, there = (each.optimizers[0].state[m[0].weight]["usual"] for each, m in ((one, whole), (two, parted)))
+    torch.testing.assert_close(there, here)
+    parted[0].weight.data[:count] = whole[0].weight.data[own]  # the last bits
+sharding._CHUNK_BYTES = 32  # two rows
+of_two, of_one = Path("of two"), Path("of one")
+if not rank:
+    of_two.mkdir()
+    of_one.mkdir()
+dist.barrier()
+sharding.write(parted, two, of_two)
+with sharding.without_rows(parted, two):
+    assert "square_sum" not in str(two.state_dict())
+    assert not sharding.without_tables(parted)
+assert "square_sum" in str(two.state_dict())
+dist.barrier()
+with alone():
+    again = model()
+    sharding.divide(again)
+    restored = Chained([RowAdagrad(again.parameters())])
+    sharding.read(again, restored, of_two)
+    assert torch.equal(again[0].weight, whole[0].weight)
+    torch.testing.assert_close(squares(restored, again), squares(one, whole))
+    if not rank:
+        sharding.write(again, restored, of_one)
+dist.barrier()
+kept = parted[0].weight.data.clone(), squares(two, parted).clone()
+parted[0].weight.data.zero_()
+sharding.read(parted, two, of_one)
+assert torch.equal(parted[0].weight[:count], kept[0][:count])
+assert torch.equal(squares(two, parted), kept[1])
+held = {path.name: sum(t.nbytes for t in load_file(path).values()) for path in (*of_two.iterdir(), *of_one.iterdir())}
+assert held["rows-00001-of-00002.safetensors"] * 11 == held["rows-00001-of-00001.safetensors"] * 6
+sharding.join(parted, Path())
 assert rank or torch.equal(parted[0].weight, whole[0].weight)
+assert set(map(str, Path().iterdir())) == {"of two", "of one", "run.py"}, "what is joined leaves nothing behind"
 print("done", rank)
 dist.destroy_process_group()
 """

@@ -30,7 +30,7 @@ class Prefix(nn.Module):
         length, back_end = self.config.prefix_length, self.config._attn_implementation or ""
         if mode != "bidirectional":
             raise ValueError(f"attention_mode={mode!r}: a model with a prefix (prefix_length={length}) reads both ways")
-        if "flash" in back_end or "flex" in back_end:
+        if any(kind in back_end for kind in ("flash", "flex", "text_by_text")):
             raise ValueError(f"prefix_length={length}: {back_end} takes no mask for it; use sdpa or eager")
         return {
             kind: None if mask is None else nn.functional.pad(mask, (length, 0), value=float(mask.dtype == torch.bool))

@@ -1,10 +1,11 @@
-"""Faster answers from a finished model: half-precision or int8 weights, grouped attention, compiled code.
+"""Faster answers from a finished model: half-precision or 8-bit weights, grouped attention, compiled code.
 
 Nothing here changes what the model means; how far its numbers may move is stated and tested. An accelerated model is
 for inference alone, and its weights are rounded for good: save the original.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,23 +16,31 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-WEIGHTS = ("float32", "bfloat16", "int8")
+from memgpt.model.kernels import float8
+from memgpt.model.unpadded import unpad
+
+WEIGHTS = ("float32", "bfloat16", "int8", "float8")
 _FEW = 64  # rows up to which reading the weights, not multiplying by them, is what a product costs
+_LARGEST = 448.0  # of the 8-bit floats
 _SHORT = 96  # tokens up to which one product for a whole group beats the blocks of sdpa
 
 
-def accelerate(model: PreTrainedModel, weights: str = "bfloat16", compile: bool = False) -> PreTrainedModel:
+def accelerate(
+    model: PreTrainedModel, weights: str = "bfloat16", compile: bool = False, padding: bool = True
+) -> PreTrainedModel:
     """Prepare a model for answering, in place; `generate` and calls stay what they were.
 
-    weights: "float32" leaves them; "bfloat16" halves them; "int8" also rounds the trunk's and the output's matrices to
-    8 bits with a scale per row, which pays where few tokens are computed at once (decoding). compile: translate the
-    step of `generate`, over a cache of fixed size, or the trunk of a model that does not generate; there the weights
-    become part of the code, so that changing them later has no effect. That takes 15 to 60 s at the first calls, and
-    again for another number of texts to generate, or another length of prompt and answer together unless
-    `generation_config.max_cache_len` covers it.
+    weights: "float32" leaves them; "bfloat16" halves them; "int8" and "float8" also round the trunk's and the output's
+    matrices to 8 bits with a scale per row. "int8" rounds less, and pays on a CPU where few tokens are computed at once
+    (decoding). "float8" is multiplied in 8 bits by GPUs from Ada on; elsewhere it only saves memory. compile: translate
+    the step of `generate`, over a cache of fixed size, or the trunk of a model that does not generate; there the
+    weights become part of the code, so that changing them later has no effect. That takes 15 to 60 s at the first
+    calls, and again for another number of texts to generate, or another length of prompt and answer together unless
+    `generation_config.max_cache_len` covers it. padding: False has the trunk of a model that does not generate read
+    the texts of a batch without their padding, which is for GPUs (`memgpt.model.unpadded`).
 
     Raises:
-        ValueError: unknown weights.
+        ValueError: unknown weights, or padding=False for a model that generates.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
@@ -42,13 +51,15 @@ def accelerate(model: PreTrainedModel, weights: str = "bfloat16", compile: bool 
         for parameter in model.parameters():  # not `.to`, which would round the rotary frequencies too
             parameter.data = parameter.data.to(torch.bfloat16)
         model.config.dtype = torch.bfloat16
-    if weights == "int8":
+    if rounded := {"int8": Int8Linear, "float8": Float8Linear}.get(weights):
         for module in [*model.base_model.modules(), model]:
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(module, name, Int8Linear(child))
+                    setattr(module, name, rounded(child))
     if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":
         model.set_attn_implementation("grouped_sdpa")
+    if not padding:
+        unpad(model)
     if compile:
         _compile(model)
     return model
@@ -74,31 +85,65 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-class Int8Linear(nn.Module):
-    """A linear map whose weight [out, in] is stored as int8, with a scale per output (symmetric, rounded to nearest).
+class _RoundedLinear(nn.Module):
+    """A linear map whose weight [out, in] is stored in 8 bits, with a scale per output."""
+
+    def __init__(self, linear: nn.Linear, largest: float, rounded: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / largest
+        self.weight = nn.Buffer(rounded(weight / scale[:, None]))
+        self.scale = nn.Buffer(scale.to(torch.bfloat16))
+        self.bias = linear.bias
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, in] → [n, out], here with the weight widened."""
+        return nn.functional.linear(rows, self.weight.to(rows.dtype) * self.scale[:, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.product(x.reshape(-1, x.shape[-1]))
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*x.shape[:-1], -1)
+
+
+class Int8Linear(_RoundedLinear):
+    """As int8 (symmetric, rounded to nearest).
 
     The activations stay bfloat16, so only the weights' rounding, at most 1/254 of a row's largest, is added.
     """
 
     def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-        self.weight = nn.Buffer((weight / scale[:, None]).round().to(torch.int8))
-        self.scale = nn.Buffer(scale.to(torch.bfloat16))
-        self.bias = linear.bias
+        super().__init__(linear, 127, lambda scaled: scaled.round().to(torch.int8))
         # The kernel reads 16 inputs at a time, and past the end if there are fewer.
-        self.packed = weight.device.type == "cpu" and weight.shape[1] % 16 == 0
+        self.packed = self.weight.device.type == "cpu" and self.weight.shape[1] % 16 == 0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
         if self.packed and rows.shape[0] <= _FEW:
-            out = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
-        else:
-            out = nn.functional.linear(rows, self.weight.to(x.dtype) * self.scale[:, None])
-        if self.bias is not None:
-            out = out + self.bias
-        return out.view(*x.shape[:-1], -1)
+            return torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
+        return super().product(rows)
+
+
+class Float8Linear(_RoundedLinear):
+    """As 8-bit floats of 3 bits of mantissa (e4m3; arXiv 2209.05433).
+
+    That moves a weight by at most 1/16 of itself, or of its row's largest by 1/450,000. Where the GPU multiplies such
+    floats, a token's activations are rounded alike, with a scale of their own; elsewhere they stay bfloat16.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear, _LARGEST, lambda scaled: scaled.to(torch.float8_e4m3fn))
+        self.eighth = linear.weight.is_cuda and float8.available() and not any(n % 16 for n in linear.weight.shape)
+        self.one = nn.Buffer(torch.ones((), device=linear.weight.device))
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        if not self.eighth:
+            return super().product(rows)
+        # Scales stay outside of the product, which then is the kind that all these GPUs have.
+        scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12).float() / _LARGEST
+        rounded = (rows / scale).to(torch.float8_e4m3fn)
+        out = torch._scaled_mm(rounded, self.weight.t(), self.one, self.one, out_dtype=torch.bfloat16)
+        return (out * scale * self.scale).to(rows.dtype)
 
 
 def grouped_sdpa(

@@ -19,19 +19,20 @@ def load(
     memory: str = "resident",
     weights: str = "float32",
     compile: bool = False,
+    padding: bool = True,
 ) -> Predictor:
     """The predictor of `base`, `ner`, `sentiment` or `recommendation` from a model directory.
 
-    memory: where the look-up tables are kept, as in `memgpt.model.residency.load`. weights, compile: as in
+    memory: where the look-up tables are kept, as in `memgpt.model.residency.load`. weights, compile, padding: as in
     `memgpt.model.serving.accelerate`. By default the answers are those that were judged, to the last digit; "bfloat16"
     is faster and moves a probability by some thousandths.
     """
     from importlib import import_module
 
     predictor: Predictor = import_module(f"memgpt.predict.{task}").Predictor(directory, device, memory)
-    if weights != "float32" or compile:
+    if weights != "float32" or compile or not padding:
         from memgpt.model.serving import accelerate
 
         for model in getattr(predictor.model, "members", [predictor.model]):  # of an ensemble
-            accelerate(model, weights, compile)
+            accelerate(model, weights, compile, padding)
     return predictor

@@ -6,10 +6,18 @@ import pytest
 import torch
 
 from memgpt import predict
-from memgpt.model import MemGPTConfig, MemGPTForCausalLM, MemGPTForTokenClassification, MemGPTTokenizer
+from memgpt.model import (
+    MemGPTConfig,
+    MemGPTForCausalLM,
+    MemGPTForRecommendation,
+    MemGPTForSequenceClassification,
+    MemGPTForTokenClassification,
+    MemGPTTokenizer,
+)
 from memgpt.model.config import GLOBAL, LOCAL
 from memgpt.model.residency import load
-from memgpt.model.serving import Int8Linear, accelerate
+from memgpt.model.serving import Float8Linear, Int8Linear, accelerate
+from memgpt.model.unpadded import unpad
 
 SHAPE = dict(
     vocab_size=64,
@@ -79,7 +87,7 @@ def test_the_same_tokens_are_generated() -> None:
     assert torch.equal(greedy(model, ids, cache_implementation="static"), greedy(exact, ids))
 
 
-@pytest.mark.parametrize("weights, error", [("bfloat16", 0.15), ("int8", 0.3)])
+@pytest.mark.parametrize("weights, error", [("bfloat16", 0.15), ("int8", 0.3), ("float8", 0.6)])
 def test_rounded_weights_move_the_logits_a_little(weights: str, error: float) -> None:
     exact = made()
     model = accelerate(copy.deepcopy(exact), weights)
@@ -101,10 +109,38 @@ def test_int8_products_are_within_the_rounding(inputs: int, rows: int) -> None:
     assert ((got.float() - wanted).abs() <= steps + 0.02 * wanted.abs() + 0.02).all()
 
 
-def test_int8_leaves_no_matrix_behind() -> None:
-    model = accelerate(made(), "int8")
+@pytest.mark.parametrize("eighth", [False, True])
+@pytest.mark.parametrize("inputs, rows", [(16, 1), (48, 3), (32, 65)])
+def test_float8_products_are_within_the_rounding(inputs: int, rows: int, eighth: bool) -> None:
+    """eighth: with the activations rounded too, as on a GPU. torch multiplies 8-bit floats on a CPU as well."""
+    linear = torch.nn.Linear(inputs, 32)
+    x = torch.randn(1, rows, inputs, generator=torch.Generator().manual_seed(2)).bfloat16()
+    wanted = linear(x.float())
+    sizes = x.float().abs() @ linear.weight.abs().T
+    rounded = Float8Linear(linear.bfloat16())
+    assert not rounded.eighth
+    rounded.eighth = eighth
+    got = rounded(x)
+    assert got.shape == wanted.shape
+    assert got.dtype == torch.bfloat16
+    assert ((got.float() - wanted).abs() <= ((17 / 16) ** (1 + eighth) - 1 + 0.01) * sizes + 0.02).all()
+
+
+def test_float8_products_as_on_a_gpu_answer_alike() -> None:
+    exact = made()
+    model = accelerate(copy.deepcopy(exact), "float8")
+    for module in model.modules():
+        if isinstance(module, Float8Linear):
+            module.eighth = not any(n % 16 for n in module.weight.shape)
+    assert distance(model, exact, tokens(2, 20)) < 0.8
+    assert greedy(model, tokens(2, 5)).shape == (2, 17)
+
+
+@pytest.mark.parametrize("weights, dtype", [("int8", torch.int8), ("float8", torch.float8_e4m3fn)])
+def test_8_bits_leave_no_matrix_behind(weights: str, dtype: torch.dtype) -> None:
+    model = accelerate(made(), weights)
     assert not [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert model.lm_head.weight.dtype == torch.int8
+    assert model.lm_head.weight.dtype == dtype
 
 
 def test_compiled_steps_generate_the_same_tokens() -> None:
@@ -132,6 +168,44 @@ def test_compiled_encoders_answer_alike(tmp_path) -> None:
             assert distance(model, same, ids) < 1e-4
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("kind", [MemGPTForTokenClassification, MemGPTForSequenceClassification])
+def test_without_padding_the_answers_are_the_same(kind, compile: bool, side: str) -> None:
+    exact = made(kind)
+    model = unpad(copy.deepcopy(exact))
+    assert model.config._attn_implementation == "text_by_text"
+    if compile:
+        model.base_model.compile(backend="eager", dynamic=True)
+    for lengths in ([20, 1, 13, 7], [3, 9]):  # the window is 6
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        mask = mask.flip(1) if side == "left" else mask
+        ids = tokens(*mask.shape) * mask
+        with torch.no_grad():
+            wanted, got = (m(ids, attention_mask=mask).logits for m in (exact, model))
+        if kind is MemGPTForTokenClassification:
+            wanted, got = wanted[mask.bool()], got[mask.bool()]
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert distance(model, exact, tokens(2, 9)) < 1e-4, "nothing is hidden"
+    assert distance(model, exact, tokens(2, 9), attention_mode="causal") < 1e-4, "left to sdpa"
+
+
+def test_items_are_encoded_without_padding_and_their_readers_as_ever() -> None:
+    exact = made(MemGPTForRecommendation)
+    model = accelerate(copy.deepcopy(exact), "float32", padding=False)
+    ids, mask = tokens(3, 9), (torch.arange(9) < torch.tensor([[9], [2], [5]])).long()
+    with torch.no_grad():
+        wanted, got = (m.encode_item(ids, mask) for m in (exact, model))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        wanted, got = (m.head.encode_reader(wanted[None]) for m in (exact, model))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_generates_is_not_read_without_padding() -> None:
+    with pytest.raises(ValueError, match="padding=False"):
+        accelerate(made(), "bfloat16", padding=False)
+
+
 def test_unknown_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="weights='int4'"):
         accelerate(made(), "int4")
@@ -145,8 +219,13 @@ def test_a_predictor_answers_alike_when_accelerated(tmp_path) -> None:
     settings = MemGPTConfig(**{**SHAPE, "vocab_size": len(tokenizer)}, id2label=tags)
     MemGPTForTokenClassification(settings).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    exact, fast = (predict.load("ner", tmp_path, weights=weights).predict(texts) for weights in ("float32", "bfloat16"))
+    exact, even, fast = (
+        predict.load("ner", tmp_path, **settings).predict(texts)
+        for settings in ({}, {"padding": False}, {"weights": "bfloat16"})
+    )
     assert any(exact)
+    for one, other in zip(exact, even, strict=True):
+        assert [{**e, "score": pytest.approx(e["score"], abs=1e-5)} for e in one] == other
     for one, other in zip(exact, fast, strict=True):
         assert [(e["start"], e["end"], e["type"]) for e in one] == [(e["start"], e["end"], e["type"]) for e in other]
         for e, f in zip(one, other, strict=True):

@@ -89,6 +89,8 @@ def test_a_checkpoint_cut_short_is_not_resumed(tmp_path: Path) -> None:
         if whole:
             (tmp_path / f"checkpoint-{step}" / checkpoint.COMPLETE).touch()
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-10"
+    checkpoint.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10"}
     assert checkpoint.latest(tmp_path / "none") is None
 
 
