@@ -123,7 +123,7 @@ def _ask(predictor: Any, task: str, rows: list[Any]) -> tuple[np.ndarray, np.nda
     uncertainty, features = np.zeros(len(rows)), np.zeros((len(rows), model.config.hidden_size))
     with tqdm(total=len(rows), desc="suggest-labels", unit="row", disable=None, leave=False) as progress:
         for batch in by_length(ids, batch_size(model)):
-            arguments = pad([ids[i] for i in batch], tokenizer.pad_token_id, predictor.device)
+            arguments = pad([ids[i] for i in batch], tokenizer.pad_token_id, predictor.model.device)
             outputs = model(**arguments, output_hidden_states=True)
             kept = arguments["attention_mask"][..., None]
             features[batch] = ((outputs.hidden_states[-1] * kept).sum(1) / kept.sum(1)).float().cpu().numpy()

@@ -52,6 +52,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Config:
     shape = dict(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
     )
+    torch.manual_seed(0)
     base = MemGPTForCausalLM(MemGPTConfig(vocab_size=len(tokenizer), memory_rows=31, memory_dim=4, **shape))
     base.save_pretrained("models/base")
     tokenizer.save_pretrained("models/base")
@@ -71,7 +72,7 @@ def test_sentiment_is_calibrated_and_knows_topics(settings: config.Config) -> No
     saved = json.loads(Path("models/sentiment/config.json").read_text())
     assert saved["label_temperature"] == metrics["validation_temperature"] != 1
     assert metrics["validation_expected_calibration_error"] < metrics["validation_expected_calibration_error_before"]
-    (answer,) = predict.load("sentiment", "models/sentiment").predict(["the bank makes bad losses"])
+    (answer,) = predict.load("sentiment", "models/sentiment").predict([TEXTS["down", "banking"]])
     assert (answer["label"], answer["topic"], answer["predicted_topic"]) == ("down", None, "banking")
 
 
