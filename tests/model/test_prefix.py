@@ -141,3 +141,6 @@ def test_what_it_cannot_do_is_refused_in_one_line(ids: torch.Tensor) -> None:
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="prefix_length=4: flex_attention takes no mask for it; use sdpa or eager"):
         model(ids, task="ner")
+    model = accelerate(made(MemGPTForMultiTask), "float32", padding=False)
+    with pytest.raises(ValueError, match="prefix_length=4: text_by_text takes no mask for it"):
+        model(ids, task="ner")
