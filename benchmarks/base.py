@@ -88,7 +88,7 @@ def shards(core: Path, folder: Path) -> gpu.Spec:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":  # the embeddings
             continue
-        part = "tables" if "memory.table" in name else "embeddings" if "embed" in name else "blocks"
+        part = "tables" if "memory_table" in name else "embeddings" if "embed" in name else "blocks"
         sizes[part] = sizes.get(part, 0) + tensor.nbytes
         rows = max(1, SHARD * len(tensor) // max(1, tensor.nbytes))
         pieces |= {f"{name}:{number}": piece.clone() for number, piece in enumerate(tensor.split(rows))}

@@ -28,7 +28,7 @@ from torch import nn
 
 from memgpt.atomic import replacing, write_json
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, MemGPTTokenizer, canonical_ids
-from memgpt.model.update import choose_rows, count_rows, memories, restrict_to_memory
+from memgpt.model.update import choose_rows, count_rows, restrict_to_memory
 from memgpt.optimizers import RowAdagrad, for_pretraining
 
 RESULTS = Path(__file__).parent / "results"
@@ -202,8 +202,7 @@ class Learner:
     def __init__(self, kind: str, base: MemGPTForCausalLM, quick: bool):
         self.kind = kind
         model: nn.Module = copy.deepcopy(base).train()
-        for memory in memories(model).values():
-            memory.table.sparse = kind != "full"  # AdamW takes no sparse gradients
+        model.model.memory_table.sparse = kind != "full"  # AdamW takes no sparse gradients
         self.rows = torch.ones(len(count_rows(base, [])), dtype=torch.bool)
         if kind == "lora":
             from peft import LoraConfig, get_peft_model

@@ -31,7 +31,7 @@ from memgpt import config
 from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM, MemGPTModel, kernels
 from memgpt.model.config import GLOBAL, LOCAL
 from memgpt.model.kernels import float8
-from memgpt.model.memory import KnowledgeMemory
+from memgpt.model.memory import KnowledgeMemory, make_table
 from memgpt.model.residency import load, place, prefetch
 from memgpt.model.serving import accelerate
 from memgpt.objectives import fused_loss, next_token_loss
@@ -203,7 +203,7 @@ def _steps(model: PreTrainedModel, spec: Cell, tiny: bool) -> Cell:
 
     def gradients() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            read = {"memory_entries": model.model.read_memory(input_ids, position_ids)} if reads else {}
+            read = {"memory_entry": model.model.read_memory(input_ids, position_ids)} if reads else {}
             value = loss(model, input_ids, position_ids, **read)
         value.backward()
 
@@ -222,7 +222,7 @@ def _steps(model: PreTrainedModel, spec: Cell, tiny: bool) -> Cell:
     gradients()
     updating = seconds(update, tiny, 5)
     flops = flops_per_token(model, length) * batch * length / whole
-    active = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("memory.table.weight"))
+    active = sum(p.numel() for name, p in model.named_parameters() if not name.endswith("memory_table.weight"))
     return found | {
         "step_seconds": whole,
         "update_seconds": updating,
@@ -238,21 +238,23 @@ def _steps(model: PreTrainedModel, spec: Cell, tiny: bool) -> Cell:
 def look_up(spec: Cell) -> Cell:
     """Rows to 16 bits and their gradients back, uniformly (no help from caches) or as in text."""
     tiny, shape = spec["size"] == "tiny", SIZES[spec["size"]]
-    memory = KnowledgeMemory(MemGPTConfig(**shape)).to(DEVICE)
-    memory.table.sparse = True
+    memory = make_table(MemGPTConfig(**shape)).to(DEVICE)
+    memory.sparse = True
+    table = memory.weight
     batch, length = BATCH[spec["size"]]
-    reads, width = memory.key.in_features // shape["memory_dim"], shape["memory_dim"]
+    width = shape["memory_dim"]
+    reads = len(table) // shape["memory_rows"]
     if spec["drawn"] == "uniform":
-        addresses = torch.randint(1, len(memory.table.weight), (batch, length, reads), device=DEVICE)
+        addresses = torch.randint(1, len(table), (batch, length, reads), device=DEVICE)
     else:
         model = MemGPTModel(MemGPTConfig(**shape)).to(DEVICE)
         positions = torch.arange(length, device=DEVICE)[None]
         addresses = model.ngram_hash(ids(spec["size"], batch, length), positions)[:, -length:]
     gradient = torch.randn(batch, length, reads * width, device=DEVICE, dtype=torch.bfloat16)
-    table, count, distinct = memory.table.weight, addresses.numel(), len(addresses.unique())
+    count, distinct = addresses.numel(), len(addresses.unique())
 
     def plain() -> torch.Tensor:
-        return memory.table(addresses).flatten(-2).to(torch.bfloat16)
+        return memory(addresses).flatten(-2).to(torch.bfloat16)
 
     def kernel() -> torch.Tensor:
         from memgpt.model.kernels.memory import look_up
@@ -294,7 +296,7 @@ def gate(spec: Cell) -> Cell:
 
     def plain() -> torch.Tensor:
         match = (memory.query_norm(hidden) * memory.key_norm(key[:, lead:])).sum(-1, keepdim=True)
-        return torch.sigmoid(match * width**-0.5) * memory.convolve(value, positions)
+        return 2 * torch.sigmoid(match * width**-0.5) * memory.convolve(value, positions)
 
     def kernel() -> torch.Tensor:
         from memgpt.model.kernels.memory import gated_convolution
@@ -430,7 +432,7 @@ def decode(spec: Cell) -> Cell:
             model.generation_config.compile_config.backend = "eager"
     context, tokens = (8, 4) if tiny else (128, 128)
     prompt = ids(size, batch, context)
-    rows = ("memory.table.weight", "embed_tokens.weight", "canonical_ids")  # of which a step reads a few
+    rows = ("memory_table.weight", "embed_tokens.weight", "canonical_ids")  # of which a step reads a few
     read = sum(weight.nbytes for name, weight in model.state_dict().items() if not name.endswith(rows))
     step = _step(model, prompt, tokens, tiny)
     return {"step_seconds": step, "tokens_per_second": batch / step, "step_bytes": read}
@@ -461,9 +463,7 @@ def residency(spec: Cell) -> Cell:
     size, tiny, kept = spec["size"], spec["size"] == "tiny", spec["kept"]
     with tempfile.TemporaryDirectory() as folder:
         model = memgpt(size).to(torch.bfloat16)
-        for layer in model.model.layers:
-            if layer.memory is not None:
-                nn.init.normal_(layer.memory.table.weight[1:].detach())
+        nn.init.normal_(model.model.memory_table.weight[1:].detach())
         if kept == "mapped":
             model.save_pretrained(folder)
             model = load(MemGPTForCausalLM, folder, "mapped", dtype=torch.bfloat16).to(DEVICE)

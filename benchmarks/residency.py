@@ -37,9 +37,8 @@ LENGTH, CONTEXT = 512, 8192
 SHAPE: dict[str, Any] = {
     **PRESETS["tiny"],
     "vocab_size": 8192,
-    "memory_layers": [0, 2],  # with what follows, 8 rows per token
     "memory_ngrams": [2, 3],
-    "memory_heads": 2,
+    "memory_heads": 2,  # so 4 rows per token
     "max_position_embeddings": CONTEXT,
 }
 
@@ -84,10 +83,8 @@ def make(directory: Path, rows: int, seed: int = 0) -> None:
     """Save a model whose tables hold random numbers: real bytes, no holes in the file."""
     torch.manual_seed(seed)
     model = MemGPTForCausalLM(MemGPTConfig(**{**SHAPE, "memory_rows": rows}))
-    for layer in model.model.layers:
-        if layer.memory is not None:
-            for part in layer.memory.table.weight.data[1:].split(1 << 20):
-                part.normal_()
+    for part in model.model.memory_table.weight.data[1:].split(1 << 20):
+        part.normal_()
     model.save_pretrained(directory)
 
 
@@ -185,8 +182,7 @@ def errors(work: Path) -> dict[str, float]:
     files = {}
     for name in ("small", "packed"):
         with safe_open(work / name / "model.safetensors", "pt") as file:
-            tables = [file.get_tensor(key) for key in file.keys() if key.endswith("memory.table.weight")]  # noqa: SIM118
-        files[name] = sum(table.nbytes for table in tables)
+            files[name] = file.get_tensor("model.memory_table.weight").nbytes
     model = load(MemGPTForCausalLM, work / "small")
     cache = make_cache(model.config, int8=True)
     logits = model(batch, past_key_values=cache, use_cache=True).logits

@@ -220,13 +220,12 @@ def _style(share: float) -> str:
 
 
 def _statistics(records: list[dict[str, Any]]) -> Table:
-    names = ("layer", "n", "rows", "touched", "expected", "dead", "unlearned", "n-grams read", "load")
+    names = ("n", "rows", "touched", "expected", "dead", "unlearned", "n-grams read", "load")
     table = _table(*names, "colliding", "expected", "in every head")
     for record in records:
         counts = ("rows", "touched", "expected_touched", "dead", "unlearned", "ngrams")
         shares = ("colliding", "expected_colliding", "inseparable")
         table.add_row(
-            str(record["layer"]),
             str(record["n"]),
             *(f"{record[name]:,.0f}" for name in counts),
             f"{record['load']:.2f}",

@@ -47,11 +47,11 @@ class Pretraining:
         return self.loss(model, shown, positions, labels, z_loss, _count(labels), **mode)
 
     def _read(self, model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> dict[str, Any]:
-        """The memory's entries, before a compiled step that takes them as they are."""
+        """The memory's entry, before a compiled step that takes it as it is."""
         backbone = getattr(model, "module", model).base_model
         if not self.params.compile or not isinstance(backbone, MemGPTModel) or not backbone.config.memory_layers:
             return {}
-        return {"memory_entries": backbone.read_memory(ids, positions)}
+        return {"memory_entry": backbone.read_memory(ids, positions)}
 
     def _rows(self, own: int, step: int) -> int:
         """Of this step's batch in all processes; an epoch's last one may be smaller."""

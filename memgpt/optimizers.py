@@ -1,4 +1,4 @@
-"""The optimizers: Muon and AdamW for pretraining, a choice for labelled data; row-wise Adagrad for memory tables."""
+"""The optimizers: Muon and AdamW for pretraining, a choice for labelled data; row-wise Adagrad for the memory table."""
 
 from collections.abc import Callable, Iterable
 from functools import partial

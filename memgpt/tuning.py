@@ -33,7 +33,7 @@ def prepare(model: PreTrainedModel, params: Finetune, steps: int) -> PreTrainedM
     for name, parameter in trunk.named_parameters():
         trained = {
             "all": True,
-            "backbone": ".memory." not in name,
+            "backbone": "memory" not in name,
             "memory": name in tables,
             "adapter": ".adapter." in name,
             "prefix": name == "prefix.weight",

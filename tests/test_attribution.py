@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memories import give_memory
 from typer.testing import CliRunner
 
 from memgpt import attribution, cli
@@ -50,10 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             word_vote_weight=2.0,
         )
         model = kind(config).eval()
-        for layer in model.model.layers:
-            if layer.memory is not None:
-                torch.nn.init.normal_(layer.memory.table.weight[1:])
-                torch.nn.init.normal_(layer.memory.taps)
+        give_memory(model)
         if task == "sentiment":
             model.word_votes.spelling.copy_(spelling(tokenizer, len(tokenizer)))
             ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
@@ -93,12 +91,10 @@ def test_the_memorys_share_is_of_the_entries_that_were_read(models: Path) -> Non
     rows = predictor.model.model.ngram_hash(torch.tensor([ids]), torch.arange(len(ids))[None])[0, :, :]
     heads, place = predictor.model.config.memory_heads, 3
     kept = rows[predictor.model.model.ngram_hash.lead + place, heads:]  # of the 2-gram ending there
-    for layer in predictor.model.model.layers:
-        if layer.memory is not None:
-            table = layer.memory.table.weight.data
-            empty = torch.zeros_like(table)
-            empty[kept] = table[kept]
-            layer.memory.table.weight.data = empty
+    table = predictor.model.model.memory_table.weight
+    empty = torch.zeros_like(table)
+    empty[kept] = table.data[kept]
+    table.data = empty
     found = attribution._sentiment(predictor, TEXT, steps=100)
     shares = {(entry.n, entry.position): entry.share for entry in found.memory}
     assert abs(shares[2, place]) > 0

@@ -77,7 +77,7 @@ def explain(
 ) -> None:
     """Show which tokens and which memory entries moved an answer (integrated gradients).
 
-    For base: which n-grams' memory spoke for each token. gate: what the context let through, 0 to 1. strength: what
+    For base: which n-grams' memory spoke for each token. gate: what the context let through, 0 to 2. strength: what
     the memory added, against what was there. Example: [bold]memgpt explain sentiment "Orders fell again."[/]
     """
     if model == "base" and html:
@@ -156,7 +156,7 @@ def usage(
     tokens: Annotated[Path, typer.Option(metavar="DIR", help="What tokenize wrote.")] = Path("data/tokens"),
     split: Annotated[Literal["train", "validation"], typer.Option(help="Which part of it.")] = "train",
     limit: Annotated[int, typer.Option(help="Read this many tokens at most.", min=1)] = 5_000_000,
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per layer and n-gram order.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per n-gram order.")] = False,
 ) -> None:
     """Show how a text uses the memory's rows: touched and dead ones, and n-grams that share a row.
 

@@ -67,11 +67,11 @@ def convert(
         parent = Path(source) if Path(source).is_dir() else None
         lineage.write(aside, "convert", [], {"source": source, "dtype": dtype}, parent, 0, {})
     stored, shape = model.num_parameters(), model.config
-    tables = sum(part.numel() for name, part in model.named_parameters() if name.endswith("memory.table.weight"))
+    table = 0 if model.model.memory_table is None else model.model.memory_table.weight.numel()
     print(
         f"convert {source}: done in {time.monotonic() - began:.1f} s; {directory} has "
-        f"{(stored - tables) / 1e6:.4g} M active parameters, {tables / 1e6:.4g} M in memory tables: "
-        f"{shape.memory_rows} rows of {shape.memory_dim} a hash head in blocks {shape.memory_layers}"
+        f"{(stored - table) / 1e6:.4g} M active parameters, {table / 1e6:.4g} M in the memory table: "
+        f"{shape.memory_rows} rows of {shape.memory_dim} a hash head, for blocks {shape.memory_layers}"
     )
 
 

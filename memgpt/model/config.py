@@ -17,7 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
         "layer_types": [LOCAL, LOCAL, LOCAL, GLOBAL],
         "sliding_window": 128,
-        "memory_rows": 8192,
+        "memory_rows": 16384,
         "memory_dim": 32,
     },
     "small": {
@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "layer_types": [LOCAL, LOCAL, GLOBAL] * 2,
         "sliding_window": 256,
-        "memory_rows": 32768,
+        "memory_rows": 65536,
         "memory_dim": 64,
     },
     "base": {
@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "layer_types": [LOCAL, LOCAL, LOCAL, LOCAL, GLOBAL] * 2,
         "sliding_window": 256,
-        "memory_rows": 131072,
+        "memory_rows": 262144,
         "memory_dim": 96,
     },
 }
@@ -52,7 +52,7 @@ class MemGPTConfig(PreTrainedConfig):
     layer_types: "full_attention" or "sliding_attention" per layer; None makes all full. sliding_window: tokens that a
     sliding layer sees, itself included: the last ones causally, as many to either side in both directions.
     qk_norm … position_embedding: what other families do otherwise; they let `memgpt convert` take their weights over.
-    memory_layers: indices of the blocks with an n-gram memory; empty makes a plain GPT.
+    memory_layers: indices of the blocks with an n-gram memory, which all read one table; empty makes a plain GPT.
     memory_ngrams: lengths n of the n-grams that are looked up.
     memory_heads: hash functions, so table rows read, per n.
     memory_rows: rows per hash head; memory_dim: width of a row.
@@ -132,7 +132,7 @@ class MemGPTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.memory_layers is None:
-            self.memory_layers = [layer for layer in (0, 2) if layer < self.num_hidden_layers]
+            self.memory_layers = [layer for layer in (0, 2, 4) if layer < self.num_hidden_layers]
         if self.memory_ngrams is None:
             self.memory_ngrams = [1, 2, 3]
         if self.layer_types is None:

@@ -72,8 +72,8 @@ def convert(
 
     source: a local directory or a hub id of a family in FAMILIES, with weights as safetensors. Its logits are those of
     the result, over the source's vocabulary and up to the rounding of `dtype` (None: the source's own).
-    memory_layers: blocks with a memory; by default the first and the third. memory_rows, memory_dim: by default as in
-    `memory_shape`.
+    memory_layers: blocks with a memory; by default the first, third and fifth. memory_rows, memory_dim: by default as
+    in `memory_shape`.
 
     The pipeline needs a padding and a mask token; where the tokenizer lacks them, or pads with its end token, they are
     added. Rows that the vocabulary lacks for them are the mean of its rows: by Jensen's inequality neither can become
@@ -114,7 +114,7 @@ def convert(
         del tensors["lm_head.weight"]
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    new = re.compile(r"\.memory\.|\.ngram_hash\." + (r"|^lm_head\." if config.tie_word_embeddings else ""))
+    new = re.compile(r"\.memory(_table)?\.|\.ngram_hash\." + (r"|^lm_head\." if config.tie_word_embeddings else ""))
     if lost := unexpected + [name for name in missing if not new.search(name)]:
         raise ValueError(f"{source}: {lost[0]} has no counterpart, so the logits would differ")
     model.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer, vocab_size))
@@ -130,11 +130,10 @@ def memory_shape(parameters: int, config: MemGPTConfig) -> tuple[int, int]:
     """(rows per hash head, width of a row) for a source of that many parameters.
 
     A row is a quarter of the hidden size wide, a multiple of 8, at most 256. Of rows there are as many, in powers of
-    two from 2^10 to 2^20, as keep the tables together no larger than the source.
+    two from 2^10 to 2^20, as keep the table no larger than the source.
     """
     width = min(256, max(8, config.hidden_size // 4 // 8 * 8))
-    tables = len(config.memory_layers or ()) * len(config.memory_ngrams or ()) * config.memory_heads
-    affordable = parameters // max(1, tables * width)
+    affordable = parameters // max(1, len(config.memory_ngrams or ()) * config.memory_heads * width)
     return 1 << min(20, max(10, affordable.bit_length() - 1)), width
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from memgpt.model.memory import KnowledgeMemory
-from memgpt.model.update import addresses, memories
+from memgpt.model.update import addresses, memories, table
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def explain(
 ) -> list[dict[str, Any]]:
     """A record per token of the text and memory layer:
 
-    position, token: its place, from 0, and its text. layer: index of the block. gate: in (0, 1), what the context lets
+    position, token: its place, from 0, and its text. layer: index of the block. gate: in (0, 2), what the context lets
     through. strength: norm of what the memory added over the norm of the hidden state it was added to.
     ngrams: a record per n-gram order that reaches back no further than the end token before the text, {n, text, rows,
     strength}: the rows of the table it was read from, and the strength of its part alone. Parts add up as vectors,
@@ -91,17 +91,15 @@ def values(memory: KnowledgeMemory, entry: torch.Tensor, ngrams: tuple[int, ...]
 
 @torch.no_grad()
 def usage(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[dict[str, Any]]:
-    """A record per memory layer and n-gram order, on text given as input_ids, perhaps position_ids, [B, T]:
+    """A record per n-gram order, on text given as input_ids, perhaps position_ids, [B, T]:
 
     rows: of the order's part of the table, all heads together. touched, dead: how many were read by the text, and
     never. expected_touched: what a perfectly even hash would give. unlearned: rows that are still all zero.
     ngrams: distinct ones read, canonical. load: of these per row of a head. colliding: share of the n-grams that share
     their row with another, mean over heads; expected_colliding: by an even hash. inseparable: share of the n-grams that
     share their row with another in every head, so that none is theirs alone.
-
-    Addresses are the same in every layer, so only `unlearned` differs between layers.
     """
-    layers = memories(model)
+    zero = ~table(model).any(dim=1)
     hash_ = model.base_model.ngram_hash
     heads, size, base = hash_.heads, hash_.rows, len(hash_.canonical_ids) | 1
     seen: dict[int, tuple[np.ndarray, np.ndarray]] = {
@@ -112,20 +110,15 @@ def usage(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]])
         rows = addresses(model, batch).cpu()
         for i, n in enumerate(hash_.ngrams):
             seen[n] = _distinct(seen[n], canonical, rows[..., i * heads : (i + 1) * heads], n, base)
-    records = []
-    for layer, memory in layers.items():
-        zero = ~memory.table.weight.any(dim=1)
-        for i, n in enumerate(hash_.ngrams):
-            records.append(
-                {
-                    "layer": layer,
-                    "n": n,
-                    "rows": heads * size,
-                    "unlearned": int(zero[1 + i * heads * size : 1 + (i + 1) * heads * size].sum()),
-                    **_collisions(seen[n][1], size),
-                }
-            )
-    return records
+    return [
+        {
+            "n": n,
+            "rows": heads * size,
+            "unlearned": int(zero[1 + i * heads * size : 1 + (i + 1) * heads * size].sum()),
+            **_collisions(seen[n][1], size),
+        }
+        for i, n in enumerate(hash_.ngrams)
+    ]
 
 
 def _distinct(

@@ -35,7 +35,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class NGramHash(nn.Module):
-    """Token ids → addresses in the memory tables, the same for every memory layer.
+    """Token ids → addresses in the memory table.
 
     `canonical_ids` maps a token to the one that stands for all its spellings (case and leading space folded), so that
     "Apple" and " apple" share entries. Row 0 of a table is always zero; an n-gram that would reach over the start of
@@ -95,8 +95,35 @@ class NGramHash(nn.Module):
         return torch.stack(addresses, dim=-1)
 
 
+def make_table(config: MemGPTConfig) -> nn.Embedding:
+    """The table that all memory layers read, [N, M]: one of zeros, then `memory_rows` per hash head of each n."""
+    reads = len(config.memory_ngrams or ()) * config.memory_heads
+    table = nn.Embedding(1 + reads * config.memory_rows, config.memory_dim, padding_idx=0)
+    table._memory_table = True  # type: ignore[assignment]  # starts at zero, and trains by an optimizer of its own
+    return table
+
+
+def look_up(table: nn.Module, addresses: torch.Tensor) -> torch.Tensor:
+    """addresses [B, T, R] → rows of the table side by side, [B, T, R·M]."""
+    if getattr(table, "sparse", False):
+        return _look_up_sparsely(table, addresses)
+    return table(addresses).flatten(-2)
+
+
+@torch.compiler.disable  # gradients of this kind are not compiled
+def _look_up_sparsely(table: nn.Module, addresses: torch.Tensor) -> torch.Tensor:
+    if type(table) is nn.Embedding and kernels.serve(table.weight):
+        from memgpt.model.kernels.memory import look_up
+
+        device, dtype = table.weight.device.type, table.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return look_up(table.weight, addresses, dtype)
+    return table(addresses).flatten(-2)
+
+
 class KnowledgeMemory(nn.Module):
-    """h ↦ gate(h, k) · conv(v), where k and v are read from the table at the n-gram's addresses.
+    """h ↦ gate(h, k) · conv(v), where k and v are what a layer makes of the entry read at the n-grams' addresses.
 
     The table starts at zero, so the layer starts as "adds nothing" and learns only entries that pay. The convolution
     runs over what was read, before the gate: it depends on token ids alone, so that decoding keeps no state for it.
@@ -105,11 +132,10 @@ class KnowledgeMemory(nn.Module):
     def __init__(self, config: MemGPTConfig):
         super().__init__()
         reads = len(config.memory_ngrams or ()) * config.memory_heads
-        self.table = nn.Embedding(1 + reads * config.memory_rows, config.memory_dim, padding_idx=0)
-        self.table._memory_table = True  # type: ignore[assignment]  # init to zero; see MemGPTPreTrainedModel._init_weights
         self.key = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
         self.value = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
         self.query_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.query_norm._opens_gate = True  # type: ignore[assignment]  # starts at zero
         self.key_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lead = max(0, config.memory_kernel - 1)
         if self.lead:
@@ -127,27 +153,13 @@ class KnowledgeMemory(nn.Module):
         value = self.convolve(self.value(entry), position_ids)
         return self.gate(hidden, entry[:, self.lead :]) * value
 
-    def look_up(self, addresses: torch.Tensor) -> torch.Tensor:
-        """addresses [B, T, R] → rows side by side, [B, T, R·M]."""
-        if getattr(self.table, "sparse", False):
-            return self._look_up_sparsely(addresses)
-        return self.table(addresses).flatten(-2)
-
-    @torch.compiler.disable  # gradients of this kind are not compiled
-    def _look_up_sparsely(self, addresses: torch.Tensor) -> torch.Tensor:
-        if kernels.serve(self.table.weight) and type(self.table) is nn.Embedding:
-            from memgpt.model.kernels.memory import look_up
-
-            device, dtype = self.table.weight.device.type, self.table.weight.dtype
-            if torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-            return look_up(self.table.weight, addresses, dtype)
-        return self.table(addresses).flatten(-2)
-
     def gate(self, hidden: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
-        """How much of an entry [B, T, R·M] the context hidden [B, T, D] lets through: [B, T, 1] in (0, 1)."""
+        """How much of an entry [B, T, R·M] the context hidden [B, T, D] lets through: [B, T, 1] in (0, 2).
+
+        All of it, 1, until training has moved the query's norm from zero.
+        """
         match = (self.query_norm(hidden) * self.key_norm(self.key(entry))).sum(-1, keepdim=True)
-        return torch.sigmoid(match * hidden.shape[-1] ** -0.5)
+        return 2 * torch.sigmoid(match * hidden.shape[-1] ** -0.5)
 
     def convolve(self, value: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """value [B, lead + T, D] → [B, T, D]: each position's own, plus taps on those before it in its document."""

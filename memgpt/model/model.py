@@ -34,7 +34,7 @@ from memgpt.model import paged
 from memgpt.model.cache import visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
 from memgpt.model.masks import make_masks
-from memgpt.model.memory import KnowledgeMemory, NGramHash, RMSNorm
+from memgpt.model.memory import KnowledgeMemory, NGramHash, RMSNorm, look_up, make_table
 from memgpt.model.prefix import Prefix
 from memgpt.model.word_votes import VoteTable, WordTable
 
@@ -234,7 +234,7 @@ class MemGPTPreTrainedModel(PreTrainedModel):
         if getattr(module, "_closes_residual", False):
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, std=std)
-        elif getattr(module, "_memory_table", False):
+        elif getattr(module, "_memory_table", False) or getattr(module, "_opens_gate", False):
             init.zeros_(module.weight)
         elif isinstance(module, KnowledgeMemory) and module.lead:
             init.zeros_(module.taps)
@@ -278,6 +278,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.ngram_hash = NGramHash(config)
+        self.memory_table = make_table(config) if config.memory_layers else None
         self.layers = nn.ModuleList(
             Block(config, layer, memory=layer in (config.memory_layers or ()))
             for layer in range(config.num_hidden_layers)
@@ -303,7 +304,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         attention_mode: str = "causal",
         prefix_mask: torch.Tensor | None = None,
         context_ids: torch.Tensor | None = None,
-        memory_entries: tuple[torch.Tensor, ...] | None = None,
+        memory_entry: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T], or inputs_embeds [B, T, D] (then the memory is not read) → last_hidden_state [B, T, D].
@@ -312,7 +313,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         other in both directions, the rest causally. position_ids [B, T] that start again at 0 mark the documents of a
         packed row: attention and n-grams stay within them, in every mode. context_ids [B, n]: the tokens before
         `input_ids` when decoding with a cache. `generate` passes them; else those that the cache was last used with.
-        memory_entries: what `read_memory` gave for these ids, if it was called before.
+        memory_entry: what `read_memory` gave for these ids, if it was called before.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -324,20 +325,14 @@ class MemGPTModel(MemGPTPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
-        if input_ids is not None and self.config.memory_layers and memory_entries is None:
+        if input_ids is not None and self.memory_table is not None and memory_entry is None:
             if "cache" in kwargs:  # of continuous batching: every token is a row of its own to the memory
                 before = paged.context_ids(input_ids=input_ids, count=self.ngram_hash.context, **kwargs)
-                memory_entries = self.read_memory(input_ids.T, position_ids.T, before)
+                memory_entry = self.read_memory(input_ids.T, position_ids.T, before)
             else:
                 if context_ids is None and past_key_values is not None:
                     context_ids = _recall(past_key_values)
-                memory_entries = self.read_memory(input_ids, position_ids, context_ids)
-        memory_layers = len(self.config.memory_layers or ())
-        if memory_entries is not None and len(memory_entries) != memory_layers:
-            raise ValueError(
-                f"memory_entries: {len(memory_entries)} for {memory_layers} memory layers; see read_memory"
-            )
-        entries = iter(memory_entries or ())
+                memory_entry = self.read_memory(input_ids, position_ids, context_ids)
         masks = make_masks(
             attention_mode,
             packed,
@@ -362,7 +357,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden = layer(
                 hidden,
-                None if layer.memory is None else next(entries, None),
+                memory_entry,
                 rotation=rotation,
                 attention_mask=masks[str(layer.kind)],
                 past_key_values=past_key_values,
@@ -378,15 +373,14 @@ class MemGPTModel(MemGPTPreTrainedModel):
 
     def read_memory(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context_ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ...]:
-        """What each memory layer reads, [B, lead + T, R·M], for these arguments of `forward`.
+    ) -> torch.Tensor:
+        """What the memory layers are given, [B, lead + T, R·M], for these arguments of `forward`.
 
         It depends on token ids alone, so that a training step can have it read before what is compiled, which is then
         one graph: sparse gradients are not compiled.
         """
-        addresses = self.ngram_hash(input_ids, position_ids, context_ids)
-        memories = (layer.memory for layer in self.layers)
-        return tuple(memory.look_up(addresses) for memory in memories if isinstance(memory, KnowledgeMemory))
+        assert self.memory_table is not None
+        return look_up(self.memory_table, self.ngram_hash(input_ids, position_ids, context_ids))
 
     def _check_ids(self, input_ids: torch.Tensor) -> None:
         if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Where the rows of a memory's table live while a model serves, applied to a finished model from outside.
+"""Where the rows of the memory table live while a model serves, applied to a finished model from outside.
 
     resident   in the process, as trained: the only one that learns
     mapped     in the safetensors file; the process holds a fixed part of it, whatever is looked up
@@ -24,16 +24,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from memgpt.model.memory import KnowledgeMemory, NGramHash
+from memgpt.model.memory import NGramHash, make_table
 
 Residency = Literal["resident", "mapped", "int8", "host"]
 
-_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.memory\.table\.weight$")
+_NAME = re.compile(r"(?:^|\.)memory_table\.weight$")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 _SCALE_BYTES = 4
 _BLOCK = 16  # log2: the system maps up to 64 KiB around a page that is touched
 _COPIED_BYTES = 1 << 24  # at once, when a table is converted
-_HELD_SHARE = 16  # of a mapped file's tables, this part may stay in the process
+_HELD_SHARE = 16  # of a mapped table, this part may stay in the process
 
 
 def quantise(x: torch.Tensor) -> torch.Tensor:
@@ -154,8 +154,8 @@ class _Stored:
         return torch.frombuffer(found, dtype=self.dtype).view(-1, self.shape[1])
 
 
-def _stored(directory: Path) -> dict[int, _Stored]:
-    """Index of the block → its table in a model directory."""
+def _stored(directory: Path) -> _Stored | None:
+    """The table in a model directory, if it has one."""
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         try:
@@ -166,29 +166,29 @@ def _stored(directory: Path) -> dict[int, _Stored]:
         names = [SAFE_WEIGHTS_NAME]
     else:
         raise ValueError(f"{directory}: has no {SAFE_WEIGHTS_NAME}: give the directory of a saved model")
-    found = {}
-    for file in (_File(directory / name) for name in names):
+    for file in [_File(directory / name) for name in names]:  # all of them: a damaged one is found
         for name in file.tensors:
-            if match := _NAME.search(name):
-                found[int(match[1])] = _Stored(file, name)
-    return found
+            if _NAME.search(name):
+                return _Stored(file, name)
+    return None
 
 
-# --- the tables, each in the place of `KnowledgeMemory.table`: addresses [...] → rows [..., M]
+# --- the tables, each in the place of `MemGPTModel.memory_table`: addresses [...] → rows [..., M]
 
 
 class _Table(nn.Module):
     kept: Residency
 
-    def __init__(self, owner: KnowledgeMemory):
+    def __init__(self, like: Any):
+        """like: a module of the model, whose weight tells dtype and device."""
         super().__init__()
-        self._norm = (owner.key_norm,)  # in a tuple: it is not a part of this module
+        self._like = (like,)  # in a tuple: it is not a part of this module
         self.training = False
 
     @property
     def like(self) -> torch.Tensor:
         """A parameter of the model: rows are given in its dtype and on its device, also after they change."""
-        return self._norm[0].weight
+        return self._like[0].weight
 
     def train(self, mode: bool = True) -> "_Table":
         if mode:
@@ -201,8 +201,8 @@ class _Table(nn.Module):
 class MappedTable(_Table):
     kept = "mapped"
 
-    def __init__(self, stored: _Stored, owner: KnowledgeMemory):
-        super().__init__(owner)
+    def __init__(self, stored: _Stored, like: nn.Module):
+        super().__init__(like)
         self.stored = stored
 
     @torch.compiler.disable  # reads a file
@@ -222,8 +222,8 @@ class Int8Table(_Table):
 
     kept = "int8"
 
-    def __init__(self, weight: torch.Tensor, owner: KnowledgeMemory):
-        super().__init__(owner)
+    def __init__(self, weight: torch.Tensor, like: nn.Module):
+        super().__init__(like)
         self.weight = nn.Buffer(weight)
 
     def forward(self, addresses: torch.Tensor) -> torch.Tensor:
@@ -238,8 +238,8 @@ class HostTable(_Table):
 
     kept = "host"
 
-    def __init__(self, rows: torch.Tensor, owner: KnowledgeMemory, ngram_hash: NGramHash):
-        super().__init__(owner)
+    def __init__(self, rows: torch.Tensor, like: nn.Module, ngram_hash: NGramHash):
+        super().__init__(like)
         self.rows = rows  # neither parameter nor buffer: the model moves to the device without it
         self.ngram_hash = (ngram_hash,)
         self._stream: torch.cuda.Stream | None = None
@@ -291,68 +291,61 @@ def load(
     held_bytes: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`cls.from_pretrained(directory, **kwargs)` with its memory tables kept as `memory` says.
+    """`cls.from_pretrained(directory, **kwargs)` with its memory table kept as `memory` says.
 
-    Unless "resident", no table is ever whole in the process as floats. A directory saved with int8 tables can be
-    loaded in every way; "mapped" and "host" then keep its rows as they are. held_bytes: of the tables in each mapped
-    file, what may come into the process; None is a sixteenth.
+    Unless "resident", the table is never whole in the process as floats. A directory saved with an int8 table can be
+    loaded in every way; "mapped" and "host" then keep its rows as they are. held_bytes: of a mapped table, what may
+    come into the process; None is a sixteenth.
 
     Raises:
-        ValueError: in one line, for a file that is damaged, lacks a table or has one of another shape.
+        ValueError: in one line, for a file that is damaged, lacks the table or has one of another shape.
     """
     _check_residency(memory)
     stored = _stored(Path(directory))
-    if memory == "resident" and all(table.dtype != torch.int8 for table in stored.values()):
+    if memory == "resident" and (stored is None or stored.dtype != torch.int8):
         return cls.from_pretrained(directory, **kwargs)
-    shapes: dict[int, tuple[int, int]] = {}
+    shape: list[int] = []
 
     def hollow(self: Any, config: Any, *args: Any, **more: Any) -> None:
-        # from_pretrained makes the model without memory (on "meta"), so the tables that go here never had any.
+        # from_pretrained makes the model without memory (on "meta"), so the table that goes here never had any.
         cls.__init__(self, config, *args, **more)
-        for layer, memory_ in _memories(self).items():
-            shapes[layer] = tuple(memory_.table.weight.shape)  # type: ignore[assignment]
-            memory_.table = nn.Identity()  # type: ignore[assignment]
+        if self.base_model.memory_table is not None:
+            shape.extend(self.base_model.memory_table.weight.shape)
+            self.base_model.memory_table = nn.Identity()
 
     members = {"__init__": hollow, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [_NAME.pattern]}
     hollow_class: Any = type(cls.__name__, (cls,), members)
     model = hollow_class.from_pretrained(directory, **kwargs)
     model.__class__ = cls
-    for layer, (rows, width) in shapes.items():
-        if layer not in stored:
-            raise ValueError(
-                f"{directory}: the memory table of layer {layer} is missing; fetch or save the model again"
-            )
-        found = stored[layer]
-        if found.shape != (rows, width + _SCALE_BYTES * (found.dtype == torch.int8)):
-            raise ValueError(
-                f"{directory}: the memory table of layer {layer} has shape {list(found.shape)}, "
-                f"the configuration asks for [{rows}, {width}]"
-            )
+    if not shape:
+        return model
+    if stored is None:
+        raise ValueError(f"{directory}: the memory table is missing; fetch or save the model again")
+    if [*stored.shape] != [shape[0], shape[1] + _SCALE_BYTES * (stored.dtype == torch.int8)]:
+        raise ValueError(
+            f"{directory}: the memory table has shape {[*stored.shape]}, the configuration asks for {shape}"
+        )
     if memory == "mapped":
-        for file in {table.file for table in stored.values()}:
-            total = sum(table.shape[0] * table.width for table in stored.values() if table.file is file)
-            file.map(total // _HELD_SHARE if held_bytes is None else held_bytes)
-    for layer, memory_ in _memories(model).items():
-        memory_.table = _kept(memory, stored[layer], memory_, model.base_model.ngram_hash)  # type: ignore[assignment]
+        size = stored.shape[0] * stored.width
+        stored.file.map(size // _HELD_SHARE if held_bytes is None else held_bytes)
+    model.base_model.memory_table = _kept(memory, stored, model.base_model)
     return model
 
 
 def place(model: PreTrainedModel, memory: Residency) -> PreTrainedModel:
-    """Keep the tables of a model in memory otherwise, in place; the model is then in evaluation mode.
+    """Keep the table of a model in memory otherwise, in place; the model is then in evaluation mode.
 
     Raises:
         ValueError: for "mapped", unless it is: a table in memory has no file.
     """
     _check_residency(memory)
-    for memory_ in _memories(model).values():
-        table: Any = memory_.table
-        kept = getattr(table, "kept", "resident")
-        if kept == memory:
-            continue
+    table: Any = model.base_model.memory_table
+    kept = getattr(table, "kept", "resident")
+    if table is not None and kept != memory:
         if memory == "mapped":
             raise ValueError("memory='mapped': save the model and load it from its directory")
         rows = {"mapped": "stored", "host": "rows"}.get(kept, "weight")
-        memory_.table = _kept(memory, getattr(table, rows), memory_, model.base_model.ngram_hash)  # type: ignore
+        model.base_model.memory_table = _kept(memory, getattr(table, rows), model.base_model)
     return model.eval()
 
 
@@ -362,22 +355,14 @@ def prefetch(
     position_ids: torch.Tensor | None = None,
     context_ids: torch.Tensor | None = None,
 ) -> None:
-    """Fetch the rows of the next batch while this one is computed; for tables kept as "host", else nothing.
+    """Fetch the rows of the next batch while this one is computed; for a table kept as "host", else nothing.
 
     Arguments as in the model's forward, on the host. What is fetched for other ids than come next is not used.
     """
-    addresses = None
-    for memory_ in _memories(model).values():
-        table: Any = memory_.table
-        if isinstance(table, HostTable):
-            if addresses is None:
-                positions = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
-                addresses = table.ngram_hash[0](input_ids, positions, context_ids)
-            table.prefetch(addresses)
-
-
-def _memories(model: PreTrainedModel) -> dict[int, KnowledgeMemory]:
-    return {i: layer.memory for i, layer in enumerate(model.base_model.layers) if layer.memory is not None}
+    table = model.base_model.memory_table
+    if isinstance(table, HostTable):
+        positions = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
+        table.prefetch(table.ngram_hash[0](input_ids, positions, context_ids))
 
 
 def _check_residency(memory: str) -> None:
@@ -386,24 +371,24 @@ def _check_residency(memory: str) -> None:
 
 
 @torch.no_grad()
-def _kept(memory: Residency, rows: Any, owner: KnowledgeMemory, ngram_hash: NGramHash) -> nn.Module:
-    """A table of `rows`: a tensor or what is stored, with shape, dtype and slices."""
-    like, shape, dtype = owner.key_norm.weight, tuple(rows.shape), rows.dtype
+def _kept(memory: Residency, rows: Any, model: Any) -> nn.Module:
+    """A table of `rows`: a tensor or what is stored, with shape, dtype and slices. model: the backbone."""
+    like, shape, dtype = model.norm.weight, tuple(rows.shape), rows.dtype
     if memory == "mapped":
-        return MappedTable(rows, owner)
+        return MappedTable(rows, model.norm)
     width = shape[1] - _SCALE_BYTES * (dtype == torch.int8)
     if memory == "resident":
-        table = nn.Embedding(shape[0], width, padding_idx=0, device=like.device, dtype=like.dtype)
-        table._memory_table = True  # type: ignore[assignment]
+        with torch.device(like.device):
+            table = make_table(model.config).to(like.dtype)
         _copy(rows, table.weight, lambda part: _decoded(part, like.dtype))
         return table
     if memory == "int8":
         packed = torch.empty(shape[0], width + _SCALE_BYTES, dtype=torch.int8, device=like.device)
         _copy(rows, packed, lambda part: part if dtype == torch.int8 else quantise(part))
-        return Int8Table(packed, owner)
+        return Int8Table(packed, model.norm)
     host = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
     _copy(rows, host, lambda part: part)
-    return HostTable(host, owner, copy.deepcopy(ngram_hash).cpu())
+    return HostTable(host, model.norm, copy.deepcopy(model.ngram_hash).cpu())
 
 
 def _copy(rows: Any, target: torch.Tensor, convert: Any) -> None:

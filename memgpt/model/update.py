@@ -1,8 +1,8 @@
 """Learning new text without forgetting: train only the memory rows that it touches more than the old text did.
 
 After *Continual Learning via Sparse Memory Finetuning* (arXiv 2510.15103). An address depends on token ids alone, so
-which rows a text reads is known before any training, and is the same in every memory layer: one count per row serves
-all of them. Row 0, which n-grams without a row read, is counted and never trained.
+which rows of the table a text reads is known before any training. Row 0, which n-grams without a row read, is counted
+and never trained.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,6 +30,16 @@ def memories(model: PreTrainedModel) -> dict[int, KnowledgeMemory]:
     return found
 
 
+def table(model: PreTrainedModel) -> torch.nn.Parameter:
+    """The rows that all memory layers read, [rows, M].
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    memories(model)
+    return model.base_model.memory_table.weight
+
+
 @torch.no_grad()
 def addresses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Rows that a batch reads: input_ids [B, T], perhaps with position_ids of packed documents → [B, T, R]."""
@@ -41,8 +51,8 @@ def addresses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torc
 
 
 def count_rows(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-    """How often the batches read each row of a memory table: int64 [rows]."""
-    size = len(next(iter(memories(model).values())).table.weight)
+    """How often the batches read each row of the memory table: int64 [rows]."""
+    size = len(table(model))
     counts = torch.zeros(size, dtype=torch.int64)
     for batch in batches:
         counts += addresses(model, batch).flatten().bincount(minlength=size).cpu()
@@ -85,10 +95,10 @@ def choose_rows(new: torch.Tensor, old: torch.Tensor, share: float) -> torch.Ten
     Rows that the new text does not read more than the old one are left out, however large the share.
 
     Raises:
-        ValueError: for counts of two different tables, or a share outside (0, 1].
+        ValueError: for counts of tables of two sizes, or a share outside (0, 1].
     """
     if new.shape != old.shape:
-        raise ValueError(f"memory usage: {len(old)} rows were counted, the model's tables have {len(new)}")
+        raise ValueError(f"memory usage: {len(old)} rows were counted, the model's table has {len(new)}")
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: expected a number above 0 and at most 1")
     score = surplus(new, old)
@@ -100,21 +110,20 @@ def choose_rows(new: torch.Tensor, old: torch.Tensor, share: float) -> torch.Ten
 
 
 def restrict_to_memory(model: PreTrainedModel, rows: torch.Tensor | None = None) -> None:
-    """Freeze everything but the memory tables, and of these all but `rows`, bool [rows]; None leaves all of them.
+    """Freeze everything but the memory table, and of it all but `rows`, bool [rows]; None leaves all of them.
 
     Whatever else a loop does, every other row and weight keeps its bits, as long as the optimizer changes nothing that
-    has a zero gradient: no weight decay on the tables. Call it before the optimizer is made, once per model.
+    has a zero gradient: no weight decay on the table. Call it before the optimizer is made, once per model.
     """
     model.requires_grad_(False)
-    for memory in memories(model).values():
-        table = memory.table.weight
-        table.requires_grad_(True)
-        if rows is not None:
-            table.register_hook(_Keep(rows.to(table.device)))
+    weight = table(model)
+    weight.requires_grad_(True)
+    if rows is not None:
+        weight.register_hook(_Keep(rows.to(weight.device)))
 
 
 class _Keep:
-    """gradient [rows, M] of a table → the same for the kept rows and zero, or absent, for all others."""
+    """gradient [rows, M] of the table → the same for the kept rows and zero, or absent, for all others."""
 
     def __init__(self, rows: torch.Tensor):
         self.rows = rows

@@ -20,7 +20,7 @@ from memgpt.objectives import Pretraining
 from memgpt.optimizers import for_pretraining
 from memgpt.training import Log, train
 
-TABLE = "memory.table.weight"
+TABLE = "memory_table.weight"
 VALIDATION_ROWS = 512  # read for the held-out loss; more would not change its third digit
 
 TOKENIZER, TOKENS, BASE = Path("models/tokenizer"), Path("data/tokens"), Path("models/base")
@@ -67,10 +67,10 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     set_seed(params.seed)
     model = _initial_model(config, tokenizer)
     parent = Path(params.init) if params.init and Path(params.init).is_dir() else None
-    stored, tables = model.num_parameters(), sum(p.numel() for n, p in model.named_parameters() if n.endswith(TABLE))
-    size = f"{(stored - tables) / 1e6:.1f} M active parameters, {tables / 1e6:.1f} M in memory tables"
+    stored, table = model.num_parameters(), sum(p.numel() for n, p in model.named_parameters() if n.endswith(TABLE))
+    size = f"{(stored - table) / 1e6:.1f} M active parameters, {table / 1e6:.1f} M in the memory table"
     distributed.tell(f"pretrain: {params.init or params.preset}, {size}")
-    usage = count_rows(model, DataLoader(data, batch_size=64)) if tables else None
+    usage = count_rows(model, DataLoader(data, batch_size=64)) if table else None
     if params.update == "memory":
         _update_memory_only(model, usage, params)
     inputs = [TOKENIZER, TOKENS, *([parent] if parent else [])]
@@ -99,7 +99,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
         "validation_perplexity": round(math.exp(loss), 4),
         "tokens_seen": steps * params.batch_size * params.sequence_length,
         "parameters": stored,
-        "memory_parameters": tables,
+        "memory_parameters": table,
     }
     with atomic.replacing(BASE) as directory:
         model.save_pretrained(directory)
@@ -180,4 +180,4 @@ def _update_memory_only(model: MemGPTForCausalLM, usage: torch.Tensor | None, pa
     except ValueError as error:
         raise UserError(f"pretrain.init={params.init}: {error}") from None
     restrict_to_memory(model, rows)
-    distributed.tell(f"pretrain: updating {int(rows.sum())} of {len(rows)} rows in each memory table")
+    distributed.tell(f"pretrain: updating {int(rows.sum())} of {len(rows)} rows of the memory table")

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from memories import give_memory
 
 from memgpt import objectives
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, kernels
 from memgpt.model.kernels import memory as fused
-from memgpt.model.memory import KnowledgeMemory
+from memgpt.model.memory import KnowledgeMemory, look_up, make_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -57,14 +58,14 @@ def test_padding_alone_changes_no_row() -> None:
 
 def test_look_ups_in_16_bits_of_a_table_in_32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The autocast that the Trainer uses: rows leave the table rounded, their gradients are added in 32 bits."""
-    memory = KnowledgeMemory(MemGPTConfig(hidden_size=16, memory_rows=9, memory_dim=8)).to(DEVICE)
-    memory.table.sparse = True
+    table = make_table(MemGPTConfig(memory_rows=9, memory_dim=8)).to(DEVICE)
+    table.sparse = True
     addresses = torch.randint(0, 50, (1, 8, 6), device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
-        entry = memory.look_up(addresses)
+        entry = look_up(table, addresses)
     assert entry.dtype == torch.bfloat16
     entry.sum().backward()
-    assert memory.table.weight.grad.dtype == torch.float32
+    assert table.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -80,8 +81,10 @@ def test_the_memory_is_the_same(
     kernel: int, width: int, dtype: torch.dtype, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
-    shape = dict(hidden_size=width, num_attention_heads=1, memory_rows=9, memory_dim=4, memory_kernel=kernel)
-    memory = KnowledgeMemory(MemGPTConfig(**shape, num_key_value_heads=1, head_dim=8))
+    shape = dict(hidden_size=width, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    config = MemGPTConfig(**shape, memory_rows=9, memory_dim=4, memory_kernel=kernel)
+    memory = KnowledgeMemory(config)
+    memory.table = make_table(config)
     for parameter in memory.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.5)
     memory.to(DEVICE, dtype).table.sparse = True
@@ -94,7 +97,7 @@ def test_the_memory_is_the_same(
 
     def passes(memory: KnowledgeMemory) -> tuple[torch.Tensor, ...]:
         start = hidden.clone().requires_grad_()
-        out = memory(start, memory.look_up(addresses), positions)
+        out = memory(start, look_up(memory.table, addresses), positions)
         out.backward(gradient)
         grads = {name: parameter.grad.to_dense() for name, parameter in memory.named_parameters()}
         return out, start.grad, *(grads[name] for name in sorted(grads))
@@ -109,10 +112,8 @@ def model(**changes) -> MemGPTForCausalLM:
     torch.manual_seed(0)
     shape = dict(vocab_size=70, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4)
     made = MemGPTForCausalLM(MemGPTConfig(**shape, memory_rows=31, memory_dim=4, **changes)).to(DEVICE)
-    for layer in made.model.layers:
-        if layer.memory is not None:
-            torch.nn.init.normal_(layer.memory.table.weight[1:].detach())
-            layer.memory.table.sparse = True
+    give_memory(made)
+    made.model.memory_table.sparse = True
     return made
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from memories import give_memory
 from transformers.cache_utils import DynamicCache
 
 from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM
@@ -28,8 +29,7 @@ def causal(types: list[str], **changes) -> MemGPTForCausalLM:
     model = MemGPTForCausalLM(MemGPTConfig(**{**SHAPE, "layer_types": types, **changes})).eval()
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.attention.q_proj.weight)  # sharp attention: what is lost would show
-        if layer.memory is not None:
-            torch.nn.init.normal_(layer.memory.table.weight[1:])
+    give_memory(model)
     return model
 
 
@@ -42,7 +42,7 @@ def read(model: MemGPTForCausalLM, ids: torch.Tensor, cache, pieces: list[int], 
     """Logits of ids from `start` on, of which the cache holds what is before."""
     logits = []
     for piece in pieces:
-        context = ids[:, max(0, start - 2) : start]
+        context = ids[:, max(0, start - model.model.ngram_hash.context) : start]
         part = ids[:, start : start + piece]
         logits.append(model(part, past_key_values=cache, context_ids=context, use_cache=True).logits)
         start += piece
@@ -82,7 +82,7 @@ def test_an_int8_cache_gives_the_logits_within_two_per_cent() -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_an_int8_cache(beams: int) -> None:
     """Beams reorder the cache; a cache that is reset serves the next text."""
-    model, ids = causal([LOCAL, GLOBAL, LOCAL], sliding_window=8), text(12, rows=2)
+    model, ids = causal([LOCAL, GLOBAL, LOCAL], sliding_window=8), text(13, rows=2)
     settings = dict(max_new_tokens=15, do_sample=False, num_beams=beams)
     cache = make_cache(model.config, int8=True)
     first = model.generate(ids, past_key_values=cache, **settings)
@@ -109,12 +109,12 @@ def test_a_stream_decodes_in_constant_memory(int8: bool) -> None:
 
 
 def test_a_stream_through_local_layers_equals_a_pass_over_what_they_see() -> None:
-    """Three windows of 64 reach back 189 tokens: the rest of 3,000 does not matter."""
+    """Three windows of 64 reach back 189 tokens, and the memory 5: the rest of 3,000 does not matter."""
     model = causal([LOCAL] * 3)
     ids = text(3000)
     streamed = read(model, ids, make_cache(model.config, stream=64), [500] * 5 + [499] + [1])[:, -1]
     with torch.no_grad():
-        fresh = model(ids[:, -192:]).logits[:, -1]
+        fresh = model(ids[:, -195:]).logits[:, -1]
     assert torch.allclose(streamed, fresh, atol=1e-3)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from memories import give_memory
 
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, MemGPTTokenizer, canonical_ids
 from memgpt.model.inspection import explain, usage
@@ -31,10 +32,7 @@ def model(tokenizer: MemGPTTokenizer) -> MemGPTForCausalLM:
         )
     ).eval()
     model.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer))
-    for layer in model.model.layers:
-        if layer.memory is not None:
-            torch.nn.init.normal_(layer.memory.table.weight[1:])
-            torch.nn.init.normal_(layer.memory.taps)
+    give_memory(model)
     return model
 
 
@@ -47,7 +45,7 @@ def test_every_token_is_explained_in_every_memory_layer(model, tokenizer) -> Non
     assert [gram["n"] for gram in last["ngrams"]] == [2, 3]
     assert all(TEXT.endswith(gram["text"].strip()) for gram in last["ngrams"])
     assert [gram["n"] for gram in records[0]["ngrams"]] == [2]  # only the end token comes before the first
-    assert all(0 < r["gate"] < 1 for r in records)
+    assert all(0 < r["gate"] < 2 for r in records)
 
 
 def test_strength_is_what_the_memory_changes(model, tokenizer) -> None:
@@ -56,7 +54,7 @@ def test_strength_is_what_the_memory_changes(model, tokenizer) -> None:
     hidden = model.model.embed_tokens(ids)
     positions = torch.arange(ids.shape[1])[None]
     addresses = model.model.ngram_hash(ids, positions)
-    added = model.model.layers[0].memory(hidden, model.model.read_memory(ids, positions)[0], positions)
+    added = model.model.layers[0].memory(hidden, model.model.read_memory(ids, positions), positions)
     expected = (added.norm(dim=-1) / hidden.norm(dim=-1))[0, 1:]
     records = [r for r in explain(model, tokenizer, TEXT) if r["layer"] == 0]
     assert torch.allclose(torch.tensor([r["strength"] for r in records]), expected, atol=1e-6)
@@ -67,7 +65,7 @@ def test_an_emptied_row_falls_silent_where_its_ngram_stands_and_nowhere_else(mod
     before = [r for r in explain(model, tokenizer, TEXT) if r["layer"] == 0]
     gram = before[-1]["ngrams"][0]
     with torch.no_grad():
-        model.model.layers[0].memory.table.weight[gram["rows"]] = 0
+        model.model.memory_table.weight[gram["rows"]] = 0
     after = [r for r in explain(model, tokenizer, TEXT) if r["layer"] == 0]
     assert gram["strength"] > 0
     assert after[-1]["ngrams"][0]["strength"] == 0
@@ -98,19 +96,18 @@ def test_usage_counts_what_a_slow_count_finds(model) -> None:
     hash_ = NGramHash(MemGPTConfig(vocab_size=model.config.vocab_size, memory_rows=31, memory_ngrams=[2, 3]))
     hash_.canonical_ids.copy_(model.model.ngram_hash.canonical_ids)
     model.model.ngram_hash = hash_
-    for layer in (model.model.layers[0], model.model.layers[2]):
-        layer.memory.table = torch.nn.Embedding(1 + 4 * 31, 4, padding_idx=0)
+    model.model.memory_table = torch.nn.Embedding(1 + 4 * 31, 4, padding_idx=0)
     with torch.no_grad():
-        model.model.layers[0].memory.table.weight[1 : 1 + 2 * 31] = 0
+        model.model.memory_table.weight[1 : 1 + 2 * 31] = 0
     draw = torch.Generator().manual_seed(3)
     batches = [
         {"input_ids": torch.randint(3, 12, (2, 20), generator=draw), "position_ids": torch.arange(10).repeat(2)[None]}
         for _ in range(2)
     ]
-    found = {(r["layer"], r["n"]): r for r in usage(model, batches)}
-    assert set(found) == {(0, 2), (0, 3), (2, 2), (2, 3)}
-    assert found[0, 2]["unlearned"] == found[0, 2]["rows"] == 62
-    assert found[2, 2]["unlearned"] == 0
+    found = {r["n"]: r for r in usage(model, batches)}
+    assert set(found) == {2, 3}
+    assert found[2]["unlearned"] == found[2]["rows"] == 62
+    assert found[3]["unlearned"] == 0
     for i, n in enumerate((2, 3)):
         rows_of: dict[tuple[int, ...], tuple[int, ...]] = {}
         for batch in batches:
@@ -119,7 +116,7 @@ def test_usage_counts_what_a_slow_count_finds(model) -> None:
             for b in range(2):
                 for t in (t for t in range(20) if t % 10 >= n - 1):
                     rows_of[tuple(canonical[b][t - n + 1 : t + 1])] = tuple(addresses[b][t])
-        record = found[2, n]
+        record = found[n]
         heads = [[rows[head] for rows in rows_of.values()] for head in range(2)]
         alone = [[head.count(row) == 1 for row in head] for head in heads]
         assert record["ngrams"] == len(rows_of)

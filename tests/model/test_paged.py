@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from memories import give_memory
 from transformers import GenerationConfig
 
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, paged
@@ -15,10 +16,7 @@ def model(**changes) -> MemGPTForCausalLM:
     shape = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, sliding_window=16)
     config = MemGPTConfig(memory_rows=997, memory_dim=8, **{**shape, "layer_types": [LOCAL, GLOBAL], **changes})
     made = MemGPTForCausalLM(config).eval()
-    for layer in made.model.layers:
-        if layer.memory is not None:
-            torch.nn.init.normal_(layer.memory.table.weight[1:])
-            torch.nn.init.normal_(layer.memory.taps)
+    give_memory(made)
     return made
 
 

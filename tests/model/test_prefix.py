@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from memories import give_memory
 from transformers import DynamicCache
 
 from memgpt.model import (
@@ -40,9 +41,7 @@ CLASSES = [MemGPTForTokenClassification, MemGPTForSequenceClassification, MemGPT
 def made(kind: type = MemGPTForTokenClassification, **changes):
     torch.manual_seed(0)
     model = kind(MemGPTConfig(**{**SHAPE, **changes})).eval()
-    for layer in model.base_model.layers:
-        if layer.memory is not None:
-            torch.nn.init.normal_(layer.memory.table.weight[1:])
+    give_memory(model)
     return model
 
 

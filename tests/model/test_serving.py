@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from memories import give_memory
 
 from memgpt import predict
 from memgpt.model import (
@@ -39,9 +40,7 @@ SHAPE = dict(
 def made(kind: type = MemGPTForCausalLM, **changes):
     torch.manual_seed(0)
     model = kind(MemGPTConfig(**{**SHAPE, **changes})).eval()
-    for layer in model.model.layers:
-        if layer.memory is not None:
-            torch.nn.init.normal_(layer.memory.table.weight[1:])
+    give_memory(model)
     return model
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from memories import give_memory
 
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM
 from memgpt.model.update import choose_rows, count_rows, load_usage, restrict_to_memory, save_usage
@@ -28,10 +29,7 @@ def model() -> MemGPTForCausalLM:
             memory_ngrams=[2, 3],
         )
     )
-    for layer in model.model.layers:
-        if layer.memory is not None:
-            torch.nn.init.normal_(layer.memory.table.weight[1:])
-            torch.nn.init.normal_(layer.memory.taps)
+    give_memory(model)
     return model
 
 
@@ -73,9 +71,7 @@ def test_only_the_chosen_rows_move_and_they_learn(model, optimizer_class, sparse
     old, new = (count_rows(model, [{"input_ids": ids}]) for ids in (OLD, NEW))
     rows = choose_rows(new, old, 0.5)
     restrict_to_memory(model, rows)
-    for layer in model.model.layers:
-        if layer.memory is not None:
-            layer.memory.table.sparse = sparse
+    model.model.memory_table.sparse = sparse
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = {} if optimizer_class is RowAdagrad else {"weight_decay": 0.0}
     optimizer = optimizer_class(trained, lr=0.3, **settings)
@@ -88,16 +84,13 @@ def test_only_the_chosen_rows_move_and_they_learn(model, optimizer_class, sparse
         losses.append(loss.item())
         optimizer.step()
     assert losses[-1] < losses[0] - 0.05
-    tables = 0
     for name, value in model.state_dict().items():
-        if name.endswith("memory.table.weight"):
-            tables += 1
+        if name.endswith("memory_table.weight"):
             moved = (value != before[name]).any(dim=1)
             assert not (moved & ~rows).any(), name
             assert moved.sum() > 0.8 * rows.sum(), name  # what ends a row predicts nothing
         else:
             assert torch.equal(value, before[name]), name
-    assert tables == 2
 
 
 def test_text_without_a_chosen_row_reads_as_before(model) -> None:
@@ -118,8 +111,8 @@ def test_text_without_a_chosen_row_reads_as_before(model) -> None:
 def test_the_whole_memory_can_be_trained_and_nothing_else(model) -> None:
     restrict_to_memory(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {f"model.layers.{i}.memory.table.weight" for i in (0, 2)}
+    assert trained == {"model.memory_table.weight"}
     model(NEW, labels=NEW).loss.backward()
     touched = count_rows(model, [{"input_ids": NEW[:, :-1]}]) > 0  # the last position predicts nothing
     touched[0] = False
-    assert torch.equal(model.model.layers[0].memory.table.weight.grad.any(dim=1) & ~touched, torch.zeros_like(touched))
+    assert torch.equal(model.model.memory_table.weight.grad.any(dim=1) & ~touched, torch.zeros_like(touched))

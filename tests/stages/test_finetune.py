@@ -57,11 +57,11 @@ def changed(place: Path, weights: Weights) -> set[str]:
 
 
 def is_memory(name: str) -> bool:
-    return ".memory." in name
+    return "memory" in name
 
 
 def is_table(name: str) -> bool:
-    return name.endswith("memory.table.weight")
+    return name.endswith("memory_table.weight")
 
 
 @pytest.mark.parametrize("tune", ["backbone", "memory", "head", "adapter", "prefix", "lora", "adalora"])

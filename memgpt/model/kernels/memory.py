@@ -161,7 +161,7 @@ def _forward(
     h = tl.load(hidden + n[:, None] * D + columns[None, :], mask=tile, other=0).to(tl.float32)
     k = tl.load(key + rows[:, None] * D + columns[None, :], mask=tile, other=0).to(tl.float32)
     _, _, _, _, match = _match(h, k, w, D, eps)
-    gate = tl.sigmoid(match * scale)
+    gate = 2 * tl.sigmoid(match * scale)
     at = tl.load(position_ids + text * position_stride + t, mask=real, other=0)
     mixed = tl.load(value + rows[:, None] * D + columns[None, :], mask=tile, other=0).to(tl.float32)
     for back in tl.static_range(1, LEAD + 1):
@@ -179,7 +179,7 @@ def _backward(
     B, T, position_stride, scale, eps, tiles,
     D: tl.constexpr, LEAD: tl.constexpr, SUMS: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """With a = norm(h), c = norm(k) before their weights w, s = σ'(gate) · ∂L/∂gate / √D and m = Σ a·c·w:
+    """With a = norm(h), c = norm(k) before their weights w, s = gate' · ∂L/∂gate / √D and m = Σ a·c·w:
     ∂h = s · (c·w − a·m/D) / rms(h), ∂k alike with a and c exchanged, ∂w = Σ s·a·c."""
     columns = tl.arange(0, BLOCK_D)
     wide = columns < D
@@ -213,7 +213,7 @@ def _backward(
                 gradient + (n + back)[:, None] * D + columns[None, :], mask=later[:, None] & wide[None, :], other=0
             )
             v_grad += tap[None, :] * late_gate[:, None] * late.to(tl.float32)
-        s = tl.sum(g * mixed, 1) * gate * (1 - gate) * scale
+        s = tl.sum(g * mixed, 1) * gate * (1 - gate / 2) * scale
         total += tl.where(which == 0, tl.sum(s[:, None] * h * k, 0)[None, :], 0.0)
         h_grad = (s * hidden_scale)[:, None] * (k * w[None, :] - h * (match / D)[:, None])
         k_grad = (s * key_scale)[:, None] * (h * w[None, :] - k * (match / D)[:, None])
