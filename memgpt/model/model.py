@@ -257,18 +257,28 @@ class MemGPTPreTrainedModel(PreTrainedModel):
         return embeddings
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """As in transformers.
 
         Raises:
             ValueError: the checkpoint is of another architecture, or its weights are damaged.
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         except SafetensorError as error:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: damaged weights ({error}); copy the checkpoint again"
             ) from error
+        if any(name.endswith(".memory.table.weight") for name in info["unexpected_keys"]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: its memory layers have a table each, as they had before they shared "
+                "one; pretrain it again"
+            )
+        return (model, info) if output_loading_info else model
 
 
 class MemGPTModel(MemGPTPreTrainedModel):

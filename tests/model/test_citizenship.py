@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, StaticCache, Trainer, TrainingArguments, pipeline
 
 from memgpt.model import (
@@ -388,3 +389,13 @@ def test_prefix_tuning_by_peft_learns_and_padding_stays_unseen(kind: str) -> Non
     short = model(input_ids=ids[:1, :3], attention_mask=mask[:1, :3]).logits
     padded = model(input_ids=ids[:1], attention_mask=mask[:1]).logits
     torch.testing.assert_close(padded[:, :3] if kind == "TOKEN_CLS" else padded, short)
+
+
+def test_a_checkpoint_of_a_table_per_layer_is_refused(tmp_path: Path) -> None:
+    """What was saved before the layers shared one would otherwise load with an empty memory."""
+    made(MemGPTForCausalLM).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.memory.table.weight"] = weights.pop("model.memory_table.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="shared one; pretrain it again"):
+        MemGPTForCausalLM.from_pretrained(tmp_path)
