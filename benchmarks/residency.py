@@ -2,7 +2,7 @@
 
     nice -n 5 python benchmarks/residency.py [--quick]
 
-Makes a model with tables of 2 GB (--quick: 64 MB) of random numbers in a temporary directory, and encodes texts of 512
+Makes a model with a table of 2 GB (--quick: 64 MB) of random numbers in a temporary directory, and encodes texts of 512
 tokens with it in a fresh process per way. "uniform" are random ids: nearly every look-up is of a row never read before,
 the worst case. "zipf" are phrases drawn by 1 / rank, which come again as in text. "cold" is the mean from the first
 look-up on, with nothing of the file in the system's page cache; "warm" is the median of a second pass over the same
@@ -130,7 +130,7 @@ def in_a_process(*arguments: Any) -> dict[str, float]:
 
 
 def residencies(work: Path, quick: bool) -> dict[str, Any]:
-    rows = (1 << 16 if quick else 1 << 21) - 1
+    rows = (1 << 17 if quick else 1 << 22) - 1
     size = 2 * (1 + 4 * rows) * SHAPE["memory_dim"] * 4
     if shutil.disk_usage(work).free < 2 * size:
         raise SystemExit(f"{work}: less than {2 * size / 1e9:.1f} GB free; set TMPDIR")
