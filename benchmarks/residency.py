@@ -80,7 +80,7 @@ def resident(file: Path) -> dict[str, int]:
 
 
 def make(directory: Path, rows: int, seed: int = 0) -> None:
-    """Save a model whose tables hold random numbers: real bytes, no holes in the file."""
+    """Save a model whose table holds random numbers: real bytes, no holes in the file."""
     torch.manual_seed(seed)
     model = MemGPTForCausalLM(MemGPTConfig(**{**SHAPE, "memory_rows": rows}))
     for part in model.model.memory_table.weight.data[1:].split(1 << 20):
@@ -131,7 +131,7 @@ def in_a_process(*arguments: Any) -> dict[str, float]:
 
 def residencies(work: Path, quick: bool) -> dict[str, Any]:
     rows = (1 << 17 if quick else 1 << 22) - 1
-    size = 2 * (1 + 4 * rows) * SHAPE["memory_dim"] * 4
+    size = (1 + 4 * rows) * SHAPE["memory_dim"] * 4
     if shutil.disk_usage(work).free < 2 * size:
         raise SystemExit(f"{work}: less than {2 * size / 1e9:.1f} GB free; set TMPDIR")
     make(work / "small", 1000)
@@ -287,7 +287,7 @@ def main() -> int:
 def show(result: dict[str, Any]) -> None:
     ways = {name: way for name, way in result["residency"].items() if isinstance(way, dict)}
     columns = list(next(iter(ways.values())))
-    print(f"tables of {result['residency']['table_mb']:.0f} MB, {result['residency']['tokens']} tokens\n")
+    print(f"a table of {result['residency']['table_mb']:.0f} MB, {result['residency']['tokens']} tokens\n")
     print(f"{'':20}" + "".join(f"{column:>23}" for column in columns))
     for name, way in ways.items():
         print(f"{name:20}" + "".join(f"{way[column]:23.1f}" for column in columns))

@@ -54,6 +54,13 @@ def test_memory_starts_as_nothing(ids: torch.Tensor) -> None:
     assert torch.equal(fresh(ids).logits, plain(ids).logits)
 
 
+def test_a_new_gate_lets_everything_through(ids: torch.Tensor) -> None:
+    memory = MemGPTForCausalLM(config()).model.layers[0].memory
+    hidden = torch.randn(*ids.shape, memory.query_norm.weight.numel())
+    entry = torch.randn(*ids.shape, memory.key.in_features)
+    assert (memory.gate(hidden, entry) == 1).all()
+
+
 def test_memory_is_used_and_reaches_only_its_positions(model: MemGPTForCausalLM, ids: torch.Tensor) -> None:
     before = model(ids).logits
     changed = ids.clone()
