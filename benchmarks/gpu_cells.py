@@ -34,7 +34,7 @@ from memgpt.model.kernels import float8
 from memgpt.model.memory import KnowledgeMemory, make_table
 from memgpt.model.residency import load, place, prefetch
 from memgpt.model.serving import accelerate
-from memgpt.objectives import fused_loss, next_token_loss
+from memgpt.objectives import Pretraining, fused_loss, next_token_loss
 from memgpt.optimizers import RowAdagrad, clip_gradients, for_pretraining
 
 PARAMS = config.load(Path(__file__).parents[1] / "params.yaml").pretrain
@@ -63,7 +63,7 @@ SIZES: dict[str, dict[str, Any]] = {  # active parameters: 46, 149 and 392 milli
     },
     "tiny": {**PRESETS["tiny"], "vocab_size": 512, "sliding_window": 16, "memory_rows": 128, "memory_dim": 12},
 }
-BATCH = {"base": (64, 1024), "medium": (32, 1024), "large": (16, 1024), "tiny": (2, 32)}  # texts, tokens of each
+BATCH = {"base": (64, 1024), "medium": (48, 1024), "large": (48, 1024), "tiny": (2, 32)}  # texts, tokens of each
 Z_LOSS = 1e-4
 Cell = dict[str, Any]
 
@@ -179,27 +179,39 @@ def loss_of(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch
     return fused_loss(hidden, model.lm_head.weight, input_ids[:, 1:], Z_LOSS) / input_ids[:, 1:].numel()
 
 
+def stock_loss(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+
+
 def train(spec: Cell) -> Cell:
-    """spec: kind "memgpt", "plain" (it without memory) or "llama"; attention; scope: "whole" compiles loss and model,
-    "blocks" each block alone, so that masks are made outside, "none" nothing; float8: the blocks' products in it."""
-    size, tiny = spec["size"], spec["size"] == "tiny"
-    model = (llama(size) if spec["kind"] == "llama" else memgpt(size, spec["kind"] == "memgpt")).to(DEVICE).train()
+    """spec: kind "memgpt", "plain" (it without memory), "llama", or "stock", which is that with transformers' own loss
+    and AdamW; attention; scope: "product" is what the stage pretrain does, "whole" compiles loss and model, "blocks"
+    each block alone, so that masks are made outside, "none" nothing; float8: the blocks' products in it."""
+    size, tiny, kind = spec["size"], spec["size"] == "tiny", spec["kind"]
+    model = (memgpt(size, kind == "memgpt") if kind in ("memgpt", "plain") else llama(size)).to(DEVICE).train()
     model.set_attn_implementation(spec["attention"])
     with float8.products(model, emulate=tiny) if spec.get("float8") else nullcontext():
         return _steps(model, spec, tiny)
 
 
 def _steps(model: PreTrainedModel, spec: Cell, tiny: bool) -> Cell:
-    size = spec["size"]
-    optimizer = for_pretraining(model, PARAMS)
+    size, scope = spec["size"], spec["scope"]
+    optimizer: torch.optim.Optimizer = for_pretraining(model, PARAMS)
     batch, length = BATCH[size]
     input_ids, position_ids = ids(size, batch, length), torch.arange(length, device=DEVICE).expand(batch, -1)
-    loss: Callable[..., torch.Tensor] = compiled(loss_of, tiny) if spec["scope"] == "whole" else loss_of
-    if spec["scope"] == "blocks":
+    loss: Callable[..., torch.Tensor] = loss_of
+    if spec["kind"] == "stock":
+        optimizer, loss = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), stock_loss
+    if scope == "whole":
+        loss = compiled(loss, tiny)
+    elif scope == "blocks":
         for block in model.model.layers:
             block.forward = compiled(block.forward, tiny)
-
-    reads = spec["kind"] == "memgpt" and spec["scope"] == "whole"
+    elif scope == "product":
+        changes = {"masked_share_start": 0.0, "masked_share_end": 0.0, "z_loss": Z_LOSS, "compile": not tiny}
+        pretraining = Pretraining(PARAMS.model_copy(update=changes), 1, SIZES[size]["vocab_size"], 2)
+        loss = partial(_by_product, pretraining)
+    reads = spec["kind"] == "memgpt" and scope == "whole"
 
     def gradients() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -230,6 +242,10 @@ def _steps(model: PreTrainedModel, spec: Cell, tiny: bool) -> Cell:
         "flops_per_second": flops,
         "active_parameters": active,
     }
+
+
+def _by_product(pretraining: Pretraining, model: PreTrainedModel, ids: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    return pretraining(model, {"input_ids": ids, "position_ids": at}, 0)
 
 
 # --- kernels beside their references

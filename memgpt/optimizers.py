@@ -12,16 +12,11 @@ from memgpt.config import Pretrain, Training
 
 
 def for_pretraining(model: PreTrainedModel, params: Pretrain) -> "Chained":
-    """Muon (Jordan 2024) for the matrices of the blocks, row-wise Adagrad for memory tables, AdamW for the rest.
-
-    torch's Muon takes each matrix by itself.
-    """
+    """Muon (Jordan 2024) for the matrices of the blocks, row-wise Adagrad for memory tables, AdamW for the rest."""
     kinds = _kinds(model)
     optimizers: list[torch.optim.Optimizer] = []
     if kinds["matrices"]:
-        optimizers.append(
-            torch.optim.Muon(kinds["matrices"], lr=params.matrix_learning_rate, weight_decay=params.weight_decay)
-        )
+        optimizers.append(Muon(kinds["matrices"], lr=params.matrix_learning_rate, weight_decay=params.weight_decay))
     if kinds["rest"]:
         optimizers.append(
             torch.optim.AdamW(kinds["rest"], lr=params.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -66,6 +61,52 @@ def _kinds(model: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
         if parameter.requires_grad:
             kinds[kind_of.get(parameter, "rest")].append(parameter)
     return kinds
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, which on a GPU takes the matrices of one shape together: one after another, each too small to fill
+    it, they cost a third of a step of the preset `base` on an H100. State and settings are torch's."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        if not self.param_groups[0]["params"][0].is_cuda:
+            super().step(closure)
+            return
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[torch.Tensor]] = {}
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    alike.setdefault(matrix.shape, []).append(matrix)
+            for matrices in alike.values():
+                self.step_together(matrices, group)
+
+    @torch.no_grad()
+    def step_together(self, matrices: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """A step of matrices [m, n] of one shape, with the settings of their group."""
+        gradients: list[torch.Tensor] = []
+        momenta: list[torch.Tensor] = []
+        self._init_group({"params": matrices}, [], gradients, momenta)
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+        moves = orthogonal(torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rows, columns = matrices[0].shape
+        rate = group["lr"] * max(1, rows / columns) ** 0.5
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, list(moves.to(matrices[0].dtype).unbind()), alpha=-rate)
+
+
+def orthogonal(
+    matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """[k, m, n] → the same with singular values near 1, in bf16, by Newton and Schulz's iteration."""
+    a, b, c = coefficients
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class RowAdagrad(torch.optim.Optimizer):

@@ -7,7 +7,7 @@ import torch
 
 from memgpt import config
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM
-from memgpt.optimizers import RowAdagrad, clip_gradients, for_pretraining
+from memgpt.optimizers import Muon, RowAdagrad, clip_gradients, for_pretraining
 
 ROOT = Path(__file__).parents[1]
 SHAPE = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=4, memory_rows=97, memory_dim=4)
@@ -17,6 +17,22 @@ SHAPE = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_
 def model() -> MemGPTForCausalLM:
     torch.manual_seed(0)
     return MemGPTForCausalLM(MemGPTConfig(**SHAPE, num_hidden_layers=2)).train()
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+def test_matrices_of_one_shape_move_together_as_torch_moves_each(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    ours, torchs = ([torch.nn.Parameter(torch.ones(shape)) for _ in range(3)] for _ in range(2))
+    together, alone = Muon(ours, lr=0.1), torch.optim.Muon(torchs, lr=0.1)
+    for _ in range(3):
+        for one, other in zip(ours, torchs, strict=True):
+            one.grad = torch.randn(shape)
+            other.grad = one.grad.clone()
+        together.step_together(ours, together.param_groups[0])
+        alone.step()
+    for one, other in zip(ours, torchs, strict=True):
+        assert torch.allclose(one, other, atol=0.01), "the products are in 16 bits"
+        assert torch.equal(together.state[one]["momentum_buffer"], alone.state[other]["momentum_buffer"])
 
 
 def test_a_row_moves_by_its_gradient_over_the_root_of_what_it_has_seen() -> None:

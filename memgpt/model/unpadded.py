@@ -1,8 +1,8 @@
-"""Texts of unequal length read without padding, applied to a finished encoder from outside.
+"""Texts of unequal length as one row, one after the other: a batch without its padding, or packed documents.
 
-The trunk reads the texts of a batch as one row, one after the other, and gives their states back where the batch had
-them. Attention goes text by text: on a GPU in one call of torch's kernel (in 16 bits, from Ampere on), which has not
-been run; on a CPU in a loop, which tells what the kernel has to compute and saves no time.
+Attention goes text by text: on a GPU in one call of torch's kernel (in 16 bits, from Ampere on), on a CPU in a loop,
+which tells what the kernel has to compute and saves no time. `unpad` has a finished encoder read so, applied from
+outside; pretraining on a GPU asks for it by `in_one_row`.
 """
 
 from itertools import pairwise
@@ -66,6 +66,23 @@ def _unpack(trunk: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) ->
     return BaseModelOutputWithPast(last_hidden_state=states)
 
 
+def in_one_row(input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
+    """Packed rows [B, T], whose position_ids start again at 0 with each document and each row → what `MemGPTModel`
+    under "text_by_text" reads in their place, [1, B·T]."""
+    rows, length = input_ids.shape
+    positions = position_ids.flatten()
+    starts = (positions == 0).nonzero()[:, 0]
+    # Of few sizes, since each is compiled anew: texts without tokens follow.
+    room = 1 << max(2 * rows, len(starts)).bit_length()
+    return {
+        "input_ids": input_ids.reshape(1, -1),
+        "position_ids": positions[None],
+        "attention_mask": {GLOBAL: None, LOCAL: None},  # nothing to make one of
+        "cu_seq_lens_q": nn.functional.pad(starts, (0, room - len(starts)), value=len(positions)).int(),
+        "max_length_q": length,
+    }
+
+
 def text_by_text(
     module: nn.Module,
     query: torch.Tensor,
@@ -74,17 +91,22 @@ def text_by_text(
     attention_mask: torch.Tensor | None,
     scaling: float,
     sliding_window: int | None = None,
+    is_causal: bool = False,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """For transformers' attention interface. query [1, H, N, W], key and value [1, G, N, W] of texts that begin and
-    end at cu_seq_lens_q → [1, N, H, W]; sdpa outside of the trunk, where these are not given."""
+    end at cu_seq_lens_q → [1, N, H, W]; sdpa where these are not given."""
     if cu_seq_lens_q is None:
+        kwargs["is_causal"] = is_causal
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    reach = -1 if sliding_window is None else sliding_window  # to either side
-    if not query.is_cuda:
-        return _loop(query, key, value, scaling, reach, cu_seq_lens_q), None
+    before = (
+        -1 if sliding_window is None else sliding_window - (1 if is_causal else 0)
+    )  # causally, the window counts the token too
+    window = before, 0 if is_causal else before
+    if not query.is_cuda or query.dtype == torch.float32:
+        return _loop(query, key, value, scaling, window, cu_seq_lens_q), None
     query, key, value = (heads[0].transpose(0, 1) for heads in (query, key, value))
     found: Any = varlen_attn(
         query,
@@ -95,7 +117,7 @@ def text_by_text(
         max_q=max_length_q,
         max_k=max_length_q,
         scale=scaling,
-        window_size=(reach, reach),
+        window_size=window,
         enable_gqa=True,
     )
     return found[None], None
@@ -103,13 +125,20 @@ def text_by_text(
 
 @torch.compiler.disable
 def _loop(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, reach: int, ends: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: tuple[int, int],
+    ends: torch.Tensor,
 ) -> torch.Tensor:
-    """What the kernel computes."""
+    """What the kernel computes. window: tokens that are seen before and after a token; −1 is all."""
     found = []
     for start, end in pairwise(ends.tolist()):
-        place = torch.arange(end - start)
-        near = (place[:, None] - place).abs() <= (reach if reach >= 0 else end)
+        before, after = (end - start if side < 0 else side for side in window)
+        place = torch.arange(end - start, device=query.device)
+        distance = place[:, None] - place
+        near = (distance <= before) & (distance >= -after)
         q, k, v = (heads[:, :, start:end] for heads in (query, key, value))
         found.append(nn.functional.scaled_dot_product_attention(q, k, v, near, scale=scaling, enable_gqa=True))
     return torch.cat(found, dim=2).transpose(1, 2)
