@@ -67,8 +67,8 @@ class Pretraining:
             if torch.cuda.get_device_capability(device) >= (8, 0):
                 whole.set_attn_implementation("text_by_text")
             if self.params.compile:
-                for block in whole.model.layers:
-                    block.compile(dynamic=False)
+                for part in (whole.model.ngram_hash, *whole.model.layers):
+                    part.compile(dynamic=False)
         elif self.params.compile:
             return torch.compile(next_token_loss, dynamic=False)
         return next_token_loss

@@ -331,7 +331,8 @@ class MemGPTModel(MemGPTPreTrainedModel):
         if inputs_embeds is None:
             self._check_ids(input_ids)  # type: ignore[arg-type]
             inputs_embeds = self.embed_tokens(input_ids)
-        self._check_length(inputs_embeds.shape[1], past_key_values)
+        # Of texts that stand in one row, each for itself.
+        self._check_length(kwargs.get("max_length_q") or inputs_embeds.shape[1], past_key_values)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past

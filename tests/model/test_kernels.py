@@ -16,7 +16,10 @@ READ, GATE = {"M": 96, "BLOCK_M": 128}, {"D": 512, "LEAD": 3, "BLOCK_D": 512, "R
 SHAPE = "B:i32 T:i32 position_stride:i32 scale:fp32 eps:fp32"
 KERNELS = {
     "_gather": ("table:*fp32 addresses:*i64 out:*bf16 count:i32", {**READ, "ROWS": 32}),
-    "_sum_segments": ("source:*bf16 order:*i64 starts:*i64 out:*fp32", {**READ, "ROWS": 8}),
+    "_sum_reads": (
+        "source:*bf16 order:*i64 starts:*i64 chosen:*i64 out:*fp32",
+        {**READ, "ROWS": 4, "FEW": 256, "CHOSEN": False},
+    ),
     "_forward": (
         "hidden:*fp32 key:*bf16 value:*bf16 weight:*fp32 taps:*fp32 position_ids:*i64 out:*fp32 gates:*fp32 " + SHAPE,
         GATE,

@@ -19,8 +19,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 _LOOKED_UP = 32  # rows that a program gathers
-_PIECE = 64  # equal addresses that one program adds up; frequent n-grams have thousands, which then run side by side
-_SUMMED = 8  # of them at once
+_FEW = 256  # reads of one row that a small program adds up; frequent n-grams have thousands, which take a large one
 _TILE = 1024  # elements of [positions, D] that a program holds
 _PROGRAMS = 528  # of the backward pass, each with sums of its own: four on every multiprocessor of an H100
 
@@ -67,18 +66,26 @@ def _gather(table, addresses, out, count, M: tl.constexpr, BLOCK_M: tl.constexpr
 
 
 @triton.jit
-def _sum_segments(source, order, starts, out, M: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr):
-    """out[s] = sum of source[order[i]] over starts[s] ≤ i < starts[s + 1]."""
+def _sum_reads(
+    source, order, starts, chosen, out,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """out[s] = sum of source[order[i]] over starts[s] ≤ i < starts[s + 1]: of the segments that are `chosen`, or of
+    those with at most `FEW`."""
     segment = tl.program_id(0).to(tl.int64)
+    if CHOSEN:
+        segment = tl.load(chosen + segment)
     columns = tl.arange(0, BLOCK_M)
     first, end = tl.load(starts + segment), tl.load(starts + segment + 1)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(first, end, ROWS):
-        places = start + tl.arange(0, ROWS)
-        rows = tl.load(order + places, mask=places < end, other=0)
-        inside = (places < end)[:, None] & (columns < M)[None, :]
-        total += tl.sum(tl.load(source + rows[:, None] * M + columns[None, :], mask=inside, other=0).to(tl.float32), 0)
-    tl.store(out + segment * M + columns, total.to(out.dtype.element_ty), mask=columns < M)
+    if CHOSEN or end - first <= FEW:
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(first, end, ROWS):
+            places = start + tl.arange(0, ROWS)
+            rows = tl.load(order + places, mask=places < end, other=0)
+            inside = (places < end)[:, None] & (columns < M)[None, :]
+            read = tl.load(source + rows[:, None] * M + columns[None, :], mask=inside, other=0)
+            total += tl.sum(read.to(tl.float32), 0)
+        tl.store(out + segment * M + columns, total.to(out.dtype.element_ty), mask=columns < M)
 
 
 class _LookUp(torch.autograd.Function):
@@ -103,27 +110,19 @@ class _LookUp(torch.autograd.Function):
 def _row_sums(gradient: torch.Tensor, addresses: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """gradient [n, M] of what was read at addresses [n] → sorted distinct rows but 0 and their sums [rows, M]."""
     addresses, order = addresses.sort(stable=True)
-    place = torch.arange(len(addresses), device=addresses.device)
-    first = torch.ones_like(addresses, dtype=torch.bool)
-    first[1:] = addresses[1:] != addresses[:-1]
-    since = place - place.where(first, 0).cummax(0).values  # the row's first place
-    real = addresses > 0
-    piece, first = (since % _PIECE == 0) & real, first & real
-    pieces = _sums(gradient, order, piece.nonzero()[:, 0], len(place), torch.float32)
-    rows = addresses[first]
-    return rows, _sums(pieces, place, (piece.cumsum(0) - 1)[first], len(pieces), dtype)
-
-
-def _sums(
-    source: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, end: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """[segments, M]: source[order[i]] added up from each start to the next one, the last one's to the end."""
-    width = source.shape[1]
-    out = source.new_empty(len(starts), width, dtype=dtype)
-    bounds = torch.nn.functional.pad(starts, (0, 1), value=end)
-    block = triton.next_power_of_2(width)
-    _sum_segments[(len(starts),)](source, order, bounds, out, width, block, _SUMMED, num_warps=1)
-    return out
+    rows, counts = torch.unique_consecutive(addresses, return_counts=True)
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    if len(rows) and rows[0] == 0:
+        rows, counts, starts = rows[1:], counts[1:], starts[1:]
+    width = gradient.shape[1]
+    out = gradient.new_empty(len(rows), width, dtype=dtype)
+    often, block = (counts > _FEW).nonzero()[:, 0], triton.next_power_of_2(width)
+    for programs, step, chosen, warps in ((len(rows), 4, False, 1), (len(often), 64, True, 8)):
+        if programs:
+            _sum_reads[(programs,)](
+                gradient, order, starts, often, out, width, block, step, _FEW, chosen, num_warps=warps
+            )
+    return rows, out
 
 
 # --- gate and convolution
@@ -287,5 +286,5 @@ class _Shape:
             "LEAD": value.shape[1] - length,
             "BLOCK_D": block,
             "ROWS": rows,
-            "num_warps": min(16, max(4, rows * block // 512)),
+            "num_warps": min(16, max(2, rows * block // 512)),
         }
