@@ -20,7 +20,6 @@ from memgpt.objectives import Pretraining
 from memgpt.optimizers import for_pretraining
 from memgpt.training import Log, train
 
-TABLE = "memory_table.weight"
 VALIDATION_ROWS = 512  # read for the held-out loss; more would not change its third digit
 
 TOKENIZER, TOKENS, BASE = Path("models/tokenizer"), Path("data/tokens"), Path("models/base")
@@ -67,7 +66,8 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     set_seed(params.seed)
     model = _initial_model(config, tokenizer)
     parent = Path(params.init) if params.init and Path(params.init).is_dir() else None
-    stored, table = model.num_parameters(), sum(p.numel() for n, p in model.named_parameters() if n.endswith(TABLE))
+    stored, memory_table = model.num_parameters(), model.model.memory_table
+    table = 0 if memory_table is None else memory_table.weight.numel()
     size = f"{(stored - table) / 1e6:.1f} M active parameters, {table / 1e6:.1f} M in the memory table"
     distributed.tell(f"pretrain: {params.init or params.preset}, {size}")
     usage = count_rows(model, DataLoader(data, batch_size=64)) if table else None
