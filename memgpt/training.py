@@ -115,6 +115,8 @@ def train(
         set_seed(params.seed + distributed.rank())  # dropout of its own in each process
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     sharding.join(model, checkpoints)
+    for module in model.modules():
+        module._compiled_call_impl = None  # what a loss had compiled in place, for the shapes of its steps
     trained = average.model.module if average else model
     return trained.to("cpu").eval()
 

@@ -1,15 +1,18 @@
 """What pretraining minimises, against its definition."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from memories import give_memory
+from torch.utils.data import default_collate
 
 from memgpt import config
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM
 from memgpt.objectives import Pretraining, mask, next_token_loss
 from memgpt.optimizers import for_pretraining
+from memgpt.training import train
 
 ROOT = Path(__file__).parents[1]
 MASK = 2
@@ -117,3 +120,38 @@ def test_read_document_by_document_a_step_learns_the_same(model: MemGPTForCausal
         gradients.append({name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_gpu_compiles_for_its_steps_is_gone_after_training(
+    model: MemGPTForCausalLM, batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The branch that a GPU takes, on the CPU: document by document, and compiled block by block."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    graphs: list[torch.fx.GraphModule] = []
+    plain = torch.nn.Module.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part, dynamic: plain(part, dynamic=dynamic, backend=backend))
+    loss = objective(compile=True, batch_size=2, checkpoint_steps=100)
+    loss.loss = loss._prepare(model, torch.device("cuda"))
+    rows = [{name: values[row] for name, values in batch.items()} for row in range(2)]
+    steps: list[float] = []
+    train(
+        model,
+        rows,
+        default_collate,
+        loss.params,
+        steps=2,
+        checkpoints=tmp_path,
+        title="pretrain",
+        loss=loss,
+        log=lambda numbers, step: steps.append(numbers["loss"]),
+    )
+    assert len(steps) == 2 and steps[0] != steps[1]
+    made = len(graphs)
+    assert made >= 3, "the hashes, and a local and a global block"
+    model(**{name: values[:, :20] for name, values in batch.items()})
+    assert len(graphs) == made
