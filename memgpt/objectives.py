@@ -61,7 +61,7 @@ class Pretraining:
     def _prepare(self, model: PreTrainedModel, device: torch.device) -> Callable[..., torch.Tensor]:
         """The loss, compiled if that is asked for. On a GPU, attention goes document by document, in place of a mask
         over whole rows, and our model is compiled block by block: blocks of a kind share their code, which so is ready
-        in a tenth of the time, and what surrounds them has kernels of its own."""
+        in a sixth of the time (9 s at preset `base` on an H100), and what surrounds them has kernels of its own."""
         whole = getattr(model, "module", model)
         if device.type == "cuda" and isinstance(whole, MemGPTForCausalLM):
             if torch.cuda.get_device_capability(device) >= (8, 0):
