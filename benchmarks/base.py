@@ -25,6 +25,7 @@ import cells
 import gpu
 import gpu_cells
 import peers
+import runner
 import task_cells
 import tasks
 from huggingface_hub import save_torch_state_dict
@@ -128,7 +129,7 @@ def restore(folder: Path) -> MemGPTForCausalLM:
 
 
 def summarise(planned: gpu.Cells, results: Path) -> dict[str, Any]:
-    found = {name: cell for name, spec in planned.items() if (cell := gpu.done(results, name, spec))}
+    found = {name: cell for name, spec in planned.items() if (cell := runner.done(results, name, spec))}
     compared = {name: cell for name, cell in found.items() if "set" in cell["spec"]}
     kept = ("validation", "wikitext2", "tokens_per_second", "multiply_adds", "stored", "device")
     return {

@@ -11,7 +11,6 @@ same order with the same optimizer, schedule and precision; see `cells.RECIPE` a
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable
@@ -129,14 +128,7 @@ def run(cells: list[tuple[str, Spec]], jobs: int) -> None:
 
 
 def results(cells: Iterable[tuple[str, Spec]]) -> dict[str, Any]:
-    found = {}
-    for name, spec in cells:
-        path = CELLS / f"{name}.json"
-        if path.exists():
-            cell = json.loads(path.read_text())
-            if cell["spec"] == spec:
-                found[name] = cell
-    return found
+    return {name: cell for name, spec in cells if (cell := runner.done(CELLS, name, spec))}
 
 
 def summarise(done: dict[str, Any], budget: float, frontier: float) -> dict[str, Any]:

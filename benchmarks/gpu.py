@@ -12,7 +12,6 @@ Floors: bytes over the device's own speed of copying, or operations over its own
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu_cells
+from runner import done
 from transformers.utils import logging
 
 from memgpt.atomic import write_json
@@ -124,12 +124,6 @@ def run(cells: Cells, results: Path, limit: float, measure: Callable[[str, Spec]
 
 def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def done(results: Path, name: str, spec: dict[str, Any]) -> dict[str, Any] | None:
-    path = results / f"{name}.json"
-    cell = json.loads(path.read_text()) if path.exists() else None
-    return cell if cell and cell["spec"] == spec else None
 
 
 # --- the table

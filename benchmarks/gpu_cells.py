@@ -186,7 +186,7 @@ def stock_loss(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: to
 def train(spec: Cell) -> Cell:
     """spec: kind "memgpt", "plain" (it without memory), "llama", or "stock", which is that with transformers' own loss
     and AdamW; attention; scope: "product" is what the stage pretrain does, "whole" compiles loss and model, "blocks"
-    each block alone, so that masks are made outside, "none" nothing; float8: the blocks' products in it."""
+    each block alone, so that masks are made outside; float8: the blocks' products in it."""
     size, tiny, kind = spec["size"], spec["size"] == "tiny", spec["kind"]
     model = (memgpt(size, kind == "memgpt") if kind in ("memgpt", "plain") else llama(size)).to(DEVICE).train()
     model.set_attn_implementation(spec["attention"])

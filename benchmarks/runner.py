@@ -12,10 +12,18 @@ from typing import Any
 from tqdm import tqdm
 
 
+def done(results: Path, name: str, spec: dict[str, Any]) -> dict[str, Any] | None:
+    """A cell's result, if there is one of this spec: what another form of it reached does not count."""
+    path = results / f"{name}.json"
+    cell = json.loads(path.read_text()) if path.exists() else None
+    return cell if cell and cell["spec"] == spec else None
+
+
 def run(cells: list[tuple[str, dict[str, Any]]], jobs: int, script: Path, results: Path, logs: Path) -> None:
     """`script NAME SPEC` writes `results/NAME.json`. A cell waits for those that its spec names in `start` (one) and
     `after` (a list)."""
-    waiting = [(name, spec) for name, spec in cells if not (results / f"{name}.json").exists()]
+    specs = dict(cells)
+    waiting = [(name, spec) for name, spec in cells if not done(results, name, spec)]
     running: set[str] = set()
     with tqdm(total=len(waiting), desc="cells", unit="cell") as bar, ThreadPoolExecutor(jobs) as pool:
 
@@ -33,7 +41,7 @@ def run(cells: list[tuple[str, dict[str, Any]]], jobs: int, script: Path, result
 
         def can_start(spec: dict[str, Any]) -> bool:
             before = [*spec.get("after", ()), *([spec["start"]] if "start" in spec else ())]
-            return all((results / f"{name}.json").exists() for name in before)
+            return all(done(results, name, specs[name]) for name in before)
 
         while waiting:
             ready = next((cell for cell in waiting if can_start(cell[1])), None)

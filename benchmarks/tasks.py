@@ -136,12 +136,7 @@ def run(cells: Cells, jobs: int) -> None:
 
 
 def results(cells: Cells) -> dict[str, Any]:
-    found = {}
-    for name, spec in cells:
-        path = RESULTS / f"{name}.json"
-        if path.exists() and (cell := json.loads(path.read_text()))["spec"] == spec:
-            found[name] = cell
-    return found
+    return {name: cell for name, spec in cells if (cell := runner.done(RESULTS, name, spec))}
 
 
 def compare(done: dict[str, Any], name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import gpu
 import gpu_cells
 import peers
 import peers_recommendation
+import runner
 import task_cells
 import tasks
 
@@ -129,7 +130,27 @@ def test_a_cell_that_fails_costs_only_itself(tmp_path: Path, capsys: pytest.Capt
     good = {"run": "floors", "size": "tiny"}
     assert not gpu.run({"bad": {"run": "look_up", "size": "no such size"}, "floors": good}, tmp_path, limit=60)
     assert "bad: KeyError" in capsys.readouterr().err
-    assert gpu.done(tmp_path, "floors", good)
+    assert runner.done(tmp_path, "floors", good)
+
+
+def test_a_cell_is_run_again_when_its_spec_has_changed(tmp_path: Path) -> None:
+    script, results = tmp_path / "cell.py", tmp_path / "results"
+    results.mkdir()
+    script.write_text(
+        "import json, pathlib, sys\n"
+        f"folder = pathlib.Path({str(results)!r})\n"
+        "name, spec = sys.argv[1], json.loads(sys.argv[2])\n"
+        "old = sorted(path.name for path in folder.iterdir())\n"
+        "(folder / f'{name}.json').write_text(json.dumps({'spec': spec, 'there': old}))\n"
+    )
+    (results / "first.json").write_text('{"spec": {"rows": 1}}')
+    (results / "kept.json").write_text('{"spec": {"rows": 2}, "there": "before"}')
+    cells = [("second", {"start": "first"}), ("first", {"rows": 2}), ("kept", {"rows": 2})]
+    runner.run(cells, 2, script, results, tmp_path / "logs")
+    assert runner.done(results, "first", {"rows": 2})
+    assert "second.json" not in runner.done(results, "first", {"rows": 2})["there"], "it waited for the new one"
+    assert runner.done(results, "second", {"start": "first"})
+    assert runner.done(results, "kept", {"rows": 2})["there"] == "before"
 
 
 def test_flops_count_every_matrix_and_what_attention_sees() -> None:

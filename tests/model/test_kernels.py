@@ -14,12 +14,11 @@ from memgpt.model import kernels
 pytestmark = pytest.mark.skipif(not kernels.TRITON, reason="needs Triton, which is for Linux, and a C compiler")
 READ, GATE = {"M": 96, "BLOCK_M": 128}, {"D": 512, "LEAD": 3, "BLOCK_D": 512, "ROWS": 2}
 SHAPE = "B:i32 T:i32 position_stride:i32 scale:fp32 eps:fp32"
+SUMS = "source:*bf16 order:*i64 starts:*i64 chosen:*i64 out:*fp32"
 KERNELS = {
     "_gather": ("table:*fp32 addresses:*i64 out:*bf16 count:i32", {**READ, "ROWS": 32}),
-    "_sum_reads": (
-        "source:*bf16 order:*i64 starts:*i64 chosen:*i64 out:*fp32",
-        {**READ, "ROWS": 4, "FEW": 256, "CHOSEN": False},
-    ),
+    "_sum_reads": (SUMS, {**READ, "ROWS": 4, "FEW": 256, "CHOSEN": False}),
+    "_sum_reads of frequent rows": (SUMS, {**READ, "ROWS": 64, "FEW": 256, "CHOSEN": True}),
     "_forward": (
         "hidden:*fp32 key:*bf16 value:*bf16 weight:*fp32 taps:*fp32 position_ids:*i64 out:*fp32 gates:*fp32 " + SHAPE,
         GATE,
@@ -56,5 +55,5 @@ def test_the_kernels_compile_as_they_are_launched_in_training(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     arguments, constants = KERNELS[name]
     signature = dict(argument.split(":") for argument in arguments.split()) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(getattr(memory, name), signature, constants)
+    source = ASTSource(getattr(memory, name.split()[0]), signature, constants)
     assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
