@@ -65,7 +65,8 @@ def _kinds(model: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
 
 class Muon(torch.optim.Muon):
     """torch's Muon, which on a GPU takes the matrices of one shape together: one after another, each too small to fill
-    it, they cost a third of a step of the preset `base` on an H100. State and settings are torch's."""
+    it, they cost a third of a step of the preset `base` on an H100. The state is torch's, and so are the settings, of
+    which Nesterov's momentum and the scale of the rate are always those that torch has by default."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
