@@ -13,6 +13,7 @@ from memgpt.model import MemGPTForCausalLM, MemGPTModel, kernels
 from memgpt.model.unpadded import in_one_row
 
 KEPT, RANDOM = 0.1, 0.1  # of the chosen tokens, these stay as they are or become any other (BERT, arXiv 1810.04805)
+LOGITS = 8  # at once in `fused_loss`, times the size of the hidden states: with fewer, a GPU has too little to do
 
 
 class Pretraining:
@@ -121,12 +122,12 @@ def _fuses(model: torch.nn.Module, input_ids: torch.Tensor) -> bool:
 def fused_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, z_loss: float) -> torch.Tensor:
     """The sum that `next_token_loss` divides, for hidden [B, T, D], weight [V, D] and targets [B, T − 1], without the
     logits of more than a part of the tokens at once: Liger's fused linear cross-entropy (arXiv 2410.10989)."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     shifted = torch.nn.functional.pad(targets, (0, 1), value=-100).flatten()
-    return LigerFusedLinearCrossEntropyFunction.apply(
-        hidden.flatten(0, 1), weight, shifted, None, None, -100, z_loss, 0.0, "sum"
-    )[0]
+    return liger_fused_linear_cross_entropy(
+        hidden.flatten(0, 1), weight, shifted, lse_square_scale=z_loss, reduction="sum", chunk_mem_const=LOGITS
+    )
 
 
 def mask(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from memgpt import distributed
 from memgpt.config import Pretrain, Training
+from memgpt.model.memory import row_gradient
 
 
 def for_pretraining(model: PreTrainedModel, params: Pretrain) -> "Chained":
@@ -133,7 +134,7 @@ class RowAdagrad(torch.optim.Optimizer):
                 if not state:
                     state["square_sum"] = torch.zeros(len(table), dtype=torch.float32, device=table.device)
                 if table.grad.is_sparse:
-                    gradient = table.grad.coalesce()
+                    gradient = row_gradient(table)
                     rows, values = gradient.indices()[0], gradient.values()
                 else:
                     rows = table.grad.any(dim=1).nonzero()[:, 0]
@@ -182,7 +183,7 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
     for parameter in parameters:
         divided |= getattr(parameter, "divided", False)
         if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()  # once, for the optimizer too
+            parameter.grad = row_gradient(parameter)  # once, for the optimizer too
             sparse.append(parameter.grad.values())
         elif parameter.grad is not None:
             dense.append(parameter.grad)

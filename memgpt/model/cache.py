@@ -1,9 +1,16 @@
-"""Key-value caches for `generate(past_key_values=...)` that hold less: int8 values, or a window in every layer."""
+"""Key-value caches for `generate`: those that hold less, int8 values or a window in every layer, are passed to it as
+`past_key_values=`; the window of fixed size is part of its `cache_implementation="static"`."""
 
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
 from memgpt.model.residency import dequantise, quantise
@@ -49,6 +56,51 @@ class WindowLayer(DynamicSlidingWindowLayer):
 
 class Int8GlobalWindowLayer(_Int8, WindowLayer):
     """The same as int8."""
+
+
+class StaticWindowLayer(StaticSlidingWindowLayer):
+    """A window of fixed size whose length only a tensor tells, never a number in Python: a compiled step then is one
+    for all lengths. transformers' own counts in Python too, so that on a GPU every step recorded a CUDA graph of its
+    own, ten times as slow as replaying one."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, size = key_states.shape[2], self.max_cache_len
+        if new == 1:  # what is compiled: the oldest token leaves a full window
+            full = self.cumulative_length >= size
+            order = (torch.arange(size, device=self.device) + full) % size
+            place = self.cumulative_length.clamp(max=size - 1)[None]
+            for kept, states in ((self.keys, key_states), (self.values, value_states)):
+                kept.copy_(kept.index_select(2, order).index_copy_(2, place, states))
+            self.cumulative_length.add_(1)
+            return self.keys, self.values
+        past, first = self._past()
+        whole = []
+        for kept, states in ((self.keys, key_states), (self.values, value_states)):
+            seen = torch.cat((kept[:, :, first : first + past], states), dim=2)
+            kept[:, :, : past + new].copy_(seen[:, :, -size:])
+            whole.append(seen)
+        self.cumulative_length.add_(new)
+        return whole[0], whole[1]
+
+    def _past(self) -> tuple[int, int]:
+        """How many past tokens new ones are shown, and where in the window the first of them is."""
+        held = min(int(self.cumulative_length), self.max_cache_len)
+        past = min(held, self.max_cache_len - 1)
+        return past, held - past
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        size = self.max_cache_len
+        if query_length == 1:
+            return size, (self.cumulative_length - size + 1).clamp(min=0)
+        past, _ = self._past()
+        return past + query_length, int(self.cumulative_length) - past
+
+    def get_seq_length(self) -> Any:
+        return StaticLayer.get_seq_length(self)
 
 
 def make_cache(config: MemGPTConfig, *, int8: bool = False, stream: int | None = None) -> Cache:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -31,7 +31,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from memgpt.model import paged
-from memgpt.model.cache import visible_past
+from memgpt.model.cache import StaticWindowLayer, visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
 from memgpt.model.masks import make_masks
 from memgpt.model.memory import KnowledgeMemory, NGramHash, RMSNorm, look_up, make_table
@@ -468,14 +468,25 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         )
         cache = inputs.get("past_key_values")
         if inputs.get("input_ids") is not None and cache is not None:
-            past = input_ids.shape[1] - inputs["input_ids"].shape[1]
-            inputs["context_ids"] = input_ids[:, max(0, past - self.model.ngram_hash.context) : past]
+            past, count = input_ids.shape[1] - inputs["input_ids"].shape[1], self.model.ngram_hash.context
+            # Of one shape and layout, for a compiled step; padding says nothing.
+            before = input_ids[:, max(0, past - count) : past].clone(memory_format=torch.contiguous_format)
+            if past and self.config.pad_token_id is not None:
+                before = nn.functional.pad(before, (count - before.shape[1], 0), value=self.config.pad_token_id)
+            inputs["context_ids"] = before
         if inputs.get("attention_mode") == "prefix" and cache is not None:
             if cache.get_seq_length():  # the prefix is in the cache; what follows reads causally
                 inputs.update(attention_mode="causal", prefix_mask=None)
             else:  # a cache of fixed size got a causal mask: have the model make its own
                 inputs["attention_mask"] = attention_mask
         return inputs
+
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Cache:
+        cache = super()._prepare_static_cache(*args, **kwargs)
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, StaticSlidingWindowLayer):
+                cache.layers[index] = StaticWindowLayer(layer.max_cache_len, layer.max_cache_len)
+        return cache
 
     @can_return_tuple
     def forward(

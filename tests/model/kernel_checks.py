@@ -11,7 +11,7 @@ from memories import give_memory
 from memgpt import objectives
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, kernels
 from memgpt.model.kernels import memory as fused
-from memgpt.model.memory import KnowledgeMemory, look_up, make_table
+from memgpt.model.memory import KnowledgeMemory, look_up, make_table, row_gradient
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -106,6 +106,44 @@ def test_the_memory_is_the_same(
     plain(monkeypatch)
     for found, expected in zip(ours, passes(memory), strict=True):
         agree(found, expected, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_compiled_code_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    memory = KnowledgeMemory(MemGPTConfig(hidden_size=16, memory_dim=4, memory_rows=31)).to(DEVICE)
+    torch.nn.init.normal_(memory.taps)
+    hidden, entry = torch.randn(2, 9, 16, device=DEVICE), torch.randn(2, memory.lead + 9, 24, device=DEVICE)
+    positions = torch.arange(9, device=DEVICE)[None]
+
+    def passes(memory: torch.nn.Module) -> list[torch.Tensor]:
+        start = hidden.clone().requires_grad_()
+        memory.zero_grad()
+        out = memory(start, entry, positions)
+        out.square().sum().backward()
+        return [out, start.grad, *(parameter.grad for parameter in memory.parameters())]
+
+    compiled = torch.compile(memory, backend="aot_eager", fullgraph=True)
+    with torch.profiler.profile() as watched:
+        ours = passes(compiled)
+    assert any("gated_convolution_backward" in event.key for event in watched.key_averages())
+    plain(monkeypatch)
+    for found, expected in zip(ours, passes(memory), strict=True):
+        agree(found, expected, 1e-5)
+
+
+def test_a_gradient_is_taken_as_coalesced_only_as_it_was_made() -> None:
+    table = torch.nn.Embedding(9, 4, padding_idx=0, device=DEVICE)
+    addresses = torch.tensor([[[1, 3], [3, 8]]], device=DEVICE)
+
+    def read() -> None:
+        fused.look_up(table.weight, addresses, torch.float32).sum().backward()
+
+    read()
+    assert not table.weight.grad.is_coalesced(), "autograd has learnt to remember: row_gradient is not needed"
+    assert row_gradient(table.weight)._indices().tolist() == [[1, 3, 8]]
+    assert row_gradient(table.weight).values()[:, 0].tolist() == [1, 2, 1]
+    read()  # adds to what is there
+    assert row_gradient(table.weight).values()[:, 0].tolist() == [2, 4, 2]
 
 
 def model(**changes) -> MemGPTForCausalLM:

@@ -142,12 +142,18 @@ def test_8_bits_leave_no_matrix_behind(weights: str, dtype: torch.dtype) -> None
     assert model.lm_head.weight.dtype == dtype
 
 
-def test_compiled_steps_generate_the_same_tokens() -> None:
+@pytest.mark.parametrize("length, padding", [(3, 0), (3, 2), (1, 1), (9, 4)])
+def test_compiled_steps_generate_the_same_tokens(length: int, padding: int) -> None:
+    """Prompts shorter and longer than the local window, which slides on; left-padded ones, whose padding leaves it."""
     exact = made(num_hidden_layers=2, layer_types=[LOCAL, GLOBAL])
     model = accelerate(copy.deepcopy(exact), "float32", compile=True)
     model.generation_config.compile_config.backend = "eager"  # the graphs, without the minutes of code generation
-    ids = tokens(2, 3)  # the local window fills up on the way
+    ids = tokens(1 + (padding > 0), length + padding)
+    ids[-1, :padding] = 0
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     assert torch.equal(greedy(model, ids), greedy(exact, ids))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for all lengths
 
 
 def test_compiled_encoders_answer_alike(tmp_path) -> None:

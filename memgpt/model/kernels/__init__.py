@@ -14,5 +14,6 @@ LIGER = TRITON and find_spec("liger_kernel") is not None
 
 
 def serve(tensor: torch.Tensor) -> bool:
-    """Whether the kernels take this tensor. Under torch.compile they do not: Inductor fuses the plain code."""
-    return tensor.is_cuda and TRITON and not torch.compiler.is_compiling()
+    """Whether the kernels take this tensor. In compiled code they do where a gradient is to come, of which Inductor
+    makes more passes; answers are few tokens, whose plain code it fuses with what is around it."""
+    return tensor.is_cuda and TRITON and (torch.is_grad_enabled() or not torch.compiler.is_compiling())

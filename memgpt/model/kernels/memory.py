@@ -48,8 +48,7 @@ def gated_convolution(
     hidden [B, T, D]; key and value [B, L + T, D], whose first L positions precede the text; weight [D]: the two norms'
     weights multiplied, since they only occur so; taps [L, D] or None; position_ids [B or 1, T].
     """
-    with torch.cuda.device_of(hidden):
-        return _GatedConvolution.apply(hidden, key, value, weight, taps, position_ids, eps)
+    return _gated_convolution(hidden, key, value, weight, taps, position_ids, eps)[0]
 
 
 # --- look-up
@@ -95,34 +94,51 @@ class _LookUp(torch.autograd.Function):
         out = table.new_empty(*addresses.shape, width, dtype=dtype)
         count, block = addresses.numel(), triton.next_power_of_2(width)
         _gather[(triton.cdiv(count, _LOOKED_UP),)](table, addresses, out, count, width, block, _LOOKED_UP)
-        ctx.save_for_backward(addresses)
-        ctx.table = table.shape, table.dtype
+        if ctx.needs_input_grad[0]:
+            # Here, where the device has least to do: the host waits for it, to learn how many rows there are.
+            ctx.save_for_backward(*readers(addresses.flatten()))
+        ctx.table = table
         return out.flatten(-2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        shape, dtype = ctx.table
-        rows, values = _row_sums(gradient.reshape(-1, shape[1]), ctx.saved_tensors[0].flatten(), dtype)
-        return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False), None, None
+        table, rows = ctx.table, ctx.saved_tensors[0]
+        values = _row_sums(gradient.reshape(-1, table.shape[1]).contiguous(), table.dtype, *ctx.saved_tensors)
+        table.distinct_rows = rows
+        found = torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True, check_invariants=False)
+        return found, None, None
 
 
-def _row_sums(gradient: torch.Tensor, addresses: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """gradient [n, M] of what was read at addresses [n] → sorted distinct rows but 0 and their sums [rows, M]."""
+def readers(addresses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of addresses [n]: the sorted distinct rows but 0; the reads of each, order[starts[r] : starts[r + 1]]; and the
+    numbers of those rows that are read often."""
     addresses, order = addresses.sort(stable=True)
     rows, counts = torch.unique_consecutive(addresses, return_counts=True)
     starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     if len(rows) and rows[0] == 0:
         rows, counts, starts = rows[1:], counts[1:], starts[1:]
+    return rows, order, starts, (counts > _FEW).nonzero()[:, 0]
+
+
+def _row_sums(
+    gradient: torch.Tensor,
+    dtype: torch.dtype,
+    rows: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    often: torch.Tensor,
+) -> torch.Tensor:
+    """gradient [n, M] of what was read, and its `readers` → the sum of each row's, [rows, M]."""
     width = gradient.shape[1]
     out = gradient.new_empty(len(rows), width, dtype=dtype)
-    often, block = (counts > _FEW).nonzero()[:, 0], triton.next_power_of_2(width)
+    block = triton.next_power_of_2(width)
     for programs, step, chosen, warps in ((len(rows), 4, False, 1), (len(often), 64, True, 8)):
         if programs:
             _sum_reads[(programs,)](
                 gradient, order, starts, often, out, width, block, step, _FEW, chosen, num_warps=warps
             )
-    return rows, out
+    return out
 
 
 # --- gate and convolution
@@ -224,52 +240,87 @@ def _backward(
     tl.store(own, total, mask=(which <= LEAD) & wide[None, :])
 
 
-class _GatedConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        weight: torch.Tensor,
-        taps: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        eps: float,
-    ) -> torch.Tensor:
-        hidden, key, value = hidden.contiguous(), key.contiguous(), value.contiguous()
-        position_ids = position_ids.contiguous()
-        out = torch.empty_like(hidden)
-        gates = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
-        shape = _Shape(hidden, value, position_ids)
+@torch.library.custom_op("memgpt::gated_convolution", mutates_args=())  # so that compiled code calls it too
+def _gated_convolution(
+    hidden: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    taps: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is added, and the gates [B, T]."""
+    hidden, key, value, position_ids = (t.contiguous() for t in (hidden, key, value, position_ids))
+    out = torch.empty_like(hidden)
+    gates = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
+    shape = _Shape(hidden, value, position_ids)
+    with torch.cuda.device_of(hidden):
         _forward[(shape.tiles,)](
             hidden, key, value, weight, taps, position_ids, out, gates, *shape.sizes, eps, **shape.constants
         )
-        ctx.save_for_backward(hidden, key, value, weight, taps, position_ids, gates)
-        ctx.eps = eps
-        return out
+    return out, gates
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, key, value, weight, taps, position_ids, gates = ctx.saved_tensors
-        shape = _Shape(hidden, value, position_ids)
-        lead, width = shape.constants["LEAD"], shape.constants["D"]
-        slots = triton.next_power_of_2(1 + lead)
-        programs = min(shape.tiles, _PROGRAMS)
-        sums = weight.new_empty(programs, slots, width, dtype=torch.float32)
-        grads = torch.empty_like(hidden), torch.empty_like(key), torch.empty_like(value)
+
+@_gated_convolution.register_fake
+def _(hidden: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    out = hidden.new_empty(hidden.shape)
+    return out, hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("memgpt::gated_convolution_backward", mutates_args=())
+def _gated_convolution_backward(
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    taps: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    gates: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of hidden, key and value; and those of weight and taps in one, [1 + L, D], in float32."""
+    gradient, hidden, key, value, position_ids = (t.contiguous() for t in (gradient, hidden, key, value, position_ids))
+    shape = _Shape(hidden, value, position_ids)
+    lead, width = shape.constants["LEAD"], shape.constants["D"]
+    slots = triton.next_power_of_2(1 + lead)
+    programs = min(shape.tiles, _PROGRAMS)
+    sums = weight.new_empty(programs, slots, width, dtype=torch.float32)
+    grads = torch.empty_like(hidden), torch.empty_like(key), torch.empty_like(value)
+    with torch.cuda.device_of(hidden):
         _backward[(programs,)](
-            gradient.contiguous(), hidden, key, value, weight, taps, position_ids, gates, *grads, sums,
-            *shape.sizes, ctx.eps, shape.tiles, SUMS=slots, **shape.constants,
+            gradient, hidden, key, value, weight, taps, position_ids, gates, *grads, sums,
+            *shape.sizes, eps, shape.tiles, SUMS=slots, **shape.constants,
         )  # fmt: skip
-        weight_grad, *taps_grad = sums[:, : 1 + lead].sum(0).unbind()
-        return (
-            *grads,
-            weight_grad.to(weight.dtype),
-            None if taps is None else torch.stack(taps_grad).to(taps.dtype),
-            None,
-            None,
-        )
+    return *grads, sums[:, : 1 + lead].sum(0)
+
+
+@_gated_convolution_backward.register_fake
+def _(
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    weight: torch.Tensor,
+    *others: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    sums = weight.new_empty(1 + value.shape[1] - hidden.shape[1], len(weight), dtype=torch.float32)
+    return hidden.new_empty(hidden.shape), key.new_empty(key.shape), value.new_empty(value.shape), sums
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _differentiate(ctx: Any, gradient: torch.Tensor, of_gates: None) -> tuple[torch.Tensor | None, ...]:
+    weight, taps = ctx.saved_tensors[3:5]
+    *grads, sums = _gated_convolution_backward(gradient, *ctx.saved_tensors, ctx.eps)
+    return *grads, sums[0].to(weight.dtype), None if taps is None else sums[1:].to(taps.dtype), None, None
+
+
+_gated_convolution.register_autograd(_differentiate, setup_context=_save)
 
 
 class _Shape:
