@@ -87,6 +87,7 @@ class Pretrain(Training):
     """learning_rate is that of AdamW, matrix_learning_rate Muon's. masked_share_*: share of the steps that predict
     masked tokens, at the start and the end of the run. update: which weights a run that starts from `init` changes;
     "memory" changes, of the memory rows that the new text reads more than the old did, the best `update_share`.
+    memory_least: 0, or how often an n-gram must occur to be given a row of the memory, which then is its own.
     float8: matrix products of the blocks in 8 bits, where the GPU has them."""
 
     init: str | None
@@ -100,6 +101,7 @@ class Pretrain(Training):
     z_loss: NonNegative
     update: Literal["all", "memory"]
     update_share: Annotated[float, Field(gt=0, le=1)]
+    memory_least: Annotated[int, Field(ge=0)]
     compile: bool
     activation_checkpointing: bool
     float8: bool

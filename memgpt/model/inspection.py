@@ -95,9 +95,9 @@ def usage(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]])
 
     rows: of the order's part of the table, all heads together. touched, dead: how many were read by the text, and
     never. expected_touched: what a perfectly even hash would give. unlearned: rows that are still all zero.
-    ngrams: distinct ones read, canonical. load: of these per row of a head. colliding: share of the n-grams that share
-    their row with another, mean over heads; expected_colliding: by an even hash. inseparable: share of the n-grams that
-    share their row with another in every head, so that none is theirs alone.
+    ngrams: distinct ones that read a row, canonical. load: of these per row of a head. colliding: share of the n-grams
+    that share their row with another, mean over heads; expected_colliding: by an even hash. inseparable: share of the
+    n-grams that have a row of their own in no head. Where rows have owners, the last three hardly occur.
     """
     zero = ~table(model).any(dim=1)
     hash_ = model.base_model.ngram_hash
@@ -131,7 +131,7 @@ def _distinct(
     key = torch.zeros_like(canonical)
     for step in range(n):
         key = key * base + canonical.roll(step, dims=1)  # what rolls over the edge has no address
-    valid = rows[..., 0] != 0
+    valid = (rows != 0).any(dim=-1)
     keys = np.concatenate((seen[0], key[valid].numpy()))
     keys, first = np.unique(keys, return_index=True)
     return keys, np.concatenate((seen[1], rows[valid].numpy()))[first]
@@ -140,11 +140,12 @@ def _distinct(
 def _collisions(rows: np.ndarray, size: int) -> dict[str, Any]:
     """rows [N, heads] of N distinct n-grams, in tables of `size` rows per head."""
     count, heads = rows.shape
-    shared = np.zeros((count, heads), bool)
+    shared, read = np.zeros((count, heads), bool), rows != 0
     touched = 0
     for head in range(heads):
-        _, inverse, loads = np.unique(rows[:, head], return_inverse=True, return_counts=True)
-        shared[:, head] = loads[inverse] > 1
+        own = read[:, head]
+        _, inverse, loads = np.unique(rows[own, head], return_inverse=True, return_counts=True)
+        shared[own, head] = loads[inverse] > 1
         touched += len(loads)
     free = 1 - 1 / size
     return {
@@ -155,5 +156,5 @@ def _collisions(rows: np.ndarray, size: int) -> dict[str, Any]:
         "load": count / size,
         "colliding": float(shared.mean()) if count else 0.0,
         "expected_colliding": 1 - free ** (count - 1) if count else 0.0,
-        "inseparable": float(shared.all(axis=1).mean()) if count else 0.0,
+        "inseparable": float((shared | ~read).all(axis=1).mean()) if count else 0.0,
     }

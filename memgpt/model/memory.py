@@ -5,6 +5,9 @@ look-up costs no matrix product over the table and rows can be fetched ahead. Sh
 D hidden size, R rows read per position, M width of a row.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +30,14 @@ def _multiplier(*key: int) -> int:
     return state - (1 << 64) if state >= 1 << 63 else state
 
 
+FREE = -1  # in `NGramHash.owners`
+
+
+def _fingerprint(mixed: torch.Tensor) -> torch.Tensor:
+    """64 bits of an n-gram → a number above 0 that 1 in 32,767 others has too; of other bits than its row."""
+    return (1 + (mixed >> 40) % 32767).to(torch.int16)
+
+
 class RMSNorm(nn.RMSNorm):
     """RMS normalisation in the weight's precision: under autocast, torch has no fast path for mixed ones."""
 
@@ -40,7 +51,12 @@ class NGramHash(nn.Module):
     `canonical_ids` maps a token to the one that stands for all its spellings (case and leading space folded), so that
     "Apple" and " apple" share entries. Row 0 of a table is always zero; an n-gram that would reach over the start of
     a document, or that contains padding or a mask, reads it.
+
+    `owners` says whose a row is: 0, everyone's that falls on it; FREE, no one's; else a fingerprint of the one n-gram
+    that may read it, while all others read row 0. It starts as everyone's; `claim` gives the rows away.
     """
+
+    owners: torch.Tensor  # [N]; None without a memory
 
     def __init__(self, config: MemGPTConfig):
         super().__init__()
@@ -50,6 +66,8 @@ class NGramHash(nn.Module):
         self.lead = max(0, config.memory_kernel - 1)
         self.blanks = tuple(t for t in (config.pad_token_id, config.mask_token_id) if t is not None)
         self.canonical_ids = nn.Buffer(torch.arange(config.vocab_size))
+        owners = torch.zeros(table_rows(config), dtype=torch.int16)
+        self.register_buffer("owners", owners if config.memory_layers else None)
 
     @property
     def context(self) -> int:
@@ -64,6 +82,17 @@ class NGramHash(nn.Module):
         position_ids [B or 1, T] count from the start of each document. context_ids [B, ≤ context]: the tokens just
         before `input_ids`, for incremental decoding.
         """
+        addresses = []
+        for mixed, row, invalid in self._hashes(input_ids, position_ids, context_ids):
+            owner = self.owners[row]
+            foreign = (owner != 0) & (owner != _fingerprint(mixed))
+            addresses.append(row.masked_fill(invalid | foreign, 0))
+        return torch.stack(addresses, dim=-1)
+
+    def _hashes(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, context_ids: torch.Tensor | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Per hash head of each n, [B, lead + T] each: the n-gram mixed into 64 bits, its row, and where it is none."""
         before = torch.arange(-self.lead, 0, device=position_ids.device)
         position_ids = torch.cat((position_ids[:, :1] + before, position_ids), dim=1)
         length = position_ids.shape[1]
@@ -80,7 +109,7 @@ class NGramHash(nn.Module):
             start = reach - steps
             return tensor[:, start : start + length]
 
-        addresses: list[torch.Tensor] = []
+        first = 1
         for n in self.ngrams:
             invalid = position_ids < n - 1
             for step in range(n):
@@ -90,15 +119,65 @@ class NGramHash(nn.Module):
                 for step in range(n):
                     mixed = (mixed ^ (back(ids, step) + 1)) * _multiplier(n, head, step)
                     mixed = mixed ^ (mixed >> 29)
-                row = 1 + (mixed >> 16) % self.rows + len(addresses) * self.rows
-                addresses.append(row.masked_fill(invalid, 0))
-        return torch.stack(addresses, dim=-1)
+                yield mixed, first + (mixed >> 16) % self.rows, invalid
+                first += self.rows
+
+    @torch.no_grad()
+    def claim(self, batches: Iterable[Mapping[str, torch.Tensor]], least: int) -> None:
+        """Give each row that is not taken yet to the most frequent n-gram on it in `batches` (input_ids and
+        position_ids, [B, T]), if it occurs `least` times or more; else the row is FREE.
+
+        So an n-gram that was never learned reads nothing, in place of what another one has learned; nor do rare ones
+        learn their few continuations by heart.
+        """
+        device, text = self.owners.device, [_Counts() for _ in range(len(self.ngrams) * self.heads)]
+        for batch in batches:
+            hashes = self._hashes(batch["input_ids"].to(device), batch["position_ids"].to(device))
+            for counts, (mixed, _, invalid) in zip(text, hashes, strict=True):
+                counts.add(mixed[~invalid].cpu().numpy())
+        for counts, owners in zip(text, self.owners[1:].view(-1, self.rows), strict=True):
+            mixed = torch.from_numpy(counts.most_frequent_last(least)).to(device)
+            last = torch.full_like(owners, -1, dtype=torch.int64)  # of those that fall on a row
+            last.scatter_reduce_(0, (mixed >> 16) % self.rows, torch.arange(len(mixed), device=device), "amax")
+            open_ = owners <= 0
+            owners[open_] = FREE
+            given = open_ & (last >= 0)
+            owners[given] = _fingerprint(mixed[last[given]])
+
+
+class _Counts:
+    """How often each of many 64-bit numbers occurred."""
+
+    def __init__(self) -> None:
+        self.numbers, self.times = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self.waiting: list[np.ndarray] = []
+
+    def add(self, numbers: np.ndarray) -> None:
+        self.waiting.append(numbers)
+        if sum(map(len, self.waiting)) > max(1 << 22, len(self.numbers)):
+            self._merge()
+
+    def _merge(self) -> None:
+        numbers, times = np.unique(np.concatenate([*self.waiting, np.zeros(0, np.int64)]), return_counts=True)
+        self.waiting = []
+        self.numbers, place = np.unique(np.concatenate((self.numbers, numbers)), return_inverse=True)
+        self.times = np.bincount(place, np.concatenate((self.times, times)), len(self.numbers)).astype(np.int64)
+
+    def most_frequent_last(self, least: int) -> np.ndarray:
+        """Those that occurred `least` times or more, the most frequent last."""
+        self._merge()
+        enough = self.times >= least
+        return self.numbers[enough][np.argsort(self.times[enough], kind="stable")]
+
+
+def table_rows(config: MemGPTConfig) -> int:
+    """Rows of the table: one of zeros, then `memory_rows` per hash head of each n."""
+    return 1 + len(config.memory_ngrams or ()) * config.memory_heads * config.memory_rows
 
 
 def make_table(config: MemGPTConfig) -> nn.Embedding:
-    """The table that all memory layers read, [N, M]: one of zeros, then `memory_rows` per hash head of each n."""
-    reads = len(config.memory_ngrams or ()) * config.memory_heads
-    table = nn.Embedding(1 + reads * config.memory_rows, config.memory_dim, padding_idx=0)
+    """The table that all memory layers read, [N, M]."""
+    table = nn.Embedding(table_rows(config), config.memory_dim, padding_idx=0)
     table._memory_table = True  # type: ignore[assignment]  # starts at zero, and trains by an optimizer of its own
     return table
 

@@ -231,6 +231,8 @@ class MemGPTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, NGramHash):
             init.copy_(module.canonical_ids, torch.arange(len(module.canonical_ids)))
+            if self.config.memory_layers:
+                init.zeros_(module.owners)
         if getattr(module, "_closes_residual", False):
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, std=std)

@@ -304,27 +304,26 @@ def load(
     stored = _stored(Path(directory))
     if memory == "resident" and (stored is None or stored.dtype != torch.int8):
         return cls.from_pretrained(directory, **kwargs)
-    shape: list[int] = []
 
     def hollow(self: Any, config: Any, *args: Any, **more: Any) -> None:
         # from_pretrained makes the model without memory (on "meta"), so the table that goes here never had any.
         cls.__init__(self, config, *args, **more)
         if self.base_model.memory_table is not None:
-            shape.extend(self.base_model.memory_table.weight.shape)
+            found = [*self.base_model.memory_table.weight.shape]
+            if stored is None:
+                raise ValueError(f"{directory}: the memory table is missing; fetch or save the model again")
+            if [*stored.shape] != [found[0], found[1] + _SCALE_BYTES * (stored.dtype == torch.int8)]:
+                raise ValueError(
+                    f"{directory}: the memory table has shape {[*stored.shape]}, the configuration asks for {found}"
+                )
             self.base_model.memory_table = nn.Identity()
 
     members = {"__init__": hollow, "__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [_NAME.pattern]}
     hollow_class: Any = type(cls.__name__, (cls,), members)
     model = hollow_class.from_pretrained(directory, **kwargs)
     model.__class__ = cls
-    if not shape:
+    if stored is None or model.base_model.memory_table is None:
         return model
-    if stored is None:
-        raise ValueError(f"{directory}: the memory table is missing; fetch or save the model again")
-    if [*stored.shape] != [shape[0], shape[1] + _SCALE_BYTES * (stored.dtype == torch.int8)]:
-        raise ValueError(
-            f"{directory}: the memory table has shape {[*stored.shape]}, the configuration asks for {shape}"
-        )
     if memory == "mapped":
         size = stored.shape[0] * stored.width
         stored.file.map(size // _HELD_SHARE if held_bytes is None else held_bytes)

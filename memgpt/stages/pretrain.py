@@ -70,6 +70,8 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     table = 0 if memory_table is None else memory_table.weight.numel()
     size = f"{(stored - table) / 1e6:.1f} M active parameters, {table / 1e6:.1f} M in the memory table"
     distributed.tell(f"pretrain: {params.init or params.preset}, {size}")
+    if table and params.memory_least:
+        model.model.ngram_hash.claim(DataLoader(data, batch_size=64), params.memory_least)
     usage = count_rows(model, DataLoader(data, batch_size=64)) if table else None
     if params.update == "memory":
         _update_memory_only(model, usage, params)

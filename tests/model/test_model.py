@@ -50,7 +50,7 @@ def test_memory_starts_as_nothing(ids: torch.Tensor) -> None:
     plain = MemGPTForCausalLM(config(memory_layers=[])).eval()
     missing, unexpected = plain.load_state_dict(fresh.state_dict(), strict=False)
     assert not missing
-    assert all("memory" in name for name in unexpected)
+    assert all("memory" in name or name == "model.ngram_hash.owners" for name in unexpected)
     assert torch.equal(fresh(ids).logits, plain(ids).logits)
 
 
