@@ -57,7 +57,7 @@ def plan(tiny: bool) -> gpu.Cells:
         "seed": 1,
         "recipe": TINY_RECIPE if tiny else RECIPE,
     }
-    cells: gpu.Cells = {"base-memgpt": {"kind": "memgpt", **pretraining}, "shards": {"core": "base-memgpt"}}
+    cells: gpu.Cells = {"base-memgpt": {"kind": "memgpt", "least": 2, **pretraining}, "shards": {"core": "base-memgpt"}}
     cells["base-plain"] = {"kind": "plain", **pretraining}
     for name in SETS:
         for kind in ("memgpt", "plain"):

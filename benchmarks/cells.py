@@ -124,7 +124,7 @@ def _texts(path: Path) -> Iterator[str]:
 def build(spec: dict[str, Any]) -> PreTrainedModel:
     """kind: memgpt, llama or bert; width; for memgpt also rows, changes to its configuration, and the ablations that
     are no configuration: gate=False, product_key=True (in place of the fourth feed-forward layer). Or a preset of the
-    product, of kind memgpt or plain."""
+    product, of kind memgpt or plain. least: of n-grams that get a row of their own, as in params.yaml."""
     set_seed(spec["seed"])
     if spec["kind"] == "llama":
         return peers.llama(spec["width"])
@@ -135,6 +135,9 @@ def build(spec: dict[str, Any]) -> PreTrainedModel:
     else:
         model = peers.memgpt(spec["width"], spec["rows"], **spec.get("changes", {}))
     model.model.ngram_hash.canonical_ids.copy_(canonical_ids(_tokenizer()))
+    if spec.get("least"):
+        length = recipe(**spec.get("recipe", {})).sequence_length
+        model.model.ngram_hash.claim(DataLoader(_text(spec, length), batch_size=64), spec["least"])
     if not spec.get("gate", True):
         for layer in model.model.layers:
             if layer.memory is not None:
@@ -142,6 +145,12 @@ def build(spec: dict[str, Any]) -> PreTrainedModel:
     if spec.get("product_key"):
         model.model.layers[3].mlp = ProductKeyMemory(spec["width"])
     return model
+
+
+def _text(spec: dict[str, Any], length: int) -> Dataset:
+    """Rows to train on: all, or the first `unique` tokens, to be read several times."""
+    rows = PackedTokens(WORK / "tokens", "train", length)
+    return Subset(rows, range(min(len(rows), spec["unique"] // length))) if "unique" in spec else rows
 
 
 def _tokenizer() -> MemGPTTokenizer:
@@ -180,7 +189,7 @@ def pretrain(name: str, spec: dict[str, Any], go_on: AfterEpoch | None = None) -
     params = recipe(tokens=spec["tokens"], seed=spec["seed"], **spec.get("recipe", {}))
     steps = params.tokens // (params.batch_size * params.sequence_length)
     model = build(spec)
-    data = PackedTokens(WORK / "tokens", "train", params.sequence_length)
+    data = _text(spec, params.sequence_length)
     if steps > (batches := len(data) // params.batch_size) > 0:
         # Several epochs: none ends with a smaller batch, for which all would be compiled again.
         data = Subset(data, range(batches * params.batch_size))
