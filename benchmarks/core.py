@@ -89,7 +89,7 @@ def plan(quick: bool) -> list[tuple[str, Spec]]:
     short = [pretraining(kind, MAIN, 1, 1) for kind in ("memgpt", "llama")]
     stored = pretraining("memgpt", MAIN, FRONTIER, 1, rows=EQUAL_ROWS)
     large = [pretraining(kind, MAIN, 10, 1) for kind in ("memgpt", "llama")]
-    large += [pretraining("memgpt", MAIN, 10, 1, least=LEAST), *passes().values()]
+    large += [*passes().values(), *(pretraining("memgpt", MAIN, tokens, 1, least=LEAST) for tokens in (BUDGET, 10))]
     return [*main[:4], *frontier, bert, *main[4:], *tuned, fewer, timed, stored, *short, SPEED, *large]
 
 
@@ -173,11 +173,12 @@ def summarise(done: dict[str, Any], budget: float, frontier: float) -> dict[str,
         for text in ("validation", "wikitext2"):
             gap = growth[-1][text]
             target(f"nats below, {text}, {growth[-1]['tokens']:g} M tokens, one seed", gap, ">= 0.15", gap >= 0.15)
-    owned, peer = done.get(pretraining("memgpt", MAIN, 10, 1, least=LEAST)[0]), cell("llama", tokens=10)
-    if owned and peer:
-        for text in ("validation", "wikitext2"):
+    for tokens in (budget, 10):
+        owned, peer = done.get(pretraining("memgpt", MAIN, tokens, 1, least=LEAST)[0]), cell("llama", tokens=tokens)
+        for text in ("validation", "wikitext2") if owned and peer else ():
             gap = peer[text] - owned[text]
-            target(f"nats below, {text}, 10 M tokens, with rows of their own, one seed", gap, ">= 0.15", gap >= 0.15)
+            name = f"nats below, {text}, {tokens:g} M tokens, rows of the memory with owners, one seed"
+            target(name, gap, ">= 0.15", gap >= 0.15)
     summary["passes"] = {
         label: {text: done[name][text] for text in ("validation", "wikitext2")}
         for label, (name, _) in passes().items()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from memories import give_memory
 
-from memgpt.model import MemGPTConfig, MemGPTForCausalLM
+from memgpt.model import MemGPTConfig, MemGPTForCausalLM, inspection
 from memgpt.model.memory import FREE
 
 SHAPE = dict(
@@ -110,3 +110,13 @@ def test_decoding_reads_what_one_pass_reads(model: MemGPTForCausalLM) -> None:
         hash_ = model.model.ngram_hash
         step = hash_(whole[:, place : place + 1], positions[None, place : place + 1], context)
         assert torch.equal(step[:, hash_.lead :][:, 0], at[:, place])
+
+
+def test_owned_rows_do_not_collide(model: MemGPTForCausalLM) -> None:
+    parts = [text(1)]
+    crowded = inspection.usage(model, parts)
+    assert all(record["colliding"] > 0 for record in crowded)
+    model.model.ngram_hash.claim(parts, 2)
+    owned = inspection.usage(model, parts)
+    assert all(record["colliding"] == record["inseparable"] == 0 for record in owned)
+    assert all(0 < after["ngrams"] < before["ngrams"] for before, after in zip(crowded, owned, strict=True))
