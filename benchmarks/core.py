@@ -25,7 +25,7 @@ from memgpt.atomic import write_json
 
 HERE = Path(__file__).parent
 ROWS = 262144
-WIDTHS = (64, 96, 120, 128, 192)
+WIDTHS = (64, 96, 128, 192)
 MAIN, BUDGET = 128, 4  # width, million tokens
 FRONTIER = 2  # million tokens of each width
 EQUAL_ROWS = 10534  # a table with which width 128 stores as much as the Llama shape of width 192
