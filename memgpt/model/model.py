@@ -223,6 +223,7 @@ class MemGPTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_missing = [r"ngram_hash\.owners$"]  # noqa: RUF012  (of older checkpoints: shared rows)
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
 
     @torch.no_grad()

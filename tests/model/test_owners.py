@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 from memories import give_memory
+from safetensors.torch import load_file, save_file
 
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, inspection
 from memgpt.model.memory import FREE
@@ -87,6 +88,17 @@ def test_later_text_gets_what_is_free(model: MemGPTForCausalLM, tmp_path) -> Non
     loaded.claim([text(2)], 2)
     assert torch.equal(loaded.owners[first > 0], first[first > 0])
     assert (loaded.owners[first == FREE] > 0).any()
+
+
+def test_a_checkpoint_from_before_owners_shares_its_rows(model: MemGPTForCausalLM, tmp_path, capfd) -> None:
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.ngram_hash.owners"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    capfd.readouterr()
+    loaded = MemGPTForCausalLM.from_pretrained(tmp_path)
+    assert "MISSING" not in capfd.readouterr().err
+    assert torch.equal(loaded(**text(1)).logits, model(**text(1)).logits)
 
 
 def test_the_order_and_cut_of_the_text_do_not_matter(model: MemGPTForCausalLM) -> None:
