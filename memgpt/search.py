@@ -168,7 +168,7 @@ def range_test(task: str, params: Finetune, steps: int = 100) -> tuple[list[tupl
         optimizer.zero_grad()
         rise.step()
     valley = int(np.nanargmin(losses)) + 1
-    slopes = np.gradient(losses[: max(2, valley)])
+    slopes = np.gradient(losses[: max(2, valley)])[:-1]  # at its bottom the loss is about to rise
     return [*zip(rates[: len(losses)].tolist(), losses, strict=True)], float(rates[int(np.argmin(slopes))])
 
 

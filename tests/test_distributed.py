@@ -165,7 +165,7 @@ def test_two_processes_update_the_rows_that_one_does(one: Learned, monkeypatch: 
         load_file(model / "model.safetensors") for model in (one.model, alone, Path("models/base"))
     )
     changed = {name for name, weight in weights.items() if not weight.equal(before[name])}
-    assert changed == {"model.memory_table.weight"}
+    assert changed == {"model.memory_table.weight", "model.ngram_hash.owners"}  # new n-grams get rows that are free
     for name, weight in weights.items():
         assert (weight.float() - others[name].float()).abs().max() < 1e-6, name
 
