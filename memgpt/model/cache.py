@@ -61,7 +61,7 @@ class Int8GlobalWindowLayer(_Int8, WindowLayer):
 class StaticWindowLayer(StaticSlidingWindowLayer):
     """A window of fixed size whose length only a tensor tells, never a number in Python: a compiled step then is one
     for all lengths. transformers' own counts in Python too, so that on a GPU every step recorded a CUDA graph of its
-    own, ten times as slow as replaying one."""
+    own, six times as slow as replaying one."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

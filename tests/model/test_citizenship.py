@@ -19,6 +19,7 @@ from memgpt.model import (
     MemGPTModel,
     MemGPTTokenizer,
 )
+from memgpt.model.cache import StaticWindowLayer
 
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 HEADS = [
@@ -213,11 +214,15 @@ def test_an_encoder_exports_for_any_batch_and_length(ids: torch.Tensor) -> None:
     assert torch.allclose(exported(rows, mask).logits, model(rows, mask).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", [None, "static", "static of generate"])
 @pytest.mark.parametrize("step", [1, 3])
 def test_decoding_by_hand_in_any_pieces_equals_the_full_pass(cache, step: int, ids: torch.Tensor) -> None:
     model = made(MemGPTForCausalLM)
     past = StaticCache(config=model.config, max_cache_len=16) if cache else None
+    if cache == "static of generate":
+        sizes = dict(batch_size=len(ids), max_cache_len=16, prefill_chunk_size=None, model_kwargs={})
+        past = model._prepare_static_cache("static", **sizes)
+        assert any(isinstance(layer, StaticWindowLayer) for layer in past.layers)
     parts = []
     for piece in (ids[:, :6], *ids[:, 6:].split(step, dim=1)):
         output = model(piece, past_key_values=past, use_cache=True)
