@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -31,7 +32,7 @@ class Up:
         request = Request(f"{self.api}/{path}", data, {"Content-Type": "application/json"}, method=method)
         for _ in range(30):
             try:
-                with urlopen(request, timeout=30) as answer:
+                with urlopen(request, timeout=120) as answer:
                     return json.loads(answer.read() or b"null")
             except HTTPError as error:
                 if error.code != 503:  # the server's database is busy, and asks to be asked again
@@ -181,11 +182,13 @@ def test_held_approved_by_a_person_then_nothing_to_do(up: Up) -> None:
 
 def test_late_runs_of_the_schedule_collapse_into_one(up: Up) -> None:
     deployment = up.get("deployments/name/retrain/retrain")["id"]
-    often = {"interval": 1, "anchor_date": "2026-01-01T00:00:00Z"}
+    hourly = {"interval": 3600, "anchor_date": "2026-01-01T00:00:00Z"}
     wrong = {"overrides": ["finetune.ner.epoch=2"]}  # ends soon
-    schedule = {"active": True, "schedule": often, "parameters": wrong}
+    schedule = {"active": True, "schedule": hourly, "parameters": wrong}
     made = up.post(f"deployments/{deployment}/schedules", [schedule])
-    stood_for: list[dict[str, Any]] = []
+    now = datetime.now(UTC)
+    missed = {"start_time": (now - timedelta(hours=4)).isoformat(), "end_time": now.isoformat()}  # the machine was off
+    up.post(f"deployments/{deployment}/schedule", missed)
     try:
         stood_for = up.until(lambda: [r for r in up.runs("retrain") if r["state"]["name"] == "Cancelled"], bool)
     finally:
