@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from memgpt import distributed
 from memgpt.config import Pretrain, Training
+from memgpt.model.kernels import multiplies_bfloat16
 from memgpt.model.memory import row_gradient
 
 
@@ -65,13 +66,16 @@ def _kinds(model: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, which on a GPU takes the matrices of one shape together: one after another, each too small to fill
-    it, they cost a third of a step of the preset `base` on an H100. The state is torch's, and so are the settings, of
-    which Nesterov's momentum and the scale of the rate are always those that torch has by default."""
+    """torch's Muon; but on a GPU it takes the matrices of one shape together, since one after another, each too small
+    to fill it, they cost a third of a step of the preset `base` on an H100. On a processor without instructions for
+    bf16 it multiplies in float32: torch emulates the others there, at ten times the time. The state is torch's, and so
+    are the settings, of which Nesterov's momentum and the scale of the rate are always those that torch has by
+    default."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        if not self.param_groups[0]["params"][0].is_cuda:
+        device = self.param_groups[0]["params"][0].device
+        if device.type == "cpu" and multiplies_bfloat16(device):
             super().step(closure)
             return
         for group in self.param_groups:
@@ -100,10 +104,12 @@ class Muon(torch.optim.Muon):
 def orthogonal(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """[k, m, n] → the same with singular values near 1, in bf16, by Newton and Schulz's iteration."""
+    """[k, m, n] → the same with singular values near 1, in bf16 where it is multiplied, by Newton and Schulz's
+    iteration."""
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = matrices.mT if tall else matrices
+    x = x.bfloat16() if multiplies_bfloat16(x.device) else x.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT

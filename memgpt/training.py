@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from memgpt import checkpoint, distributed, sharding, tuning
 from memgpt.config import Training, Tuning
 from memgpt.errors import UserError
+from memgpt.model.kernels import multiplies_bfloat16
 from memgpt.optimizers import clip_gradients, for_tuning
 
 Log = Callable[[dict[str, float], int], None]
@@ -137,7 +138,7 @@ def _device(title: str) -> tuple[bool, bool]:
     if not torch.cuda.is_available():
         if torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES", "-1") not in ("", "-1"):
             distributed.tell(f"{title}: no GPU that torch can use; training on the CPU")
-        return True, torch.cpu._is_avx512_bf16_supported()
+        return True, multiplies_bfloat16(torch.device("cpu"))
     major, minor = torch.cuda.get_device_capability()
     if major < 8:  # torch would emulate it, slower than 32 bits
         distributed.tell(

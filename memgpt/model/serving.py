@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memgpt.model.kernels import float8
+from memgpt.model.kernels import float8, multiplies_bfloat16
 from memgpt.model.unpadded import unpad
 
 WEIGHTS = ("float32", "bfloat16", "int8", "float8")
@@ -76,13 +76,6 @@ def _compile(model: PreTrainedModel) -> None:
     settings._compile_all_devices = True  # transformers compiles on GPUs alone
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = settings
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the processor has instructions for bfloat16; without, it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class _RoundedLinear(nn.Module):

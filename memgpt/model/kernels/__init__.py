@@ -17,3 +17,10 @@ def serve(tensor: torch.Tensor) -> bool:
     """Whether the kernels take this tensor. In compiled code they do where a gradient is to come, of which Inductor
     makes more passes; answers are few tokens, whose plain code it fuses with what is around it."""
     return tensor.is_cuda and TRITON and (torch.is_grad_enabled() or not torch.compiler.is_compiling())
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has instructions for bfloat16; without, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
