@@ -182,7 +182,8 @@ def run(planned: gpu.Cells, source: Path, results: Path, seconds: float) -> bool
 def toy(folder: Path) -> None:
     """Work below `folder` from now on, where a made-up text and task data are written in place of the real ones."""
     cells.WORK, peers.VOCABULARY = folder / "core", 512
-    task_cells.WORK = tasks.WORK = folder / "tasks"
+    task_cells.WORK = folder / "tasks"
+    task_cells.STATISTICS = tasks.STATISTICS = folder / "statistics"
     tables = newsroom.generate(scale=0.05)
     (folder / "text/wikitext2").mkdir(parents=True)
     for name in ("train-0", "validation", "wikitext2/validation"):

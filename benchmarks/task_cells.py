@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[1]
 WORK = Path(".memgpt/benchmarks/tasks").resolve()
 cells.WORK = cells.WORK.resolve()
 RESULTS = Path(__file__).parent / "results" / "tasks"
+STATISTICS = Path(__file__).parent / "results" / "statistics"  # what each test example adds to a metric, for pairs
 CORE, BERT = "memgpt-128-4M-1", "bert-128-4M-1"  # cells of benchmarks/core.py; a spec may name another `core`
 Spec = dict[str, Any]
 Answers = list[Any]
@@ -286,14 +287,14 @@ def compare(name: str, spec: Spec, target: Path) -> Spec:
 
 
 def judged(task: str, ask: Ask, name: str, test: bool) -> Spec:
-    """The primary metric on validation or test. What each test example adds to it is kept outside git, for pairs."""
+    """The primary metric on validation or test. What each test example adds to it is kept too."""
     module, split = judge(task), "test" if test else "validation"
     rows = module.test_rows(TABLES, split)
     answers = ask([row["input"] for row in rows])
     sums = module.statistics(rows, answers)
     if test:
-        with atomic.replacing(WORK / "statistics" / f"{name}.npy") as aside, aside.open("wb") as file:
-            np.save(file, sums)
+        with atomic.replacing(STATISTICS / f"{name}.npz") as aside, aside.open("wb") as file:
+            np.savez_compressed(file, sums)
     extra = {}
     if task == "sentiment":
         extra["calibration_error"] = round(module.metrics(rows, answers)["expected_calibration_error"], 4)

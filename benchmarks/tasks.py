@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import runner
-from task_cells import CORE, RESULTS, SETS, WORK, prepare, start
+from task_cells import CORE, RESULTS, SETS, STATISTICS, WORK, prepare, start
 
 from memgpt import bootstrap
 from memgpt.atomic import write_json
@@ -146,9 +146,9 @@ def compare(done: dict[str, Any], name: str) -> dict[str, Any]:
     for cell, result in done.items():
         spec = result["spec"]
         if spec["set"] == name and spec.get("test"):
-            sums.setdefault(spec["system"], []).append(np.load(WORK / "statistics" / f"{cell}.npy"))
+            sums.setdefault(spec["system"], []).append(_statistics(cell))
             if "text" in result:
-                sums.setdefault(f"{spec['system']}_text", []).append(np.load(WORK / "statistics" / f"{cell}-text.npy"))
+                sums.setdefault(f"{spec['system']}_text", []).append(_statistics(f"{cell}-text"))
     table: dict[str, Any] = {}
     for system, seeds in sums.items():
         total = np.mean(seeds, axis=0)
@@ -161,6 +161,11 @@ def compare(done: dict[str, Any], name: str) -> dict[str, Any]:
             row |= {"gain": gain, "gain_ci_low": low, "gain_ci_high": high, "verdict": verdict}
         table[system] = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
     return table
+
+
+def _statistics(cell: str) -> np.ndarray:
+    with np.load(STATISTICS / f"{cell}.npz") as file:
+        return file["arr_0"]
 
 
 def report(cells: Cells, mode: str) -> None:
