@@ -1,6 +1,7 @@
 """pretrain: teach the core to predict the next token of the corpus, memory included. Writes models/base."""
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
-from memgpt import atomic, checkpoint, distributed, lineage
+from memgpt import atomic, checkpoint, distributed, environment, lineage
 from memgpt.config import Config, Pretrain
 from memgpt.errors import UserError, existing
 from memgpt.model import PRESETS, MemGPTConfig, MemGPTForCausalLM, canonical_ids
@@ -57,6 +59,12 @@ class PackedTokens(Dataset):
         }
 
 
+def _all(data: Dataset, what: str) -> Iterable[dict[str, torch.Tensor]]:
+    """Its rows once, with a progress bar on a terminal."""
+    batches = DataLoader(data, batch_size=64)
+    return tqdm(batches, desc=what, unit="batch", leave=False, disable=True if environment.rank() else None)
+
+
 def run(config: Config, log: Log | None = None) -> dict[str, float]:
     params = config.pretrain
     tokenizer = AutoTokenizer.from_pretrained(existing(TOKENIZER))
@@ -71,8 +79,8 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     size = f"{(stored - table) / 1e6:.1f} M active parameters, {table / 1e6:.1f} M in the memory table"
     distributed.tell(f"pretrain: {params.init or params.preset}, {size}")
     if table and params.memory_least:
-        model.model.ngram_hash.claim(DataLoader(data, batch_size=64), params.memory_least)
-    usage = count_rows(model, DataLoader(data, batch_size=64)) if table else None
+        model.model.ngram_hash.claim(_all(data, "count n-grams"), params.memory_least)
+    usage = count_rows(model, _all(data, "count reads")) if table else None
     if params.update == "memory":
         _update_memory_only(model, usage, params)
     inputs = [TOKENIZER, TOKENS, *([parent] if parent else [])]
