@@ -113,26 +113,33 @@ class Order:
 
 
 class Progress:
-    """What a stage says of its training, as a progress artifact in the UI."""
+    """What a stage says of its training, as a progress artifact in the UI. Without the server, or where somebody has
+    deleted the artifact, the stage goes on all the same."""
 
+    PAUSE = 60.0  # seconds without another attempt: one takes as long where nobody answers
     _SAID = re.compile(r"step (?P<step>\d+)/(?P<steps>\d+), loss (?P<loss>\S+), (?P<left>\d+) s left")
 
     def __init__(self, name: str, tokens: int = 0) -> None:
         """tokens: of a step, where all have as many."""
         self._key, self._tokens = f"progress-{name.replace('@', '-')}", tokens
         self._artifact: UUID | None = None
+        self._next = 0.0
 
     def hear(self, line: str) -> None:
-        if not (said := self._SAID.search(line)):
+        if not (said := self._SAID.search(line)) or time.monotonic() < self._next:
             return
         step, steps, left = int(said["step"]), int(said["steps"]), int(said["left"])
         share = round(100 * step / steps, 1)
         pace = f", {self._tokens * (steps - step) / left:,.0f} tokens/s" if self._tokens and left else ""
         text = f"step {step} of {steps}, loss {said['loss']}{pace}, {left} s left"
-        if self._artifact is None:
-            self._artifact = create_progress_artifact(share, key=self._key, description=text)
-        else:
-            update_progress_artifact(self._artifact, share, description=text)
+        try:
+            if self._artifact is None:
+                self._artifact = create_progress_artifact(share, key=self._key, description=text)
+            else:
+                update_progress_artifact(self._artifact, share, description=text)
+        except Exception as error:
+            get_run_logger().warning(f"no progress to see: {error}")
+            self._artifact, self._next = None, time.monotonic() + self.PAUSE
 
 
 class Crew:
@@ -186,10 +193,12 @@ class Crew:
             done = _outcome(said)
             self.board.end(step.name, done, "dim" if done != "done" else "")
             return Completed(message=done)
-        reason = _reason(said) or f"ended with status {status}"
-        self.board.end(step.name, "failed", "red")
         if _reason(said) is None:  # not a user's mistake: show what there is
             self.board.say("\n".join(said[-30:]))
+        return self.fail(step, _reason(said) or f"ended with status {status}")
+
+    def fail(self, step: Step, reason: str) -> State[Any]:
+        self.board.end(step.name, "failed", "red")
         self.failures.append(f"{step.name}: {reason}")
         return Failed(message=f"{step.name}: {reason}")
 

@@ -48,6 +48,8 @@ def run_step(step: Step, crew: Crew) -> State[Any]:
         return crew.run(step)
     except Stopped:
         return Failed(message=f"{step.name}: stopped with the flow")
+    except Exception as error:  # such as no memory for a process: or the flow would take the step for done
+        return crew.fail(step, f"{type(error).__name__}: {error}")
 
 
 @flow(name="retrain", task_runner=ThreadPoolTaskRunner(max_workers=64))
@@ -80,7 +82,7 @@ def retrain(
                 config.write(config.override(config.read(), overrides, "overrides"))
         elif overrides:
             raise UserError("overrides: only in a deployed run; here, change params.yaml or use `memgpt retrain --set`")
-        return _run(order, only_if_changed=bool(deployed) and not force)
+        return _run(order, only_if_changed=bool(deployed) and not force and not replace)
 
 
 def _run(order: Order, only_if_changed: bool) -> State[Any]:

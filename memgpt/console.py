@@ -69,9 +69,11 @@ class Board:
 
     def end(self, name: str, outcome: str, style: str = "") -> None:
         with self._lock:
-            row, began = self._rows.pop(name)
-            self._live.remove_task(row)
-            seconds = time.monotonic() - began
+            seconds = 0.0
+            if name in self._rows:  # it may have failed before it began
+                row, began = self._rows.pop(name)
+                self._live.remove_task(row)
+                seconds = time.monotonic() - began
             self.console.print(f"  {name:<24}{outcome:<24}{seconds:6.1f} s", markup=False, style=style)
 
     def say(self, text: str, style: str = "") -> None:

@@ -220,6 +220,8 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
     )
     put("b.csv", 'text,label\n"one\nmore",good\ntwo,bad\n\n')
     assert read("b.csv").at(1) == "b.csv row 2" and len(read("b.csv").frame) == 2
+    put("c.csv", "text,label\none,good,\ntwo,bad,\n")  # as some programs end each line
+    assert read("c.csv").frame.values.tolist() == [["one", "good"], ["two", "bad"]]
     put("a.txt", "one\nmore\n\n\ntwo\u2028still two\n")
     assert (
         read("a.txt").frame["text"].tolist() == ["one\nmore", "two\u2028still two"]
@@ -247,6 +249,10 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
         ("a.jsonl", b'["Zanzibar quarterly"]\n', r"a.jsonl line 1: expected a JSON object"),
         ("a.csv", b"text\nok\nZanzibar quarterly \xff\n", r"a.csv line 3: byte 27 \(0xff\) is not UTF-8"),
         ("a.csv", b"text,label\nok,b\nZanzibar quarterly,b,c\n", r"not a well-formed CSV file .*line 3"),
+        ("a.csv", b"text\nok\nin Zanzibar, quarterly\n", r"not a well-formed CSV file .*line 3"),
+        ("a.csv", b"text\nin Zanzibar, quarterly\nok\n", r"a.csv line 2: 2 fields, but the header names 1; .* quotes"),
+        ("a.csv", b"\xef\xbb\xbf", r"a.csv: empty"),
+        ("a.jsonl", b"[" * 200_000, r"a.jsonl line 1: JSON that is nested too deeply"),
         ("a.conll", b"Zanzibar quarterly\nAnn\n", r"a.conll line 2: expected a token and its tag"),
         ("a.parquet", b"PAR1 Zanzibar quarterly", r"a.parquet: not a readable Parquet file, or truncated"),
     ],

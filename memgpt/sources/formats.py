@@ -1,8 +1,10 @@
 """Files → rows with the line each came from. Whatever is wrong with a file is said in one line, without its text."""
 
+import csv
 import gzip
 import io
 import json
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -113,6 +115,8 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             raise UserError(
                 f"{name} line {number}: not valid JSON ({error.msg} at column {error.colno}){cut}"
             ) from None
+        except RecursionError:
+            raise UserError(f"{name} line {number}: JSON that is nested too deeply") from None
         if not isinstance(row, dict):
             raise UserError(f"{name} line {number}: expected a JSON object with one key per column")
         yield number, row
@@ -156,13 +160,27 @@ def _txt(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(name: str, text: str) -> pd.DataFrame:
-    """Every value as a string; an empty field is "", a field missing at the end of a line is null."""
+    """Every value as a string; an empty field is "", a field missing at the end of a line is null. Empty fields beyond
+    the header's are let go."""
     try:
-        frame = pd.read_csv(
-            io.StringIO(text), dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False
-        )
+        with warnings.catch_warnings(record=True) as told:  # pandas drops what the header has no name for
+            warnings.simplefilter("always", pd.errors.ParserWarning)
+            frame = pd.read_csv(
+                io.StringIO(text), dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False
+            )
+    except pd.errors.EmptyDataError:
+        raise UserError(f"{name}: empty") from None
     except pd.errors.ParserError as error:
         raise UserError(f"{name}: not a well-formed CSV file ({str(error).strip().splitlines()[-1]})") from None
+    if told:
+        rows = csv.reader(io.StringIO(text))
+        known = len(next(rows))
+        for row in rows:
+            if any(row[known:]):
+                raise UserError(
+                    f"{name} line {rows.line_num}: {len(row)} fields, but the header names {known}; "
+                    "put a text that holds a comma in double quotes"
+                )
     return frame.astype(object).where(frame.notna(), None)
 
 

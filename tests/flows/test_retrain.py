@@ -107,6 +107,31 @@ def test_training_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_a_server_that_is_away_costs_a_training_its_picture_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def create(*_: Any, **__: Any) -> str:
+        asked.append(1)
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(crews, "create_progress_artifact", create)
+    lines = [f"ner: step {step}/40, loss 2.500, 15 s left" for step in (10, 20, 30)]
+    made, _ = crew(monkeypatch, [(0, lines)])
+    assert made.run(Step("finetune@ner")).is_completed()
+    assert asked == [1], "and it is not asked at each line"
+
+
+def test_a_step_that_cannot_even_start_fails_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = crew(monkeypatch, [])
+
+    def run(*_: Any) -> int:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(made.children, "run", run)
+    assert retrain.run_step.fn(Step("promote@ner"), made).is_failed()
+    assert made.failures == ["promote@ner: OSError: [Errno 12] Cannot allocate memory"]
+
+
 def test_a_failure_speaks_in_the_stages_words(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
         "error: src/x.csv: missing; fetch it",
