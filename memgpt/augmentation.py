@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from memgpt.errors import UserError
 from memgpt.predict.words import spans_from_tags
 
 if TYPE_CHECKING:
@@ -126,8 +127,12 @@ def neighbours(parent: Path, tokenizer: "PreTrainedTokenizerFast", count: int = 
     from safetensors import safe_open
 
     words = {
-        token[1:]: place for token, place in tokenizer.get_vocab().items() if token[0] == "Ġ" and token[1:].isalpha()
+        token[1:]: place
+        for token, place in tokenizer.get_vocab().items()
+        if token[0] in "Ġ▁" and token[1:].isalpha()  # a space, as byte-level BPE and SentencePiece write it
     }
+    if not words:
+        raise UserError(f"augment.synonyms: the tokenizer of {parent} has no whole words; set it to 0")
     with safe_open(parent / "model.safetensors", "pt") as weights:
         rows = weights.get_tensor("model.embed_tokens.weight")[list(words.values())].float()
     rows = torch.nn.functional.normalize(rows, dim=1)

@@ -215,7 +215,7 @@ def _score(trial: "Trial", task: str, params: Finetune) -> float | None:
         if trial.should_prune():
             raise TrialPruned
 
-    target = STUDIES / f"trial-{task}"
+    target = STUDIES / f"trial-{trial.study.study_name}"
     try:
         return finetune.fit(params, task, target, watch=watch)[f"validation_{judge(task).PRIMARY}"]
     except TrialPruned:

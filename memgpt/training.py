@@ -203,7 +203,14 @@ class _Trainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with sharding.without_rows(self.model, self.optimizer):
             super()._save_checkpoint(*args, **kwargs)
-        sharding.write(self.model, self.optimizer, checkpoint.of_step(self.args.output_dir, self.state.global_step))
+        directory = checkpoint.of_step(self.args.output_dir, self.state.global_step)
+        sharding.write(self.model, self.optimizer, directory)
+        if distributed.first():
+            tuning.write_ranks(self.model, directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not tuning.read_ranks(self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict or sharding.without_tables(self.model))
@@ -255,6 +262,7 @@ class _Average(TrainerCallback):
         self.model = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.model.to(args.device)
         if state.global_step:
             load_model(self.model, checkpoint.of_step(args.output_dir, state.global_step) / self.FILE)
 

@@ -1,9 +1,13 @@
 """What a fine-tuning changes: all weights, a part of them, or small additions that are merged into them at the end."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from memgpt.config import Finetune
@@ -97,6 +101,43 @@ def allocate_ranks(model: PreTrainedModel, step: int) -> None:
     update = getattr(model.base_model, "update_and_allocate", None)
     if update is not None:
         update(step)
+
+
+RANKS = "ranks.safetensors"
+_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # by which AdaLoRA ranks what it has added
+
+
+def write_ranks(model: PreTrainedModel, directory: Path) -> None:
+    """What training with AdaLoRA goes on from, into a checkpoint: peft's own files hold matrices that are cut already,
+    and not the scores. Nothing for other models."""
+    allocator = getattr(model.base_model, "rankallocator", None)
+    if allocator is None:
+        return
+    tensors = {f"weight {name}": weight for name, weight in model.named_parameters() if weight.requires_grad}
+    for kind in _SCORES:
+        tensors |= {f"{kind} {name}": score for name, score in getattr(allocator, kind).items()}
+    pattern = json.dumps(allocator.peft_config.rank_pattern)
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+        directory / RANKS,
+        {"pattern": pattern},
+    )
+
+
+def read_ranks(model: PreTrainedModel, directory: Path) -> bool:
+    """Go on from what `write_ranks` wrote, if it did."""
+    if not (directory / RANKS).exists():
+        return False
+    allocator, weights = model.base_model.rankallocator, dict(model.named_parameters())
+    with safe_open(directory / RANKS, "pt") as file, torch.no_grad():
+        allocator.peft_config.rank_pattern = json.loads(file.metadata()["pattern"])
+        for key in file.keys():  # noqa: SIM118  # it is no mapping
+            kind, _, name = key.partition(" ")
+            if kind == "weight":
+                weights[name].copy_(file.get_tensor(key))
+            else:
+                getattr(allocator, kind)[name] = file.get_tensor(key).to(model.device)
+    return True
 
 
 def _low_rank(model: PreTrainedModel, params: Finetune, steps: int) -> PreTrainedModel:

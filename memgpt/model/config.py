@@ -185,8 +185,12 @@ class MemGPTConfig(PreTrainedConfig):
         for name, least in (("memory_heads", 1), ("memory_rows", 1), ("memory_dim", 1), ("memory_kernel", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
-        if any(n < 1 for n in self.memory_ngrams or []):
-            raise ValueError(f"memory_ngrams={self.memory_ngrams} must be 1 or more each")
+        ngrams = self.memory_ngrams or []
+        if any(n < 1 for n in ngrams) or (layers and not ngrams):
+            raise ValueError(
+                f"memory_ngrams={self.memory_ngrams} must be 1 or more each, and one at least; "
+                "memory_layers=[] makes a model without memory"
+            )
 
     def _validate_choices(self) -> None:
         types = self.layer_types or []

@@ -123,9 +123,12 @@ class NGramHash(nn.Module):
                 first += self.rows
 
     @torch.no_grad()
-    def claim(self, batches: Iterable[Mapping[str, torch.Tensor]], least: int) -> None:
+    def claim(
+        self, batches: Iterable[Mapping[str, torch.Tensor]], least: int, learned: torch.Tensor | None = None
+    ) -> None:
         """Give each row that is not taken yet to the most frequent n-gram on it in `batches` (input_ids and
-        position_ids, [B, T]), if it occurs `least` times or more; else the row is FREE.
+        position_ids, [B, T]), if it occurs `least` times or more; else the row is FREE. learned [N]: rows that hold
+        something; those that were everyone's stay so, or all that was learned in them would be lost.
 
         So an n-gram that was never learned reads nothing, in place of what another one has learned; nor do rare ones
         learn their few continuations by heart.
@@ -135,11 +138,13 @@ class NGramHash(nn.Module):
             hashes = self._hashes(batch["input_ids"].to(device), batch["position_ids"].to(device))
             for counts, (mixed, _, invalid) in zip(text, hashes, strict=True):
                 counts.add(mixed[~invalid].cpu().numpy())
-        for counts, owners in zip(text, self.owners[1:].view(-1, self.rows), strict=True):
+        learned = torch.zeros_like(self.owners, dtype=torch.bool) if learned is None else learned.to(device)
+        kept = (learned & (self.owners == 0))[1:].view(-1, self.rows)
+        for counts, owners, stays in zip(text, self.owners[1:].view(-1, self.rows), kept, strict=True):
             mixed = torch.from_numpy(counts.most_frequent_last(least)).to(device)
             last = torch.full_like(owners, -1, dtype=torch.int64)  # of those that fall on a row
             last.scatter_reduce_(0, (mixed >> 16) % self.rows, torch.arange(len(mixed), device=device), "amax")
-            open_ = owners <= 0
+            open_ = (owners <= 0) & ~stays
             owners[open_] = FREE
             given = open_ & (last >= 0)
             owners[given] = _fingerprint(mixed[last[given]])

@@ -472,9 +472,15 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         cache = inputs.get("past_key_values")
         if inputs.get("input_ids") is not None and cache is not None:
             past, count = input_ids.shape[1] - inputs["input_ids"].shape[1], self.model.ngram_hash.context
+            before = input_ids[:, max(0, past - count) : past]
+            if past < count and cache.get_seq_length() > past:  # the ids of a prompt in pieces, or of a call before
+                if not past:
+                    cache.earlier_ids = _recall(cache)
+                if (earlier := getattr(cache, "earlier_ids", None)) is not None:
+                    before = torch.cat((earlier, before), dim=1)[:, -count:]
             # Of one shape and layout, for a compiled step; padding says nothing.
-            before = input_ids[:, max(0, past - count) : past].clone(memory_format=torch.contiguous_format)
-            if past and self.config.pad_token_id is not None:
+            before = before.clone(memory_format=torch.contiguous_format)
+            if before.shape[1] and self.config.pad_token_id is not None:
                 before = nn.functional.pad(before, (count - before.shape[1], 0), value=self.config.pad_token_id)
             inputs["context_ids"] = before
         if inputs.get("attention_mode") == "prefix" and cache is not None:

@@ -90,8 +90,9 @@ class _RoundedLinear(nn.Module):
         self.bias = linear.bias
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [n, in] → [n, out], here with the weight widened."""
-        return nn.functional.linear(rows, self.weight.to(rows.dtype) * self.scale[:, None])
+        """rows [n, in] → [n, out], here with the weight widened, to what the processor multiplies."""
+        wide = rows.dtype if multiplies_bfloat16(rows.device) else torch.float32
+        return nn.functional.linear(rows.to(wide), self.weight.to(wide) * self.scale[:, None].to(wide)).to(rows.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.product(x.reshape(-1, x.shape[-1]))
@@ -152,7 +153,8 @@ def grouped_sdpa(
     """transformers' sdpa for CPUs, but the queries of a group meet their shared key and value head in one product
     where they are few: short texts, and decoding. sdpa there copies heads, and so the cache, for every query.
 
-    query [B, H, T, W], key and value [B, G, S, W], attention_mask [B or 1, 1, T, S] (true: seen) → [B, T, H, W].
+    query [B, H, T, W], key and value [B, G, S, W], attention_mask [B or 1, 1, T, S] (true: seen; or numbers to add to
+    the scores) → [B, T, H, W].
     """
     batch, heads, length, width = query.shape
     if length > _SHORT or (length > 1 and is_causal and attention_mask is None):
@@ -164,7 +166,9 @@ def grouped_sdpa(
     query = query.transpose(1, 2).reshape(batch, groups, length * times, width)
     scores = (query @ key.transpose(2, 3)).view(batch, groups, length, times, -1)
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask[:, :, :, None], torch.finfo(scores.dtype).min)
+        mask = attention_mask[:, :, :, None]
+        least = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else (scores + mask).clamp(min=least)
     output = scores.softmax(dim=-1).view(batch, groups, length * times, -1) @ value
     return output.view(batch, groups, length, times, width).transpose(1, 2).reshape(batch, length, heads, width), None
 

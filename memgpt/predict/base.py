@@ -10,6 +10,7 @@ from memgpt.model import MemGPTForCausalLM
 from memgpt.model.residency import Residency, load
 from memgpt.predict.batching import batch_size, by_length, pad
 
+LOGITS = 1 << 26  # of a batch, at most: 256 MB
 WINDOW = 512  # tokens read at once; the first of the next window is predicted from the last of this one alone
 
 
@@ -33,11 +34,13 @@ class Predictor:
                 rows.append(ids[first : first + WINDOW + 1])
                 owners.append(index)
         nats, tokens = [0.0] * len(inputs), [0] * len(inputs)
-        for batch in by_length(rows, batch_size(self.model)):
+        most = min(batch_size(self.model), max(WINDOW + 1, LOGITS // self.model.config.vocab_size))
+        for batch in by_length(rows, most):
             arguments = pad([rows[i] for i in batch], self.model.config.pad_token_id or 0, self.device)
             logits = self.model(**arguments, use_cache=False).logits[:, :-1].float()
             target, kept = arguments["input_ids"][:, 1:], arguments["attention_mask"][:, 1:]
-            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none") * kept
+            flat = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+            loss = flat.view_as(target) * kept
             for i, total, count in zip(batch, loss.sum(1).tolist(), kept.sum(1).tolist(), strict=True):
                 nats[owners[i]] += total
                 tokens[owners[i]] += count

@@ -1,9 +1,10 @@
 """Running a model over many texts of unequal length."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TOKENS_PER_BATCH = 8192  # padding included
 
@@ -19,6 +20,14 @@ def by_length(rows: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> 
         batch.append(row)
     if batch:
         yield batch
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[Any], window: int) -> list[list[int]]:
+    """Texts → their ids, cut at `window`; what looks like a special token is text."""
+    if not texts:  # which the tokenizer does not take
+        return []
+    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return [row[:window] for row in ids]
 
 
 def batch_size(model: PreTrainedModel) -> int:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memgpt.model import MemGPTForRecommendation
 from memgpt.model.residency import Residency, load
-from memgpt.predict.batching import batch_size, by_length, pad
+from memgpt.predict.batching import batch_size, by_length, encode, pad
 
 INDEX, VECTORS, TASTES = "items.json", "items.safetensors", "tastes.safetensors"
 SIGNALS = ("match", "taste", "popularity", "recency", "follows", "covisits")
@@ -65,21 +65,10 @@ def item_text(title: str, description: str = "", tags: str = "") -> str:
     return " ".join(part.strip() for part in (title, description, tags.replace("|", ", ")) if part and part.strip())
 
 
-def encode_items(tokenizer: PreTrainedTokenizerFast, texts: list[str], window: int) -> list[list[int]]:
-    return (
-        [
-            ids[:window]
-            for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        ]
-        if texts
-        else []
-    )
-
-
 @torch.no_grad()
 def item_vectors(model: MemGPTForRecommendation, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     """Texts → unit vectors [N, P]."""
-    rows = encode_items(tokenizer, texts, model.config.window)
+    rows = encode(tokenizer, texts, model.config.window)
     vectors = torch.zeros(len(rows), model.config.pooled_size)
     for batch in by_length(rows, batch_size(model)):
         arguments = pad([rows[i] for i in batch], tokenizer.pad_token_id, model.device)

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTForSequenceClassification
 from memgpt.model.residency import Residency
-from memgpt.predict.batching import batch_size, by_length, pad
+from memgpt.predict.batching import batch_size, by_length, encode, pad
 from memgpt.predict.ensemble import load
 
 
@@ -24,10 +24,7 @@ class Predictor:
         model that learnt topics adds what it takes for the topic, predicted_topic."""
         rows = [{"text": row, "topic": None} if isinstance(row, str) else row for row in inputs]
         texts, window = [row["text"] for row in rows], self.model.config.window
-        if not texts:
-            return []
-        encoding = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        ids = [row[:window] for row in encoding["input_ids"]]
+        ids = encode(self.tokenizer, texts, window)
         names = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         answers: list[dict[str, Any]] = [{} for _ in rows]
         for batch in by_length(ids, batch_size(self.model)):

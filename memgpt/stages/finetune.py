@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
@@ -104,7 +105,7 @@ def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[st
     predictor, tokenizer = predict.load(task, best), AutoTokenizer.from_pretrained(best)
     for member in members[1:]:
         weights = [load_file(path / "model.safetensors") for path in (*taken, member)]
-        predictor.model.load_state_dict({name: sum(w[name] for w in weights) / len(weights) for name in weights[0]})
+        predictor.model.load_state_dict({name: _mean([w[name] for w in weights]) for name in weights[0]})
         average = place / f"average-{member.name}"
         with atomic.replacing(average) as directory:
             save(predictor.model, task, params, tokenizer, directory)
@@ -118,6 +119,11 @@ def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[st
         lineage.write(directory, f"finetune@{task}", inputs, params.model_dump(), inputs[0], params.seed, metrics)
     checkpoint.discard(place)
     return metrics
+
+
+def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Of whole numbers, such as the memory's owners, which all members have from the core, the first."""
+    return torch.stack(tensors).mean(0) if tensors[0].is_floating_point() else tensors[0]
 
 
 def _ensemble(params: FinetuneLabels, task: str, target: Path, log: Log | None) -> dict[str, float]:
@@ -153,8 +159,8 @@ def save(
     model: PreTrainedModel, task: str, params: Finetune, tokenizer: PreTrainedTokenizerFast, directory: Path
 ) -> dict[str, float]:
     """Everything that predicting needs, into a directory; numbers that were found on the way."""
-    training = model.training
-    whole = tuning.whole(model).eval()
+    training, device = model.training, model.device
+    whole = tuning.whole(model).to("cpu").eval()  # where what it finds and predicts on the way is computed
     module, found = judge(task), {}
     if hasattr(module, "calibrate"):
         found = module.calibrate(whole, tokenizer, TABLES, params.max_length)
@@ -162,7 +168,7 @@ def save(
     tokenizer.save_pretrained(directory)
     if task == "recommendation":
         module.write_index(whole, tokenizer, TABLES, directory, **params.model_dump())
-    model.train(training)
+    model.to(device).train(training)
     return found
 
 
@@ -206,7 +212,11 @@ class _EarlyStopping:
         scores[step] = score
         atomic.write_json(self.scores, scores)
         if self.watch:
-            self.watch(score, len(scores))
+            try:
+                self.watch(score, len(scores))
+            except Exception:  # ended for good: nothing to go on from
+                checkpoint.discard(self.scores.parent.parent)
+                raise
         since = len(scores) - 1 - list(scores.values()).index(max(scores.values()))
         return not self.params.patience or since < self.params.patience
 

@@ -51,6 +51,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     set_seed(params.seed)
     model = MemGPTForMultiTask.from_pretrained(
         BASE,
+        dtype=torch.float32,
         task_labels={task: judge(task).labels(TABLES) for task in ("ner", "sentiment")},
         task_balancing=params.balancing == "uncertainty",
         topics=judge("sentiment").topics(TABLES),

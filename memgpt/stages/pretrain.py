@@ -78,8 +78,9 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     table = 0 if memory_table is None else memory_table.weight.numel()
     size = f"{(stored - table) / 1e6:.1f} M active parameters, {table / 1e6:.1f} M in the memory table"
     distributed.tell(f"pretrain: {params.init or params.preset}, {size}")
-    if table and params.memory_least:
-        model.model.ngram_hash.claim(_all(data, "count n-grams"), params.memory_least)
+    if memory_table is not None and params.memory_least:
+        learned = memory_table.weight.any(dim=1)
+        model.model.ngram_hash.claim(_all(data, "count n-grams"), params.memory_least, learned)
     usage = count_rows(model, _all(data, "count reads")) if table else None
     if params.update == "memory":
         _update_memory_only(model, usage, params)

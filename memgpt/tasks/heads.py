@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from memgpt.model import MemGPTForMultiTask
@@ -14,15 +15,16 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def start(kind: type[Model], task: str, parent: Path, **settings: Any) -> Model:
     """A model of class `kind` on the trunk in `parent`; a multi-task parent also gives the task's head.
 
-    settings override the parent's configuration (labels, dropout, window, …).
+    settings override the parent's configuration (labels, dropout, window, …). The weights become float32, whatever a
+    converted parent has: small steps would be lost in fewer bits.
     """
     if AutoConfig.from_pretrained(parent).task_labels:
-        joint = MemGPTForMultiTask.from_pretrained(parent)
+        joint = MemGPTForMultiTask.from_pretrained(parent, dtype=torch.float32)
         model = kind(AutoConfig.from_pretrained(parent, **{"task_labels": None, "topics": None, **settings}))
         model.model.load_state_dict(joint.model.state_dict())
         model.head.load_state_dict(joint.heads[task].state_dict())
     else:
-        model = kind.from_pretrained(parent, **settings)
+        model = kind.from_pretrained(parent, dtype=torch.float32, **settings)
     if (table := getattr(model, "word_votes", None)) is not None:
         table.spelling.copy_(spelling(AutoTokenizer.from_pretrained(parent), model.config.vocab_size))
     return model

@@ -84,14 +84,13 @@ class Training:
     ):
         import torch
 
-        from memgpt.predict.recommendation import encode_items, item_text
+        from memgpt.predict.batching import encode
+        from memgpt.predict.recommendation import item_text
 
         items = rows_of(tables, "recommendation", "items")
         place = {item["item_id"]: index for index, item in enumerate(items)}
         self.pad = tokenizer.pad_token_id
-        self.texts = encode_items(
-            tokenizer, [item_text(i["title"], i["description"], i["tags"]) for i in items], max_length
-        )
+        self.texts = encode(tokenizer, [item_text(i["title"], i["description"], i["tags"]) for i in items], max_length)
         chosen = counts(tables)
         total = sum(chosen.values())
         self.log_frequency = torch.tensor([np.log(max(1, chosen[item["item_id"]]) / total) for item in items])

@@ -78,6 +78,7 @@ class Training:
         **_: Any,
     ):
         from memgpt import augmentation
+        from memgpt.predict.batching import encode
 
         index = {label: place for place, label in enumerate(labels(tables))}
         topic_index = {topic: place for place, topic in enumerate(topics(tables) or ())}
@@ -85,14 +86,12 @@ class Training:
         rows = augmentation.sentiment(rows_of(tables, "sentiment", split), seed, thesaurus, **augment or {})
         self.pad = tokenizer.pad_token_id
         texts = [row["text"] for row in rows]
-        self.ids = [
-            ids[:max_length]
-            for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        ]
+        self.ids = encode(tokenizer, texts, max_length)
         self.labels = [index[row["label"]] for row in rows]
         self.topics = [topic_index.get(row["topic"], -100) for row in rows] if topic_index else None
-        weights = np.maximum(np.bincount(self.labels, minlength=len(index)), 1.0) ** -class_balance
-        self.weights = (weights / weights[self.labels].mean()).tolist() if class_balance else None
+        counts = np.bincount(np.array(self.labels, dtype=int), minlength=len(index))
+        weights = np.maximum(counts, 1.0) ** -class_balance
+        self.weights = (weights / weights[self.labels].mean()).tolist() if class_balance and rows else None
 
     def __len__(self) -> int:
         return len(self.ids)

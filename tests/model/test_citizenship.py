@@ -231,6 +231,27 @@ def test_decoding_by_hand_in_any_pieces_equals_the_full_pass(cache, step: int, i
     assert torch.allclose(torch.cat(parts, dim=1), model(ids).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 13])
+def test_a_prompt_in_pieces_is_generated_from_as_one(size: int, ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM)
+    settings = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    wanted = model.generate(ids, **settings)
+    found = model.generate(ids, prefill_chunk_size=size, **settings)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert torch.allclose(torch.stack(found.logits), torch.stack(wanted.logits), atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [1, 3, 9])
+def test_generation_goes_on_from_a_cache_and_the_new_tokens_alone(given: int, ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM)
+    settings = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    wanted, split = model.generate(ids, **settings), ids.shape[1] - given
+    cache = model(ids[:, :split], use_cache=True).past_key_values
+    found = model.generate(ids[:, split:], past_key_values=cache, attention_mask=torch.ones_like(ids), **settings)
+    assert torch.equal(found.sequences, wanted.sequences[:, split:])
+    assert torch.allclose(torch.stack(found.logits), torch.stack(wanted.logits), atol=1e-5)
+
+
 def test_a_cache_that_was_changed_asks_for_the_tokens_before(ids: torch.Tensor) -> None:
     model = made(MemGPTForCausalLM, layer_types=["full_attention"] * 3)
     full = model(ids).logits

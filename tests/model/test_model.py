@@ -202,6 +202,7 @@ def test_recommendation_learns_who_reads_what_next(ids: torch.Tensor) -> None:
         (dict(memory_layers=[3]), "memory_layers"),
         (dict(memory_ngrams=[0]), "memory_ngrams"),
         (dict(memory_rows=0), "memory_rows=0 must be 1"),
+        (dict(memory_ngrams=[]), "one at least"),
         (dict(layer_types=["full_attention", "around_attention", "full_attention"]), "unknown 'around_attention'"),
         (dict(layer_types=["full_attention"]), "layer_types names 1"),
         (dict(layer_types=["sliding_attention"] * 3), "give sliding_window"),

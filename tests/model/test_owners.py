@@ -90,6 +90,17 @@ def test_later_text_gets_what_is_free(model: MemGPTForCausalLM, tmp_path) -> Non
     assert (loaded.owners[first == FREE] > 0).any()
 
 
+def test_what_was_learned_in_shared_rows_stays(model: MemGPTForCausalLM) -> None:
+    table, hash_ = model.model.memory_table, model.model.ngram_hash
+    read = addresses(model, text(1)).unique()
+    with torch.no_grad():
+        table.weight[torch.isin(torch.arange(len(table.weight)), read, invert=True)] = 0
+    before, known = model(**text(1)).logits, read[read > 0]
+    hash_.claim([text(2)], 2, table.weight.any(dim=1))
+    assert (hash_.owners[known] == 0).all() and (hash_.owners > 0).any()
+    assert torch.equal(model(**text(1)).logits, before)
+
+
 def test_a_checkpoint_from_before_owners_shares_its_rows(model: MemGPTForCausalLM, tmp_path, capfd) -> None:
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

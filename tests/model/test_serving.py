@@ -76,6 +76,17 @@ def test_grouped_attention_is_attention(kind, length: int) -> None:
     assert torch.allclose(got[1, : length - 2], wanted[1, : length - 2], atol=1e-4)
 
 
+def test_a_mask_of_numbers_is_added() -> None:
+    exact = made()
+    model, ids = accelerate(copy.deepcopy(exact), "float32"), tokens(2, 9)
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    seen[:, 2] = False
+    mask = torch.zeros(2, 1, 9, 9).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        wanted, got = (m(ids, attention_mask=mask).logits for m in (exact, model))
+    assert torch.allclose(got, wanted, atol=1e-4)
+
+
 def test_the_same_tokens_are_generated() -> None:
     exact = made()
     model = accelerate(copy.deepcopy(exact), "float32")

@@ -15,7 +15,7 @@ import torch
 from conftest import Pipeline
 from safetensors.torch import load_file
 
-from memgpt import config, lineage, predict, tuning
+from memgpt import checkpoint, config, lineage, predict, tuning
 from memgpt.config import Tuning
 from memgpt.errors import UserError
 from memgpt.model import MemGPTConfig, MemGPTForMultiTask, MemGPTForSequenceClassification
@@ -260,6 +260,57 @@ def test_tuning_a_memory_that_is_not_there_is_refused() -> None:
     params = config.load(ROOT / "params.yaml").finetune.sentiment.model_copy(update={"tune": "memory"})
     with pytest.raises(UserError, match="tune=memory: the model has no memory"):
         tuning.prepare(model, params, 1)
+
+
+def test_a_mean_of_weights_leaves_whole_numbers_alone() -> None:
+    """The memory's owners are 16 bits wide: their sum would be another number."""
+    owners = torch.tensor([20000, -1, 0], dtype=torch.int16)
+    assert torch.equal(finetune._mean([owners, owners.clone()]), owners)
+    assert finetune._mean([torch.tensor(1.0), torch.tensor(2.0)]) == 1.5
+
+
+def test_a_pruned_trial_leaves_no_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune, "save", lambda *given: given[-1].mkdir())
+    monkeypatch.setattr(finetune, "validate", lambda *_: {"macro_f1": 0.5})
+    params, place = config.load(ROOT / "params.yaml").finetune.sentiment, checkpoint.directory("trial", {}, [])
+
+    def prune(score: float, epoch: int) -> None:
+        raise RuntimeError("pruned")
+
+    with pytest.raises(RuntimeError, match="pruned"):
+        finetune._EarlyStopping("sentiment", params, None, place / "epochs", prune)(None, 1)
+    assert not place.exists() and not checkpoint._held
+
+
+def test_adalora_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    shape = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, memory_layers=[])
+    rows = [torch.randint(20, (6,), generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
+    changes = dict(tune="adalora", rank=4, batch_size=4, checkpoint_steps=5, dropout=0.0, learning_rate=0.02)
+    params = config.load(ROOT / "params.yaml").finetune.sentiment.model_copy(update=changes)
+
+    def collate(batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.stack(batch), "labels": torch.stack(batch)[:, 0] % 2}
+
+    def run(folder: Path, stop: int = 0) -> Weights:
+        torch.manual_seed(0)
+        model = tuning.prepare(MemGPTForSequenceClassification(MemGPTConfig(**shape)), params, 40)
+        ended = train(
+            *(model, rows, collate, params),
+            steps=40,
+            checkpoints=folder,
+            title="tune",
+            epoch_steps=5,
+            after_epoch=lambda model, step: step != stop,
+        )
+        return tuning.whole(ended).state_dict()
+
+    wanted = run(tmp_path / "whole")
+    for stop in (15, 30):  # while ranks are given away, and after
+        run(tmp_path / str(stop), stop)
+        found = run(tmp_path / str(stop))
+        for name, weight in wanted.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_a_soup_is_no_worse_than_its_best_member(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
