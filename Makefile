@@ -30,11 +30,13 @@ environment:
 lock:
 	@bash infra/lock.sh
 
-# Only what git does not track goes: -x takes ignored files too, and git keeps every committed one. Patterns apart: beside
-# one, git empties folders but leaves them.
+# Not backups, nor models of the user's own. Only what git does not track goes: -x takes ignored files too, and git keeps
+# every committed one. Patterns apart: beside one, git empties folders but leaves them.
+MODELS = $(addprefix models/,tokenizer base multitask ner sentiment recommendation)
 clean:
 	@if [ -d .memgpt/up ] && [ -x .venv/bin/python ]; then .venv/bin/python -m flows.up --down; fi
-	@rm -rf .memgpt && git worktree prune  # git clean leaves worktrees
+	@find .memgpt -mindepth 1 -maxdepth 1 ! -name backups -exec rm -rf {} + 2>/dev/null; \
+		git worktree prune  # git clean leaves worktrees
 	@git clean -fdxq -- .venv .prefect mlflow.db mlflow.db-shm mlflow.db-wal mlartifacts mlruns dvc_plots \
-		data/tables data/tokens models reports .dvc/cache .dvc/tmp .pytest_cache .mypy_cache .ruff_cache
+		data/tables data/tokens $(MODELS) reports .dvc/cache .dvc/tmp .pytest_cache .mypy_cache .ruff_cache
 	@git clean -fdxq -- '*.egg-info' '*__pycache__*'

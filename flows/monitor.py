@@ -17,7 +17,7 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, State
 
-from flows import in_one_line
+from flows import in_one_line, workspace
 from flows.score import progress
 from memgpt import config, environment, monitoring
 from memgpt.monitoring import Report
@@ -36,7 +36,7 @@ def monitor(uri: str | None = None, folder: str = str(monitoring.FOLDER)) -> Sta
         folder: Where is kept what was scored and told, and the pictures.
     """
     environment.prepare()
-    place = Path(folder)
+    place = Path(workspace.lasting("folder", folder))
     settings = config.load()
     report = monitoring.run(settings, place, uri=uri, progress=progress("monitor-progress", "new texts scored"))
     create_markdown_artifact(_page(report, place), key="monitor", description=report.summary)
@@ -73,8 +73,9 @@ def _retrain(settings: config.Config, report: Report, place: Path) -> list[str]:
     if not monitoring.retraining_is_due(settings.monitor, report, last, now):
         return []
     try:
-        # the key: two starts after the same last one are one
-        key = f"memgpt-monitor-{last.isoformat() if last else 'first'}"
+        # the key: two starts after the same last one are one; the first of a folder and source, on a day
+        since = last.isoformat() if last else now.date().isoformat()
+        key = f"memgpt-monitor-{report.source}-{place.resolve()}-{since}"
         run = run_deployment(RETRAIN, parameters={"approval": "manual"}, timeout=0, idempotency_key=key)
     except ObjectNotFound:
         return [f"no retraining: {RETRAIN} is not deployed"]

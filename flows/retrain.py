@@ -33,7 +33,7 @@ from pydantic import Field
 
 from flows import in_one_line, promote, server, workspace
 from flows.crew import Crew, Order, Step, steps
-from memgpt import config, console, environment, tracking
+from memgpt import atomic, config, console, environment, tracking
 from memgpt.cli import Model, Task
 from memgpt.errors import UserError
 from memgpt.processes import Stopped
@@ -78,11 +78,16 @@ def retrain(
         if deployed:
             _stand_for_late_runs()
             workspace.reset(Path(), deployed)
-            if overrides:
-                config.write(config.override(config.read(), overrides, "overrides"))
         elif overrides:
             raise UserError("overrides: only in a deployed run; here, change params.yaml or use `memgpt retrain --set`")
-        return _run(order, only_if_changed=bool(deployed) and not force and not replace)
+        params = Path("params.yaml").read_text(encoding="utf-8")
+        try:
+            if overrides:
+                config.write(config.override(config.read(), overrides, "overrides"))
+            return _run(order, only_if_changed=bool(deployed) and not force and not replace)
+        finally:
+            if overrides:  # which are for this run alone
+                atomic.write_text("params.yaml", params)
 
 
 def _run(order: Order, only_if_changed: bool) -> State[Any]:
@@ -216,7 +221,7 @@ def _note_commit() -> None:
 
 
 def main() -> int:
-    """`python -m flows.retrain`, which `memgpt retrain` becomes. 0: every model has a champion, none was rejected."""
+    """`python -m flows.retrain`, which `memgpt retrain` becomes. 0: it went through, whatever the gate said."""
     parser = argparse.ArgumentParser(prog="python -m flows.retrain", description="What `memgpt retrain` runs.")
     parser.add_argument("--force", action="store_true", help="run unchanged stages too")
     parser.add_argument("--replace", action="append", default=[], choices=config.MODELS)

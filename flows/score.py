@@ -9,7 +9,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.states import Completed, State
 from pydantic import Field
 
-from flows import in_one_line
+from flows import in_one_line, workspace
 from memgpt import config, environment, scoring
 
 _EVERY = 2.0  # seconds between two reports of progress
@@ -30,12 +30,13 @@ def score(
     Args:
         model: The version: ner, its champion; ner@champion; ner/3.
         source: A file, glob or folder of .jsonl, .csv, .parquet or .txt (each also .gz), or s3://bucket/prefix.
-        target: A folder or s3://bucket/prefix, for the Parquet parts.
+        target: A folder, by its absolute path, or s3://bucket/prefix, for the Parquet parts.
         chunk: Rows of one part.
         column: The column of texts; empty: one of the usual names.
         force: Start anew where the target holds parts of another version or input.
     """
     environment.prepare()
+    workspace.lasting("target", target)
     show = progress("score-progress", f"{model}: {source} → {target}")
     done = scoring.score(config.load(), model, source, target, column=column, chunk=chunk, force=force, progress=show)
     show(1, 1)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from memgpt import housekeeping, processes
+from memgpt import housekeeping, processes, tracking
 from memgpt.errors import UserError
 
 PATIENCE = 180.0  # seconds; the first start makes the database
@@ -68,6 +68,7 @@ def _reach(url: str) -> None:
         reason: object = f"HTTP {error.code}"
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
+    url = tracking.shown(url)
     raise UserError(f"PREFECT_API_URL={url}: no Prefect server answers ({reason}); start it, or unset the variable")
 
 

@@ -18,12 +18,15 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID
 
 import psutil
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import alerts, workspace
@@ -112,6 +115,7 @@ def stop(name: str) -> bool:
 
 
 def up() -> None:
+    days = _number("MEMGPT_ALERT_DAYS", "8")
     root = Path.cwd()
     commit, dirty = commit_at_start(root)
     tracking.use(root)
@@ -137,6 +141,7 @@ def up() -> None:
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # as prefect.toml, which a run does not read: it starts elsewhere
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the server has the runs' logs
         "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "MLFLOW_BACKEND_STORE_URI": store,  # not an argument, which everyone on the machine could read
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven idle processes for what nothing here uses
         "MEMGPT_MLFLOW_UI": ui,
         "MEMGPT_WORKSPACE": str(place),
@@ -144,7 +149,6 @@ def up() -> None:
     }
     server = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     pages = ["mlflow", "server", "--host", "127.0.0.1", "--port", ui_port, "--workers", "1"]
-    pages += ["--backend-store-uri", store]
     services = [
         Service("prefect", server, env, root, lambda: _answers(f"{url}/health"), (port, "MEMGPT_PREFECT_PORT")),
         Service("mlflow", pages, env, root, lambda: _answers(f"{ui}/health"), (ui_port, "MEMGPT_MLFLOW_PORT")),
@@ -159,8 +163,9 @@ def up() -> None:
 
     with temporary_settings({PREFECT_API_URL: url}):
         workspace.mark_crashed(crashed)
-        alerts.ensure(float(os.environ.get("MEMGPT_ALERT_DAYS", "8")))
-    _deploy(env, root)
+        alerts.ensure(days)
+        with _schedules_as_they_were():
+            _deploy(env, root)
     board.say(f"  {'deployments':<12}of commit {commit[:12]}")
     command = ["prefect", "worker", "start", "--pool", POOL, "--name", socket.gethostname()]
     worker = Service("worker", command, {**env, "PYTHONPATH": str(place)}, place, lambda: _online(url))
@@ -206,6 +211,30 @@ def _online(url: str) -> bool:
             return bool(json.load(answer))
     except OSError:
         return False
+
+
+def _number(name: str, usual: str) -> float:
+    try:
+        return float(os.environ.get(name, usual))
+    except ValueError:
+        raise UserError(f"{name}={os.environ[name]}: expected a number of days") from None
+
+
+@contextmanager
+def _schedules_as_they_were() -> Iterator[None]:
+    """Deploying makes the schedules anew, switched as in prefect.yaml; what was switched in the UI stays so."""
+    with get_client(sync_client=True) as client:
+
+        def found() -> Iterator[tuple[str, UUID, DeploymentSchedule]]:
+            for deployment in client.read_deployments():
+                for schedule in deployment.schedules:
+                    yield f"{deployment.name} {schedule.schedule!r}", deployment.id, schedule
+
+        before = {name: schedule.active for name, _, schedule in found()}
+        yield
+        for name, deployment, schedule in list(found()):
+            if before.get(name, schedule.active) != schedule.active:
+                client.update_deployment_schedule(deployment, schedule.id, active=before[name])
 
 
 def _deploy(env: dict[str, str], root: Path) -> None:

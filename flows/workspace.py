@@ -48,6 +48,8 @@ def reset(folder: Path, commit: str) -> None:
         UserError: if the commit is not there.
     """
     kept = [f":!{path}" for path in _PRODUCTS]
+    # Whoever holds the folder's lock (`occupied`) is alone here: this one was left by a git that was killed.
+    (folder / _git(folder, "rev-parse", "--git-path", "index.lock")).unlink(missing_ok=True)
     _git(folder, "reset", "--quiet", "--soft", commit)
     _git(folder, "restore", "--source", commit, "--staged", "--worktree", "--", ".", *kept)
     _git(folder, "clean", "--force", "-d", "--quiet", "--", ".", *kept)
@@ -108,6 +110,18 @@ def settled(tasks: Sequence[str], stages: Sequence[str]) -> bool:
 
 def settle(tasks: Sequence[str]) -> None:
     atomic.write_json(SETTLED, {"state": _fingerprint(), "tasks": sorted(tasks)})
+
+
+def lasting(name: str, where: str) -> str:
+    """A place to write to, which a deployed run is given, unless the next reset would take it away.
+
+    Raises:
+        UserError: for a relative path, which would be in the workspace.
+    """
+    ours = "://" not in where and not Path(where).is_absolute() and Path(where).parts[:1] != (".memgpt",)  # git-ignored
+    if ours and os.environ.get("MEMGPT_DEPLOYED"):
+        raise UserError(f"{name}: {where} would be in a folder that runs put back; give an absolute path, or s3://")
+    return where
 
 
 def _fingerprint() -> str:

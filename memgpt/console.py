@@ -123,7 +123,7 @@ def tracking_uri() -> str:
 def ways_to_look() -> list[str]:
     """How to open each UI and how to load a model, as lines."""
     uri = tracking_uri()
-    server = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
+    server = tracking.shown(os.environ.get("PREFECT_API_URL", "").removesuffix("/api"))
     lines = [] if shutil.which("memgpt") else ["first    source .venv/bin/activate"]
     if server:
         lines.append(f"Prefect  {server}")

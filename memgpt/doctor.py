@@ -163,11 +163,11 @@ def _prefect() -> Iterator[Finding]:
         return
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10):
-            yield Finding("prefect", "well", f"{url} answers")
+            yield Finding("prefect", "well", f"{tracking.shown(url)} answers")
     except (OSError, ValueError) as error:  # HTTPError and URLError are OSErrors
         why = getattr(error, "reason", error)
         fix = "start it, or unset PREFECT_API_URL and `make up`"
-        yield Finding("prefect", "broken", f"{url}: no server answers ({why})", fix)
+        yield Finding("prefect", "broken", f"{tracking.shown(url)}: no server answers ({why})", fix)
 
 
 def _services() -> Iterator[Finding]:

@@ -125,6 +125,7 @@ class Version:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.label = "v" + uri.rpartition("/")[2]
         self.log = self.folder / f"{self.label}.log"
+        self.inputs, self.out = self.folder / f"{self.label}.inputs.json", self.folder / f"{self.label}.json"
         threaded = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -147,13 +148,14 @@ class Version:
     ) -> None:
         self.process.kill()
         self.process.communicate()
+        for path in (self.inputs, self.out):  # what was asked may be somebody's texts
+            path.unlink(missing_ok=True)
 
     def ask(self, inputs: list[Any], params: dict[str, Any] | None = None) -> None:
         """Have the inputs predicted as soon as the model is loaded; `answer` waits for it."""
-        path, self.out = self.folder / f"{self.label}.inputs.json", self.folder / f"{self.label}.json"
-        path.write_text(json.dumps(inputs), encoding="utf-8")
+        self.inputs.write_text(json.dumps(inputs), encoding="utf-8")
         self.asked = len(inputs)
-        self._send({"do": "predict", "inputs": str(path), "params": params, "out": str(self.out)})
+        self._send({"do": "predict", "inputs": str(self.inputs), "params": params, "out": str(self.out)})
 
     def answer(self) -> list[Any]:
         """The predictions that were asked for, one per input.

@@ -39,6 +39,7 @@ FOLDER = Path(".memgpt/monitor")
 TRAIN, TOKENIZER = tables.TABLES / "sentiment/train.parquet", Path("models/tokenizer/tokenizer.json")
 REFERENCE = "reference"  # a copy of both
 WINDOWS = (1, 3)  # days: a sharp surge shows on the first, a lasting one in the sum
+LATE = 3  # days after which texts that come late are counted, and their day is not judged again
 LAST_LOOK = 0.8  # of what is left of a day's false alarms, spent when it is over
 RHO = 0.02  # intraclass correlation of a day's texts, where nothing is known of it
 SHOWN = 56  # days of a picture
@@ -141,6 +142,12 @@ def run(
         model, number = registry.resolve(tracking.client(), monitor.model)
         if model != "sentiment":
             raise UserError(f"monitor.model: {monitor.model} gives no sentiment; name a version of sentiment")
+        labels = json.loads(registry.version_tags(tracking.client(), model, number)["labels"])
+        if monitor.negative not in labels:
+            raise UserError(
+                f"monitor.negative: {monitor.negative!r} is no label of {registry.uri(model, number)}; "
+                f"name one of {', '.join(labels)}"
+            )
         today = (now or datetime.now(UTC)).date()
         seen = pq.read_table(folder / "texts.parquet").to_pandas() if (folder / "texts.parquet").exists() else _none()
         files = {file["path"]: file for file in scoring.find("monitor.uri", uri)}
@@ -155,7 +162,7 @@ def run(
             keep_reference(folder / REFERENCE, report.version)
             drifting = drifts(monitor, seen, folder / REFERENCE)
             report = _judge(monitor, seen, today, state, dataclasses.replace(report, drifting=drifting))
-            _forget(seen, folder, monitor.drift_days)
+            _forget(seen, folder, today - timedelta(days=monitor.drift_days))
             _draw(monitor, seen, folder)
         state["files"] = digests
         atomic.write_json(folder / "state.json", state)
@@ -254,9 +261,9 @@ def _save(texts: pd.DataFrame, folder: Path) -> None:
         tables.write(pa.Table.from_pandas(texts, schema=_TEXTS, preserve_index=False), aside)
 
 
-def _forget(texts: pd.DataFrame, folder: Path, days: int) -> None:
-    """Keep no text longer than it is needed."""
-    old = (texts["day"] <= texts["day"].max() - timedelta(days=days)) & texts["text"].notna()
+def _forget(texts: pd.DataFrame, folder: Path, last: date) -> None:
+    """Keep no text longer than it is needed: those of `last` and before go."""
+    old = (texts["day"] <= last) & texts["text"].notna()
     if old.any():
         _save(texts.assign(text=texts["text"].mask(old, None)), folder)
 
@@ -268,8 +275,9 @@ def _judge(monitor: config.Monitor, texts: pd.DataFrame, today: date, state: dic
     """The report with what is unusual; `state` notes what was looked at."""
     counts = _counts(texts, monitor.negative)
     last: date = texts["day"].max()
-    # the first run judges the last day alone, a later one every day from the last that was judged
-    first = max(map(date.fromisoformat, state["looks"]), default=last)
+    # the first run judges the last day alone, a later one every day from a few before the last that was judged
+    looked = [date.fromisoformat(day) for day in state["looks"]] or [last]
+    first = max(min(looked), max(looked) - timedelta(days=LATE))
     known = {(surge["topic"], surge["day"]) for surge in state["surges"]}
     looks: dict[str, dict[str, Any]] = {}
     for day in sorted(set(texts["day"][texts["day"] >= first])):

@@ -188,7 +188,8 @@ def add_worktree(folder: Path, commit: str) -> None:
     remove_worktree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        ["git", "worktree", "add", "--quiet", "--detach", str(folder), commit],
+        # Twice: also in place of one that a kill left locked while it was made.
+        ["git", "worktree", "add", "--quiet", "--detach", "--force", "--force", str(folder), commit],
         capture_output=True,
         text=True,
         check=False,

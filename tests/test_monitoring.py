@@ -78,6 +78,28 @@ def test_a_share_that_its_weekday_always_has_is_no_surge() -> None:
         assert (surge is not None) == found
 
 
+def test_a_day_is_judged_again_when_more_of_it_comes_late() -> None:
+    def rows(day: date, negative: int, others: int) -> list[dict]:
+        labels = ["negative"] * negative + ["positive"] * others
+        return [{"topic": "steel", "day": day, "label": label} for label in labels]
+
+    last = MONDAY + timedelta(60)
+    known = [row for day in range(60) for row in rows(MONDAY + timedelta(day), 6, 54)]
+    state = {"looks": {}, "surges": [], "drift": {}}
+
+    def look(today: date) -> list[str]:
+        report = monitoring.Report("models:/memgpt-sentiment/1", "texts", 0, 0, None)
+        frame = pd.DataFrame(known)
+        return [surge.day for surge in monitoring._judge(SETTINGS, frame, today, state, report).surges]
+
+    known += rows(last, 3, 27)
+    assert not look(last)
+    known += rows(last + timedelta(1), 0, 1)  # the next day has begun
+    assert not look(last + timedelta(1))
+    known += rows(last, 55, 5)  # and most of the one before arrives
+    assert look(last + timedelta(1)) == [last.isoformat()]
+
+
 def test_many_looks_at_one_day_spend_what_one_may() -> None:
     for looks in (1, 24):
         spent = 0.0
@@ -233,9 +255,11 @@ def test_a_day_in_the_future_counts_as_today(place: Place, asked: list[str]) -> 
 
 def test_texts_are_kept_only_as_long_as_they_are_compared(place: Place, asked: list[str]) -> None:
     arrive("a.jsonl", past(20))
-    run(place)
-    kept = pq.read_table(monitoring.FOLDER / "texts.parquet").to_pandas()
-    assert set(kept["day"][kept["text"].notna()]) == {MONDAY + timedelta(d) for d in range(13, 20)}
+    for today, first in ((19, 13), (25, 19), (40, 20)):  # also where no more arrive
+        run(place, now=MONDAY + timedelta(today))
+        kept = pq.read_table(monitoring.FOLDER / "texts.parquet").to_pandas()
+        assert set(kept["day"][kept["text"].notna()]) == {MONDAY + timedelta(d) for d in range(first, 20)}
+    assert not list(monitoring.FOLDER.glob("version/*.json")), "what a version was asked goes too"
 
 
 def test_mistakes_are_told_in_one_line(place: Place, asked: list[str]) -> None:
@@ -244,6 +268,7 @@ def test_mistakes_are_told_in_one_line(place: Place, asked: list[str]) -> None:
         ({"uri": None}, "monitor.uri: null; set it to where texts arrive"),
         ({"uri": "nowhere"}, "monitor.uri: nowhere: no such file or folder"),
         ({"model": "ner"}, "ner@champion: memgpt-ner has no champion"),
+        ({"negative": "bad"}, r"monitor.negative: 'bad' is no label of models:/memgpt-sentiment/1; name "),
     ):
         with pytest.raises(UserError, match=told) as caught:
             run(place, **changes)

@@ -117,12 +117,24 @@ def up(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             process.kill()
 
 
+def switch(up: Up, name: str, on: bool) -> bool:
+    """Switch a deployment's schedule; whether it was on."""
+    deployment = up.get(f"deployments/name/{name}/{name}")
+    (schedule,) = deployment["schedules"]
+    up.ask("PATCH", f"deployments/{deployment['id']}/schedules/{schedule['id']}", {"active": on})
+    return schedule["active"]
+
+
 def test_once_is_enough(up: Up) -> None:
     before = {path.name: path.read_text() for path in (up.place.root / ".memgpt/up").glob("*.json")}
     assert set(before) == {"prefect.json", "mlflow.json", "worker.json"}
+    switch(up, "monitor", True)
+    switch(up, "retrain", False)
     again = up.place.run(sys.executable, "-m", "flows.up")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("runs already") == 3
+    assert switch(up, "monitor", False), "what was switched in the UI stays so"
+    assert not switch(up, "retrain", True)
     assert before == {path.name: path.read_text() for path in (up.place.root / ".memgpt/up").glob("*.json")}
 
 
@@ -151,6 +163,8 @@ def test_held_approved_by_a_person_then_nothing_to_do(up: Up) -> None:
     order = {"overrides": TINY, "tasks": ["recommendation"]}
     state = up.ended(up.run("retrain/retrain", **order, approval="manual"))
     assert state["message"].startswith("promote@base: memgpt-base version 1 is rejected: ")  # a tiny core is no good
+    for folder in (up.place.root, up.place.root / ".memgpt/workspace"):  # no checkout keeps a run's overrides
+        assert subprocess.run(["git", "diff", "--quiet", "--", "params.yaml"], cwd=folder).returncode == 0
     assert subprocess.run(["git", "diff", "--quiet"], cwd=up.place.root).returncode == 0  # nobody's checkout is touched
 
     rejections = {"filter": {"event": {"name": ["memgpt.gate.rejected"]}}}
