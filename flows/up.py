@@ -188,6 +188,8 @@ def _free(name: str, port: str, setting: str) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", int(port)))
+        except (ValueError, OverflowError):
+            raise UserError(f"{setting}={port}: expected a port, a number up to 65535") from None
         except OSError:
             raise UserError(f"port {port}: taken by another program; set {setting} to a free one for {name}") from None
 

@@ -182,6 +182,10 @@ def upgrade() -> tuple[list[Path], list[Path]]:
     """
     if busy := running():
         raise UserError(f"{busy} works here; wait for it, or end it, before the databases are upgraded")
+    if servers := [name for name in ("prefect", "mlflow", "worker") if service(name)]:
+        raise UserError(
+            f"what `make up` started runs ({', '.join(servers)}); `make down` before the databases are upgraded"
+        )
     saved = backup(BACKUPS)
     found = databases()
     for name, path in found.items():

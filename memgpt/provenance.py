@@ -70,7 +70,9 @@ def came_of(client: "MlflowClient", what: str) -> dict[str, list[str]]:
         UserError: if nothing came of it.
     """
     path = Path(what)
-    digest = lineage.digest(path) if path.exists() else what
+    digest = what
+    if path.exists():  # a model's directory goes by its weights, as versions do
+        digest = lineage.weights_digest(path) if (path / "model.safetensors").exists() else lineage.digest(path)
     found: dict[str, list[str]] = {}
     if len(digest) >= _DIGEST:
         for model in MODELS:
