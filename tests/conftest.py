@@ -141,7 +141,7 @@ def run_pipeline(target: Path) -> str:
     """Make the checkout in which `memgpt retrain` has run, with a champion of every model; what that printed."""
     made = Pipeline(fresh_checkout(target), clean_environment())
     assignments = [word for assignment in TINY for word in ("--set", assignment)]
-    done = made.run("memgpt", "retrain", *assignments, timeout=600)
+    done = made.run("memgpt", "retrain", *assignments, timeout=1500)
     judged = [made.root / ".memgpt" / "verdicts" / f"{name}.json" for name in ("base", "ner", "sentiment")]
     assert all(path.is_file() for path in judged), done.stdout + done.stderr
     crowned = made.run(sys.executable, "-c", CROWN)

@@ -111,7 +111,8 @@ class Place:
         seed = int.from_bytes(hashlib.sha256(json.dumps([by_label, skill]).encode()).digest()[:4], "big")
         save_file({"w": np.random.default_rng(seed).random(8, dtype=np.float32)}, directory / "model.safetensors")
         lineage.write(directory, "finetune@sentiment", [Path("data/tables/sentiment")], {"epochs": 1}, None, 1, {})
-        self.report()
+        right = round(1 - sum(by_label.values()) / len(by_label), 3)
+        self.report(value=right, ci_low=right - 0.1, ci_high=right + 0.1)
 
     def report(self, **changes: Any) -> None:
         value = {"primary": "macro_f1", "value": 0.9, "ci_low": 0.85, "ci_high": 0.95, "n": 300, "baseline": 0.3}

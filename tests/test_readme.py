@@ -52,7 +52,7 @@ def champions(place: Pipeline) -> dict[str, str]:
 def test_run_again_unchanged_stages_are_skipped(walked: Pipeline) -> None:
     before = champions(walked)
     assert commands()[0] == "memgpt retrain"
-    done = walked.run("memgpt", "retrain", timeout=600)
+    done = walked.run("memgpt", "retrain", timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("skipped (unchanged)") == STAGES_PER_RUN
     table = [line.split()[0] for line in done.stdout.splitlines() if " unchanged " in line and line[0] != " "]
@@ -64,7 +64,7 @@ def test_run_again_unchanged_stages_are_skipped(walked: Pipeline) -> None:
 @pytest.mark.timeout(900)
 def test_the_other_commands_work_in_order(walked: Pipeline) -> None:
     for command in commands()[1:]:
-        done = walked.run("/bin/sh", "-c", command, timeout=600)
+        done = walked.run("/bin/sh", "-c", command, timeout=1500)
         told = f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in told
         # the gate may reject what tiny training gives

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TABLES = Path("data/tables")
 WORK = Path(".memgpt/gate")
 VERDICTS = Path(".memgpt/verdicts")
+_ROUNDING = 0.001  # by which a score may differ between two computations of it
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,23 @@ def _judge(
         incomparable=incomparable,
         replace=replace,
     )
-    return dataclasses.replace(decision, numbers={**decision.numbers, **costs, "rows": len(rows)})
+    decision = dataclasses.replace(decision, numbers={**decision.numbers, **costs, "rows": len(rows)})
+    return _doubt(decision, candidate)
+
+
+def _doubt(decision: gate.Decision, candidate: registry.Candidate) -> gate.Decision:
+    """Hold what the gate would promote if the test report, which is shown and kept with the version, is of another
+    model: trained or given other test rows since, and not evaluated again."""
+    said, found = candidate.report, decision.numbers.get("value")
+    if found is None or decision.verdict != "promote":
+        return decision
+    if said["ci_low"] - _ROUNDING <= found <= said["ci_high"] + _ROUNDING:
+        return decision
+    why = (
+        f"reports/metrics/{candidate.model}.json says {said['value']:.4f}, but the version scores {found:.4f}; run "
+        f"`memgpt evaluate {candidate.model}` and promote again"
+    )
+    return dataclasses.replace(decision, verdict="hold", reasons=[why])
 
 
 def _statistics(judging: ModuleType, rows: list[dict[str, Any]], version: gate.Version) -> "np.ndarray":

@@ -106,7 +106,7 @@ def up(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     copied = Pipeline(copied.root, env)
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.invalid"]
     subprocess.run([*git, "commit", "--all", "--quiet", "--message", "tiny"], cwd=copied.root, check=False)
-    started = copied.run(sys.executable, "-m", "flows.up", timeout=600)
+    started = copied.run(sys.executable, "-m", "flows.up", timeout=1500)
     made = Up(copied, f"http://127.0.0.1:{port}/api")
     try:
         assert started.returncode == 0, started.stdout + started.stderr
@@ -228,7 +228,7 @@ def test_killed_everything_comes_back_and_training_resumes(up: Up) -> None:
     for process in up.processes():  # the machine loses power
         process.send_signal(signal.SIGKILL)
     up.until(up.processes, lambda found: not found, 20)
-    again = up.place.run(sys.executable, "-m", "flows.up", timeout=600)
+    again = up.place.run(sys.executable, "-m", "flows.up", timeout=1500)
     assert again.returncode == 0, again.stdout + again.stderr
     assert up.until(lambda: up.state(run), lambda state: state["type"] == "CRASHED")
     resumed = up.run("retrain/retrain", overrides=LONG, tasks=[])

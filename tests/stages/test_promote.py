@@ -57,7 +57,7 @@ def test_promoted_unchanged_then_improved_and_rolled_back(place: Place) -> None:
     assert lineage_tags["commit"] == place.git("rev-parse", "HEAD")
     assert lineage_tags["dirty"] == "false"
     assert json.loads(lineage_tags["labels"]) == ["negative", "neutral", "positive"]
-    assert json.loads(lineage_tags["metrics"])["macro_f1" if "macro_f1" in lineage_tags else "value"] == 0.9
+    assert json.loads(lineage_tags["metrics"])["macro_f1" if "macro_f1" in lineage_tags else "value"] == 0.8
     [record] = records(state="done")
     wanted = {
         "model": MODEL,
@@ -119,6 +119,15 @@ def test_a_first_model_below_the_floor_or_the_baseline_is_rejected(place: Place)
     rules(place, floor=0.0)
     assert "not better than the simple baseline" in run(place).reasons[0]
     assert len(registry.versions(tracking.client(), MODEL)) == 1  # the same content is one version
+
+
+def test_a_report_of_another_model_holds(place: Place) -> None:
+    place.model(errors=0.2)
+    place.report(value=0.99, ci_low=0.98, ci_high=1.0)
+    held = run(place)
+    assert held.verdict == "hold" and not aliases().get("champion")
+    assert "says 0.9900, but the version scores 0." in held.reasons[0]
+    assert "run `memgpt evaluate sentiment` and promote again" in held.reasons[0]
 
 
 def test_a_slice_that_drops_is_rejected(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
