@@ -224,10 +224,12 @@ def test_each_version_predicts_with_its_own_code(place: Place, monkeypatch: pyte
     monkeypatch.setattr(packaging, "CODE", pack(place.root / "code2" / "memgpt", extra='{"made_by": "second"}'))
     place.model(errors=0.02)
     assert run(place).verdict == "promote"
-    folder = place.root / ".memgpt/gate/sentiment"
-    first, second = (json.loads((folder / f"v{number}.json").read_text()) for number in (1, 2))
-    assert {answer.get("made_by") for answer in first} == {None}
-    assert {answer.get("made_by") for answer in second} == {"second"}
+    made_by = []
+    for number in ("1", "2"):
+        with gate.Version(registry.uri(MODEL, number), place.root / "asked", 1) as version:
+            version.ask(["test number 1"])
+            made_by.append(version.answer()[0].get("made_by"))
+    assert made_by == [None, "second"]
     assert tags("1")["code"] != tags("2")["code"]
 
 
