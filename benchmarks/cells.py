@@ -41,6 +41,7 @@ from memgpt.model import (
     MemGPTTokenizer,
     canonical_ids,
 )
+from memgpt.model.kernels import multiplies_bfloat16
 from memgpt.objectives import Pretraining, mask, next_token_loss
 from memgpt.optimizers import clip_gradients, for_pretraining
 from memgpt.predict.words import best_path
@@ -250,7 +251,7 @@ def held_out(model: PreTrainedModel, split: str, masked: bool, seed: int) -> flo
     rows = Subset(data, range(min(VALIDATION_ROWS, len(data))))
     losses = []
     device = model.device
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
         for step, batch in enumerate(DataLoader(rows, batch_size=16, drop_last=True)):
             batch = {name: values.to(device) for name, values in batch.items()}
             if masked:
@@ -276,7 +277,7 @@ def training_speed(spec: dict[str, Any], rounds: int = 12) -> dict[str, Any]:
         batch = default_collate([data[step * params.batch_size + row] for row in range(params.batch_size)])
         for kind, (model, optimizer, loss) in trained.items():
             start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16(torch.device("cpu"))):
                 value = loss(model, batch, step)
             value.backward()
             clip_gradients(model.parameters(), 1.0)

@@ -28,6 +28,7 @@ from torch import nn
 
 from memgpt.atomic import replacing, write_json
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, MemGPTTokenizer, canonical_ids
+from memgpt.model.kernels import multiplies_bfloat16
 from memgpt.model.update import choose_rows, count_rows, restrict_to_memory
 from memgpt.optimizers import RowAdagrad, for_pretraining
 
@@ -151,7 +152,7 @@ class Loop:
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] *= factor
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16(torch.device("cpu"))):
             loss = self.loss(self.model, batch)
         loss.backward()
         dense = [p for p in self.model.parameters() if p.grad is not None and not p.grad.is_sparse]
@@ -164,7 +165,7 @@ class Loop:
     @torch.no_grad()
     def judge(self, rows: Rows, count: int) -> float:
         """Nats per token on the first `count` rows."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16(torch.device("cpu"))):
             order = np.arange(min(count, len(rows)) // BATCH * BATCH)
             return float(np.mean([self.loss(self.model, batch).item() for batch in rows.batches(order)]))
 
