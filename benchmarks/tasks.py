@@ -164,7 +164,10 @@ def compare(done: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _statistics(cell: str) -> np.ndarray:
-    with np.load(STATISTICS / f"{cell}.npz") as file:
+    path = STATISTICS / f"{cell}.npz"
+    if not path.exists():
+        raise SystemExit(f"{path}: missing; remove {RESULTS / cell}.json and run its cell again")
+    with np.load(path) as file:
         return file["arr_0"]
 
 
