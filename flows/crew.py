@@ -24,6 +24,7 @@ from memgpt.processes import Children
 PLACES = 4  # stages at once, at most: the three tasks and one more
 _PASSING = (  # after which a step is tried again
     " is busy, it is being blocked by",  # somebody else's `dvc repro` holds the stage
+    "Unable to acquire lock",  # another holds the repository while it reads it, on a busy machine longer than DVC waits
     "no MLflow server answers",
     "no database there",
     "database is locked",

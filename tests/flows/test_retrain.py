@@ -64,7 +64,8 @@ def test_of_those_that_wait_the_lowest_rank_goes_first() -> None:
 
 def test_another_dvc_at_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = (255, ["ERROR: 'models/ner' is busy, it is being blocked by:"])
-    made, asked = crew(monkeypatch, [busy, busy, (0, ["Running stage 'finetune@ner':"])])
+    starting = (255, ["ERROR: Unable to acquire lock. Most likely another DVC process is running or was terminated"])
+    made, asked = crew(monkeypatch, [busy, starting, (0, ["Running stage 'finetune@ner':"])])
     assert made.run(Step("finetune@ner")).is_completed()
     assert len(asked) == 3
 
