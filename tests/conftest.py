@@ -66,7 +66,7 @@ class Pipeline:
     env: dict[str, str]
     first: str = ""
 
-    def run(self, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         """Run a command there, whatever its exit status."""
         return subprocess.run(
             command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=timeout, check=False

@@ -49,7 +49,7 @@ def postgres(*databases: str) -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-def run_sql(where: str, sql: str, patience: float = 30) -> list[tuple]:
+def run_sql(where: str, sql: str, patience: float = 120) -> list[tuple]:
     deadline = time.monotonic() + patience
     while True:
         try:

@@ -14,8 +14,6 @@ import pytest
 import servers
 from conftest import ROOT, Pipeline
 
-pytestmark = pytest.mark.timeout(1200)
-
 
 @pytest.fixture(scope="module")
 def clone(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:

@@ -14,8 +14,6 @@ from memgpt import environment, packaging, registry, tracking
 from memgpt.errors import UserError
 from memgpt.stages import promote
 
-pytestmark = pytest.mark.timeout(300)
-
 STAGE = """
 import sys
 from memgpt import environment

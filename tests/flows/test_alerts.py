@@ -19,7 +19,7 @@ from prefect.states import Suspended
 
 from flows import alerts
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(900)
 
 HEAD = """
 import time
@@ -75,7 +75,7 @@ class Place:
         return [text for text in self.told if all(word in text for word in words)]
 
 
-def until(found: Callable[[], Any], seconds: float = 60) -> Any:
+def until(found: Callable[[], Any], seconds: float = 180) -> Any:
     deadline = time.monotonic() + seconds
     while not (answer := found()):
         assert time.monotonic() < deadline, "it did not happen"

@@ -62,7 +62,7 @@ def day(number: int, negative: int, others: int) -> list[dict[str, Any]]:
 def events(name: str) -> list[dict[str, Any]]:
     """The events of a name, once they have come."""
     wanted = {"filter": {"event": {"name": [name]}}, "limit": 50}
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     with get_client(sync_client=True) as client:
         while time.monotonic() < deadline:
             found = client.request("POST", "/events/filter", json=wanted).json()["events"]
