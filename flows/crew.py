@@ -118,7 +118,7 @@ class Progress:
     deleted the artifact, the stage goes on all the same."""
 
     PAUSE = 60.0  # seconds without another attempt: one takes as long where nobody answers
-    _SAID = re.compile(r"step (?P<step>\d+)/(?P<steps>\d+), loss (?P<loss>\S+), (?P<left>\d+) s left")
+    _SAID = re.compile(r"step (?P<step>\d+)/(?P<steps>\d+), (?P<loss>loss \S+, )?(?P<left>\d+) s left")
 
     def __init__(self, name: str, tokens: int = 0) -> None:
         """tokens: of a step, where all have as many."""
@@ -131,8 +131,8 @@ class Progress:
             return
         step, steps, left = int(said["step"]), int(said["steps"]), int(said["left"])
         share = round(100 * step / steps, 1)
-        pace = f", {self._tokens * (steps - step) / left:,.0f} tokens/s" if self._tokens and left else ""
-        text = f"step {step} of {steps}, loss {said['loss']}{pace}, {left} s left"
+        pace = f"{self._tokens * (steps - step) / left:,.0f} tokens/s, " if self._tokens and left else ""
+        text = f"step {step} of {steps}, {said['loss'] or ''}{pace}{left} s left"
         try:
             if self._artifact is None:
                 self._artifact = create_progress_artifact(share, key=self._key, description=text)

@@ -316,7 +316,7 @@ class _Progress(TrainerCallback):
 
     def __init__(self, title: str, steps: int, log: Log | None):
         self.title, self.steps, self.log = title, steps, log
-        self.loss = math.nan
+        self.loss = ""  # until one is logged
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -333,7 +333,7 @@ class _Progress(TrainerCallback):
             self.told = time.monotonic()
             pace = (self.told - self.began) / max(1, state.global_step - self.first)
             print(
-                f"{self.title}: step {state.global_step}/{self.steps}, loss {self.loss:.3f}, "
+                f"{self.title}: step {state.global_step}/{self.steps}, {self.loss}"
                 f"{pace * (self.steps - state.global_step):.0f} s left",
                 file=sys.stderr,
                 flush=True,
@@ -341,11 +341,12 @@ class _Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self.loss = float(logs["loss"])
+            loss = float(logs["loss"])
+            self.loss = f"loss {loss:.3f}, "
             if self.bar is not None:
-                self.bar.set_postfix(loss=f"{self.loss:.3f}")
+                self.bar.set_postfix(loss=f"{loss:.3f}")
             if self.log:
-                self.log({"loss": self.loss}, state.global_step)
+                self.log({"loss": loss}, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

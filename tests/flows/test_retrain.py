@@ -100,9 +100,15 @@ def test_training_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crews, "create_progress_artifact", create)
     monkeypatch.setattr(crews, "update_progress_artifact", update)
     progress = Progress("finetune@ner", tokens=1000)
-    for line in ("Running stage", "ner: step 10/40, loss 2.500, 15 s left", "ner: step 40/40, loss 1.500, 0 s left"):
+    for line in (
+        "Running stage",
+        "ner: step 1/40, 40 s left",
+        "ner: step 10/40, loss 2.500, 15 s left",
+        "ner: step 40/40, loss 1.500, 0 s left",
+    ):
         progress.hear(line)
     assert shown == [
+        (2.5, "step 1 of 40, 975 tokens/s, 40 s left"),
         (25.0, "step 10 of 40, loss 2.500, 2,000 tokens/s, 15 s left"),
         (100.0, "step 40 of 40, loss 1.500, 0 s left"),
     ]
