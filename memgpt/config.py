@@ -242,8 +242,11 @@ class Gate(Section):
 
 
 class Promote(Section):
+    """patience: seconds in which a version must load, and then answer; one that takes longer does not predict."""
+
     bootstrap: Positive
     seed: int
+    patience: Rate
     base: Gate
     ner: Gate
     sentiment: Gate

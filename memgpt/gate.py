@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -117,10 +118,12 @@ class Version:
     """One registered version, loading and predicting in a child process of its own.
 
     uri: `models:/name/version`. The child's noise goes to `<folder>/v<version>.log`, its predictions beside it.
+    patience: seconds to wait for an answer; None for as long as it takes.
     """
 
-    def __init__(self, uri: str, folder: Path, threads: int) -> None:
+    def __init__(self, uri: str, folder: Path, threads: int, patience: float | None = None) -> None:
         self.uri = uri
+        self.patience = patience
         self.folder = folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.label = "v" + uri.rpartition("/")[2]
@@ -161,7 +164,7 @@ class Version:
         """The predictions that were asked for, one per input.
 
         Raises:
-            VersionError: if the version does not load or predict.
+            VersionError: if the version does not load or predict, or takes longer than `patience` for either.
         """
         if not self._loaded:  # said once, by the first answer
             self.weight_bytes = self._receive("load")["bytes"]
@@ -185,8 +188,21 @@ class Version:
 
     def _receive(self, verb: str) -> dict[str, Any]:
         assert self.process.stdout
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self.process.kill()
+
+        timer = threading.Timer(self.patience or 0, give_up)
+        if self.patience:
+            timer.start()
         line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"its process ended with {self.process.wait()}"}
+        timer.cancel()
+        if late.is_set():
+            answer = {"error": f"no answer within {self.patience:g} s, which is promote.patience in params.yaml"}
+        else:
+            answer = json.loads(line) if line else {"error": f"its process ended with {self.process.wait()}"}
         if "error" in answer:
             raise VersionError(f"{self.uri} does not {verb}: {answer['error']} (see {self.log})")
         return answer

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from memgpt import atomic, lineage, processes, registry, tracking
+from memgpt import atomic, lineage, processes, registry, slots, tracking
 from memgpt.config import MODELS
 from memgpt.errors import UserError
 
@@ -216,6 +216,8 @@ def _dvc(folder: Path, hear: Callable[[str], None], *stages: str) -> None:
 
     root = folder.resolve()
     ours = {key: value for key, value in os.environ.items() if not key.startswith(("MEMGPT_", "PREFECT_", "MLFLOW_"))}
+    if slots.LIMIT in os.environ:
+        ours[slots.LIMIT] = os.environ[slots.LIMIT]
     env = {
         **ours,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ours.get('PATH', '')}",

@@ -141,3 +141,13 @@ def test_a_process_that_cannot_load_says_why(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(gate.VersionError, match="file:///no/such/model does not load"):
             version.answer()
     assert version.process.returncode is not None
+
+
+def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    with gate.Version("file:///loads/for/ever", tmp_path, threads=1, patience=0.1) as version:
+        version.ask(["text"])
+        with pytest.raises(
+            gate.VersionError, match=r"does not load: no answer within 0\.1 s, which is promote\.patience"
+        ):
+            version.answer()
+        assert version.process.wait() < 0

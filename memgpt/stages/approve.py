@@ -75,7 +75,9 @@ def run(
         waiting = held(client, model, version)
         if approve:
             uri = registry.uri(model, waiting.version)
-            with gate.Version(uri, WORK / model, environment.threads(config.runtime.threads)) as new:
+            with gate.Version(
+                uri, WORK / model, environment.threads(config.runtime.threads), config.promote.patience
+            ) as new:
                 try:
                     new.ask(packaging.EXAMPLES[model])
                     new.answer()

@@ -130,9 +130,9 @@ def _judge(
         uris = [registry.uri(model, version)]
         if champion and not incomparable:
             uris.append(registry.uri(model, champion))
-        share = max(1, environment.threads(config.runtime.threads) // len(uris))
+        share, patience = max(1, environment.threads(config.runtime.threads) // len(uris)), config.promote.patience
         # Started before the judge is imported: both take seconds.
-        new, *others = [stack.enter_context(gate.Version(uri, WORK / model, share)) for uri in uris]
+        new, *others = [stack.enter_context(gate.Version(uri, WORK / model, share, patience)) for uri in uris]
         old = others[0] if others else None
 
         from memgpt.tasks import judge

@@ -44,9 +44,8 @@ def run(
             raise UserError(
                 f"{registry.uri(model, target)}: lacks lineage ({', '.join(missing)}); choose another version"
             )
-        with gate.Version(
-            registry.uri(model, target), WORK / model, environment.threads(config.runtime.threads)
-        ) as old:
+        uri, threads = registry.uri(model, target), environment.threads(config.runtime.threads)
+        with gate.Version(uri, WORK / model, threads, config.promote.patience) as old:
             try:
                 old.ask(packaging.EXAMPLES[model])
                 old.answer()

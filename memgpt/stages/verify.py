@@ -19,7 +19,9 @@ def run(config: Config, reference: str) -> str:
     tracking.use()
     model, version = registry.resolve(tracking.client(), reference)
     uri = registry.uri(model, version)
-    with gate.Version(uri, WORK / model, environment.threads(config.runtime.threads)) as served:
+    with gate.Version(
+        uri, WORK / model, environment.threads(config.runtime.threads), config.promote.patience
+    ) as served:
         served.ask(packaging.EXAMPLES[model])
         try:
             served.answer()
