@@ -6,7 +6,9 @@ Called first thing by the command line and by the flows; nothing happens at impo
 import gc
 import logging
 import os
+import socket
 import warnings
+from pathlib import Path
 
 _SETTINGS = {
     # nobody is phoned: each library has its own switch
@@ -51,6 +53,12 @@ def prepare() -> None:
         warnings.filterwarnings("ignore")
         for noisy in _NOISY:
             logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def shared_folder(name: str) -> Path:
+    """Where all checkouts of this user meet on this machine; by machine, since homes are shared over networks."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "memgpt" / name / socket.gethostname()
 
 
 def rank() -> int:

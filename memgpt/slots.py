@@ -5,7 +5,6 @@ A slot is a locked file: the system drops the lock when its holder dies, however
 
 import fcntl
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from memgpt import environment
 from memgpt.errors import UserError
 
 LIMIT = "MEMGPT_SLOTS"
@@ -33,19 +33,13 @@ def slot(title: str, configured: int | None) -> Iterator[None]:
     if not limit:
         yield
         return
-    place = folder()
+    place = environment.shared_folder("slots")
     place.mkdir(parents=True, exist_ok=True)
     held = _wait(place, limit, title)
     # A child that is forked and not exec'ed would hold the lock on: it closes its copy of the file.
     os.register_at_fork(after_in_child=held.close)
     with held:
         yield
-
-
-def folder() -> Path:
-    """By machine, since homes are shared over networks."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "memgpt" / "slots" / socket.gethostname()
 
 
 def _limit(configured: int | None) -> int | None:

@@ -9,6 +9,7 @@ MLflow is imported on first use (1.5 s); explicit run ids throughout, never its 
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memgpt import lineage
+from memgpt import environment, lineage
 from memgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,9 +125,17 @@ def experiment(name: str) -> str:
 
 
 def home() -> Path:
-    """Where processes that share the tracking store meet on this machine: beside its database file, else here."""
+    """Where processes that share the tracking store meet on this machine: beside its database file; if that is
+    elsewhere, in the user's cache, or here where there is none to write to."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return (Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else Path()) / LOCAL
+    if uri.startswith("sqlite:///"):
+        return Path(uri.removeprefix("sqlite:///")).parent / LOCAL
+    try:
+        folder = environment.shared_folder("registries") / hashlib.sha256(uri.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # the latter: a user without a home
+        return LOCAL
+    return folder
 
 
 @contextmanager

@@ -178,3 +178,21 @@ def test_only_a_server_that_does_not_answer_is_waited_for() -> None:
     assert "no MLflow server answers" in str(tracking.away(gone))
     assert tracking.away(MlflowException("Invalid parameter value")) is None
     assert tracking.away(ValueError("API request failed with exception")) is None
+
+
+def test_checkouts_with_one_remote_registry_decide_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://registry:5000")
+    homes = []
+    for name in ("checkout", "workspace"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        homes.append(tracking.home().resolve())
+    assert homes[0] == homes[1] and homes[0].is_dir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://another:5000")
+    assert tracking.home() != homes[0]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # which cannot be written to
+    assert tracking.home() == tracking.LOCAL

@@ -42,7 +42,7 @@ class Verdict:
 
 @contextmanager
 def deciding(model: str) -> Iterator[None]:
-    """One decision per model at a time, in all checkouts that share the registry's database file."""
+    """One decision per model at a time, in all of a user's checkouts on this machine that share the registry."""
     with tracking.locked(tracking.home() / "gate" / f"{model}.lock"):
         yield
 
