@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,8 +58,12 @@ def _up() -> str | None:
 def _reach(url: str) -> None:
     """
     Raises:
-        UserError: if no Prefect server answers there.
+        UserError: if no Prefect server answers there, or the URL has a password, which Prefect would not send.
     """
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise UserError(
+            f"PREFECT_API_URL={tracking.shown(url)}: name and password belong in PREFECT_API_AUTH_STRING=name:password"
+        )
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10):
             return
