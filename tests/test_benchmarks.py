@@ -117,7 +117,7 @@ def test_what_a_gpu_will_be_asked_runs_at_toy_sizes_and_makes_the_table(tmp_path
     }
     assert not gpu.run(cells, tmp_path, limit=-1)
     assert not list(tmp_path.iterdir())
-    assert gpu.run(cells, tmp_path, limit=300)
+    assert gpu.run(cells, tmp_path, limit=3000)
     assert gpu.run(cells, tmp_path, limit=-1)  # nothing is left
     told = " ".join(row[0] for row in gpu.table(cells, tmp_path))
     assert all(what in told for what in ("train tiny", "encode, against modernbert", "tables mapped"))
@@ -187,7 +187,7 @@ def test_a_base_is_pretrained_in_pieces_tuned_and_handed_on(
     assert not base.run(planned, tmp_path, results, seconds=-1)
     assert not results.exists()
     capsys.readouterr()
-    assert base.run(planned, tmp_path, results, seconds=300)
+    assert base.run(planned, tmp_path, results, seconds=3000)
     told = capsys.readouterr()
     assert "resuming at step 4 of 12" in told.err
     assert "6 of 6 cells are done" in told.out and "financial_phrasebank   plain" in told.out
