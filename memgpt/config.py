@@ -87,7 +87,8 @@ class Pretrain(Training):
     """learning_rate is that of AdamW, matrix_learning_rate Muon's. masked_share_*: share of the steps that predict
     masked tokens, at the start and the end of the run. update: which weights a run that starts from `init` changes;
     "memory" changes, of the memory rows that the new text reads more than the old did, the best `update_share`.
-    memory_least: 0, or how often an n-gram must occur to be given a row of the memory, which then is its own.
+    memory_rows: of each hash head of the memory; None for as many as the preset has. memory_least: 0, or how often an
+    n-gram must occur to be given a row of the memory, which then is its own.
     float8: matrix products of the blocks in 8 bits, where the GPU has them."""
 
     init: str | None
@@ -101,6 +102,7 @@ class Pretrain(Training):
     z_loss: NonNegative
     update: Literal["all", "memory"]
     update_share: Annotated[float, Field(gt=0, le=1)]
+    memory_rows: Positive | None
     memory_least: Annotated[int, Field(ge=0)]
     compile: bool
     activation_checkpointing: bool
@@ -110,6 +112,12 @@ class Pretrain(Training):
     def _update_needs_a_start(self) -> "Pretrain":
         if self.update == "memory" and self.init is None:
             raise ValueError("update=memory needs pretrain.init, a MemGPT directory that has a memory")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_are_of_a_new_model(self) -> "Pretrain":
+        if self.memory_rows is not None and self.init is not None:
+            raise ValueError("memory_rows is of a model that is made anew; the one in pretrain.init has its own")
         return self
 
 

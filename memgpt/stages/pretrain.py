@@ -152,13 +152,16 @@ def held_out_loss(model: MemGPTForCausalLM, data: Dataset, batch_size: int) -> f
 def _initial_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MemGPTForCausalLM:
     params = config.pretrain
     if params.init is None:
+        shape = PRESETS[params.preset]
+        if params.memory_rows:
+            shape = {**shape, "memory_rows": params.memory_rows}
         model = MemGPTForCausalLM(
             MemGPTConfig(
                 vocab_size=len(tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 mask_token_id=tokenizer.mask_token_id,
-                **PRESETS[params.preset],
+                **shape,
             )
         )
         model.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer))

@@ -125,6 +125,15 @@ def test_starting_from_a_model_keeps_what_it_knows(place: Path, monkeypatch: pyt
     assert lineage.read("models/base")["parent"] == lineage.weights_digest("start")
 
 
+def test_the_memory_has_as_many_rows_as_asked_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    pretrain.run(config.parse(config.override(config.read(), ["pretrain.memory_rows=50", "pretrain.tokens=64"])))
+    made = MemGPTForCausalLM.from_pretrained("models/base")
+    assert made.config.memory_rows == 50 and made.model.memory_table.weight.shape[0] == 1 + 6 * 50
+    with pytest.raises(ValueError, match=r"memory_rows is of a model that is made anew"):
+        config.parse(config.override(config.read(), ["pretrain.memory_rows=50", "pretrain.init=models/base"]))
+
+
 def test_an_update_of_the_memory_changes_nothing_else(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     pretrain.run(config.load())
