@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,19 @@ def done(results: Path, name: str, spec: dict[str, Any]) -> dict[str, Any] | Non
     return cell if cell and cell["spec"] == spec else None
 
 
-def run(cells: list[tuple[str, dict[str, Any]]], jobs: int, script: Path, results: Path, logs: Path) -> None:
+def run(
+    cells: list[tuple[str, dict[str, Any]]],
+    jobs: int,
+    script: Path,
+    results: Path,
+    logs: Path,
+    again: Container[str] = (),
+) -> None:
     """`script NAME SPEC` writes `results/NAME.json`. A cell waits for those that its spec names in `start` (one) and
-    `after` (a list)."""
+    `after` (a list). again: cells to run though they have a result."""
     specs = dict(cells)
-    waiting = [(name, spec) for name, spec in cells if not done(results, name, spec)]
+    waiting = [(name, spec) for name, spec in cells if name in again or not done(results, name, spec)]
+    unfinished = {name for name, _ in waiting}
     running: set[str] = set()
     with tqdm(total=len(waiting), desc="cells", unit="cell") as bar, ThreadPoolExecutor(jobs) as pool:
 
@@ -34,14 +43,16 @@ def run(cells: list[tuple[str, dict[str, Any]]], jobs: int, script: Path, result
             with log.open("a") as lines:
                 command = [sys.executable, str(script), name, json.dumps(spec)]
                 status = subprocess.run(command, env=environment, stdout=lines, stderr=lines).returncode
-            running.discard(name)
-            bar.update()
             if status:
                 tqdm.write(f"{name} failed, see {log}", file=sys.stderr)
+            else:
+                unfinished.discard(name)
+            running.discard(name)
+            bar.update()
 
         def can_start(spec: dict[str, Any]) -> bool:
             before = [*spec.get("after", ()), *([spec["start"]] if "start" in spec else ())]
-            return all(done(results, name, specs[name]) for name in before)
+            return all(name not in unfinished and done(results, name, specs[name]) for name in before)
 
         while waiting:
             ready = next((cell for cell in waiting if can_start(cell[1])), None)

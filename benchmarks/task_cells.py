@@ -88,7 +88,7 @@ def start(core: str) -> Path:
     """The model directory of a pretrained cell, to which the tokenizer is added."""
     place = cells.WORK / "cells" / core / "model"
     if not place.is_dir():
-        raise FileNotFoundError(f"{place}: not pretrained yet")
+        raise SystemExit(f"{place}: not pretrained here; `python benchmarks/core.py --full` does it")
     if not (place / "tokenizer.json").exists():
         shutil.copytree(cells.WORK / "tokenizer", place, dirs_exist_ok=True)
     return place

@@ -5,9 +5,10 @@
     python benchmarks/tasks.py --full [--jobs 2]  every set, trials on validation, three seeds, tuning and regularisers
     python benchmarks/tasks.py --report           tables from the cells that are done, of --compare and of --full
 
-Needs the real data sets in MEMGPT_REAL_DATA and the pretrained cells memgpt-128-4M-1 and bert-128-4M-1 of
-benchmarks/core.py. Settings are chosen on validation, peers with at least as many trials as ours; a test split is read
-once, by the final cells. "beats": the paired 95 % interval of the difference is above 0; "matches": it holds 0.
+Needs the real data sets in MEMGPT_REAL_DATA. The cells memgpt-128-4M-1 and bert-128-4M-1 of benchmarks/core.py, from
+which all start, are pretrained first where their weights are not here, which takes longest. Settings are chosen on
+validation, peers with at least as many trials as ours; a test split is read once, by the final cells. "beats": the
+paired 95 % interval of the difference is above 0; "matches": it holds 0.
 """
 
 import argparse
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import core
 import numpy as np
 import runner
-from task_cells import CORE, RESULTS, SETS, STATISTICS, WORK, prepare, start
+from task_cells import BERT, CORE, RESULTS, SETS, STATISTICS, WORK, prepare, start
 
 from memgpt import bootstrap
 from memgpt.atomic import write_json
@@ -128,6 +130,7 @@ def run(cells: Cells, jobs: int) -> None:
         raise SystemExit(f"{source}: no data sets; set MEMGPT_REAL_DATA to the folder that holds them")
     for name in sorted({spec["set"] for _, spec in cells}):
         prepare(name, source)
+    core.provide({CORE, *(BERT for _, spec in cells if spec.get("system") == "bert")}, jobs)
     start(CORE)  # before the cells, which run side by side, ask for it
     runner.run(cells, jobs, HERE / "task_cells.py", RESULTS, WORK / "logs")
 

@@ -30,13 +30,13 @@ class Source(Section):
     """Where one kind of data comes from.
 
     uri: `sample://newsroom`, a file, glob or folder, `s3://bucket/prefix` or `hf://[org/]name?config=…&split=…`.
-    columns: our column → the source's, where the names differ.
+    columns: our column → the source's, where the names differ; null: none, though one has a usual name.
     labels: the label or entity-type set, pinned; null infers it from train.
     licence: licence of the source; null takes what the source says.
     """
 
     uri: str
-    columns: dict[str, str] = {}
+    columns: dict[str, str | None] = {}
     labels: list[str] | None = None
     licence: str | None = None
 

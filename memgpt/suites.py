@@ -107,6 +107,16 @@ class ExpectEqualLengths(MulticolumnMapExpectation):
     success_keys = ("mostly",)
 
 
+KNOBS = {  # check → the key of params.yaml that sets its threshold
+    "minimum rows": "validate.min_rows",
+    "length": "validate.max_text_chars",
+    "encoding garbage": "validate.max_garbage",
+    "duplicates of earlier splits": "validate.max_duplicates",
+    "overlap with the corpus": "validate.max_corpus_overlap",
+    "label balance in train": "validate.min_label_share",
+}
+
+
 @dataclass(frozen=True)
 class Check:
     """One expectation on one table: `name` and `column` for the report, `threshold` as `params.yaml` has it."""

@@ -1,12 +1,14 @@
 """The tables of the pipeline: their columns, how a source's rows become them, and how rows without a split get one."""
 
+import ast
 import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,7 +77,11 @@ REQUIRED = {
     "interactions": ("user_id", "item_id", "timestamp"),
 }
 LICENCE_COLUMNS = ("license", "licence")
+_LONGEST_NAME = 64  # characters of a column's name
 MILLISECONDS = 10**11  # a numeric time above this is in milliseconds: as seconds it would be after the year 5000
+
+_DAY = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240531; seconds would be of 1970
+_DAY_OR_MONTH_FIRST = re.compile(r"\d{1,2}[-/.]\d{1,2}[-/.]\d")  # 03/04/2024: nobody can tell
 
 _BIO = re.compile(r"O|[BI]-\S+")
 
@@ -96,7 +102,7 @@ def build(name: str, parts: Iterable[Part], source: config.Source, settings: con
     Raises:
         UserError: naming the file and row of what cannot become a row of the table.
     """
-    read = [formats.read(part) for part in parts]
+    read = [formats.read(part, name) for part in parts]
     if name == "recommendation":
         return _recommendation(read, source)
     columns: dict[str, str] = {}
@@ -217,28 +223,41 @@ def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
 # ---- columns
 
 
-def _columns(name: str, table: str, rows: Rows, mapping: dict[str, str]) -> dict[str, str]:
+def _columns(name: str, table: str, rows: Rows, mapping: Mapping[str, str | None]) -> dict[str, str]:
     """Our column → the source's, for the columns that the rows have."""
     has = [str(column) for column in rows.frame.columns]
+    taken = {mapping[column] for column in USUAL[table] if column in mapping}  # and not found by chance under another
     found: dict[str, str] = {}
     for column, usual in USUAL[table].items():
-        candidates = (mapping[column],) if column in mapping else usual
+        asked = mapping.get(column)
+        if column in mapping and asked is None:
+            continue
+        candidates = [asked] if asked else [name for name in usual if name not in taken]
         match = next((candidate for candidate in candidates if candidate in has), None)
         if match is not None:
             found[column] = match
-        elif column in mapping and table == name:
-            raise UserError(
-                f"{rows.name}: no column {mapping[column]!r} (data.{name}.columns.{column}); it has {', '.join(has)}"
-            )
+        elif asked and table == name:
+            raise UserError(f"{rows.name}: no column {asked!r} (data.{name}.columns.{column}); it has {_listed(has)}")
     if unknown := set(mapping) - {column for known in _own_tables(name) for column in USUAL[known]}:
         raise UserError(f"data.{name}.columns.{sorted(unknown)[0]}: not a column of {' or '.join(_own_tables(name))}")
     missing = [column for column in REQUIRED[table] if column not in found]
+    if missing and rows.documents:
+        raise UserError(
+            f"{rows.name}: a .txt file holds texts without a {missing[0]}; bring .csv, .tsv, .jsonl or .parquet"
+        )
     if missing:
         raise UserError(
-            f"{rows.name}: no column {missing[0]!r}; it has {', '.join(has)}; "
+            f"{rows.name}: no column {missing[0]!r}; it has {_listed(has)}; "
             f"name the right one with data.{name}.columns.{missing[0]}"
         )
     return found
+
+
+def _listed(columns: list[str]) -> str:
+    """The columns of a file, for a message; without a header line they are somebody's text, which is not shown."""
+    if any(len(column) > _LONGEST_NAME for column in columns):
+        return "a first line that does not look like names of columns; a file begins with such a line"
+    return ", ".join(columns)
 
 
 def _own_tables(name: str) -> tuple[str, ...]:
@@ -289,23 +308,21 @@ def _sentiment_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, 
     values = {column: _values(rows, found, column) for column in USUAL["sentiment"]}
     for index in range(len(rows.frame)):
         row: dict[str, Any] = {column: _string(values[column][index]) for column in ("id", "text", "label", "topic")}
+        row["label"] = (row["label"] or "").strip() or None
         time = values["time"][index]
         row["time"] = _moment(time, rows, index, found["time"]).to_pydatetime() if _present(time) else None
         yield {**row, "at": rows.at(index)}
 
 
 def _ner_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
-    lines = (
-        rows.frame["lines"].tolist()
-        if "lines" in rows.frame.columns and rows.name.removesuffix(".gz").endswith(".conll")
-        else None
+    lines = rows.token_lines
+    tokens_of, tags_of = (
+        [_sequence(value, rows, index, found[column]) for index, value in enumerate(_values(rows, found, column))]
+        for column in ("tokens", "tags")
     )
-    identities, tokens_of, tags_of = (_values(rows, found, column) for column in ("id", "tokens", "tags"))
-    for index, (identity, raw_tokens, raw_tags) in enumerate(zip(identities, tokens_of, tags_of, strict=True)):
-        tokens, tags = (
-            _sequence(value, rows, index, found[column])
-            for column, value in (("tokens", raw_tokens), ("tags", raw_tags))
-        )
+    tags_of = _as_bio(tags_of)
+    identities = _values(rows, found, "id")
+    for index, (identity, tokens, tags) in enumerate(zip(identities, tokens_of, tags_of, strict=True)):
         if len(tokens) != len(tags):
             raise UserError(f"{rows.at(index)}: {len(tokens)} tokens but {len(tags)} tags; give each token one tag")
         if broken := bio_error(tags):
@@ -315,25 +332,54 @@ def _ner_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
         yield {"id": _string(identity), "tokens": tokens, "tags": tags, "at": rows.at(index)}
 
 
+_ENDS = {"E": "I", "L": "I", "S": "B", "U": "B"}  # of BIOES and BILOU in BIO
+
+
+def _as_bio(sentences: list[list[str]]) -> list[list[str]]:
+    """The tags of a file in the schemes that say the same as BIO: BIOES, BILOU, and IOB1, where entities begin with I-
+    and with B- only beside another of their type. Others stay as they are: `bio_error` says what is wrong."""
+    if any(tag[1:2] == "-" and tag[0] in _ENDS for tags in sentences for tag in tags):
+        return [[_ENDS.get(tag[0], tag[0]) + tag[1:] if tag[1:2] == "-" else tag for tag in tags] for tags in sentences]
+    starts = [[tag[:2] for before, tag in pairwise(["O", *tags]) if _starts(before, tag)] for tags in sentences]
+    if {start for row in starts for start in row} != {"I-"}:
+        return sentences
+    return [
+        ["B" + tag[1:] if _starts(before, tag) else tag for before, tag in pairwise(["O", *tags])] for tags in sentences
+    ]
+
+
+def _starts(before: str, tag: str) -> bool:
+    """Whether an entity begins at a tag that follows another one, of no type or of another."""
+    return tag[:2] in ("B-", "I-") and before[2:] != tag[2:]
+
+
 def _sequence(value: Any, rows: Rows, index: int, column: str) -> list[str]:
-    """A list of strings; a cell of text is a JSON list or words separated by white space."""
+    """A list of strings; a cell of text is a list in JSON or Python, or words separated by white space."""
     if isinstance(value, str) and value.startswith("["):
-        with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(value)
+        for parse in (json.loads, ast.literal_eval):  # as Python and pandas write lists
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = parse(value)
+                break
     if isinstance(value, str):
         return value.split()
     if not isinstance(value, list | tuple) and hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{rows.at(index)}: column {column!r} is not a list of strings")
+        numbers = isinstance(value, list | tuple) and any(isinstance(item, int) for item in value)
+        hint = "; numbers stand for names that the file does not have: write these" if numbers else ""
+        raise UserError(f"{rows.at(index)}: column {column!r} is not a list of strings{hint}")
     return [_string(item) or "" for item in value]
 
 
 def _moment(value: Any, rows: Rows, index: int, column: str) -> pd.Timestamp:
     """A time as UTC without a zone: a date in ISO form, or seconds or milliseconds since 1970."""
     try:
+        if isinstance(value, int) and _DAY.fullmatch(str(value)):
+            value = str(value)
         if isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip()) and len(value.strip()) > 8:
             value = float(value)
+        if isinstance(value, str) and _DAY_OR_MONTH_FIRST.match(value.strip()):
+            raise ValueError
         if isinstance(value, int | float) and not isinstance(value, bool):
             moment = pd.Timestamp(value, unit="ms" if abs(value) > MILLISECONDS else "s")
         else:
@@ -475,7 +521,7 @@ def _seconds(value: Any, rows: Rows, index: int, column: str) -> int:
         number = int(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
     except ValueError:
         number = None
-    if number is not None and not (isinstance(value, str) and len(value) == 8 and value[:2] in ("19", "20")):
+    if number is not None and not _DAY.fullmatch(str(value)):
         return number // 1000 if abs(number) > MILLISECONDS else number
     return int(_moment(value, rows, index, column).timestamp() // 1)
 

@@ -150,6 +150,8 @@ def test_a_cell_is_run_again_when_its_spec_has_changed(tmp_path: Path) -> None:
     assert "second.json" not in runner.done(results, "first", {"rows": 2})["there"], "it waited for the new one"
     assert runner.done(results, "second", {"start": "first"})
     assert runner.done(results, "kept", {"rows": 2})["there"] == "before"
+    runner.run(cells, 2, script, results, tmp_path / "logs", again={"kept"})
+    assert runner.done(results, "kept", {"rows": 2})["there"] != "before"
 
 
 def test_flops_count_every_matrix_and_what_attention_sees() -> None:

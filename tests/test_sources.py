@@ -10,6 +10,8 @@ import urllib.request
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from memgpt import sources
@@ -64,6 +66,13 @@ def roles(uri: str, name: str = "sentiment") -> dict[str, str]:
         ("reviews.csv", None),
         ("testimony.txt", None),
         ("trainers.csv", None),
+        ("trainset.csv", "train"),
+        ("devel.conll", "validation"),
+        ("validate.csv", "validation"),
+        ("wnut17train.conll", "train"),
+        ("eng.testa", "validation"),
+        ("eng.testb", "test"),
+        ("testable.csv", None),
     ],
 )
 def test_a_files_name_says_its_split(name: str, split: str | None) -> None:
@@ -79,6 +88,32 @@ def test_a_folder_gives_its_splits_and_nothing_else() -> None:
     entry = sources.resolve("sentiment", Source(uri="set"))
     assert (entry["licence"], entry["non_commercial"], entry["family"]) == ("CC-BY-NC-SA-3.0", True, "file:set")
     assert [file["path"] for file in entry["files"]] == ["set/dev.jsonl", "set/test.jsonl", "set/train.jsonl"]
+
+
+def test_no_split_is_left_out_unseen(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train.csv", "notes.csv"):
+        put(f"some/{name}", "text,label\na,b\n")
+    assert roles("some") == {"train.csv": "train"}
+    assert (
+        "data.sentiment.uri: left out, since others name a split and these do not: notes.csv" in capsys.readouterr().err
+    )
+    put("some/reviews.test.annotated", "a")
+    fails(
+        "sentiment", "some", r"reviews.test.annotated names the split test, which no other file gives, but is in no for"
+    )
+    put("some/test.csv", "text,label\na,b\n")
+    assert roles("some") == {"train.csv": "train", "test.csv": "test"}
+
+
+def test_tagged_words_go_by_many_names() -> None:
+    for name in ("eng.train", "eng.testa", "eng.testb", "README.txt"):
+        put(f"conll/{name}", "Ann NNP B-PER\n")
+    assert roles("conll", "ner") == {"eng.train": "train", "eng.testa": "validation", "eng.testb": "test"}
+    rows = formats.read(Part("train", "eng.train", Path("conll/eng.train")), "ner")
+    assert rows.frame.to_dict("list") == {"tokens": [["Ann"]], "tags": [["B-PER"]]} and rows.token_lines == [[1]]
+    put("a.txt", "Ann B-PER\n")
+    assert formats.read(Part("train", "a.txt", Path("a.txt")), "ner").frame["tags"].tolist() == [["B-PER"]]
+    assert read("a.txt").frame["text"].tolist() == ["Ann B-PER"]
 
 
 def test_a_glob_never_descends() -> None:
@@ -227,13 +262,23 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
         read("a.txt").frame["text"].tolist() == ["one\nmore", "two\u2028still two"]
         and read("a.txt").at(1) == "a.txt line 5"
     )
-    put("a.conll", "-DOCSTART- -X- O\n\nAnn NNP B-PER\nsmiles VBZ O\n\n\nYes\tO\r\n")
+    put("a.tsv", 'sentence\tlabel\nthe "best, of all\t1\n')
+    assert read("a.tsv").frame.values.tolist() == [['the "best, of all', "1"]]
+    put("a.conll", "-DOCSTART- -X- O\nAnn NNP B-PER\nsmiles VBZ O\n-DOCSTART- -X- O\n\n\nYes\tO\r\n")
     assert read("a.conll").frame["tokens"].tolist() == [["Ann", "smiles"], ["Yes"]]
     assert (
         read("a.conll").frame["tags"].tolist() == [["B-PER", "O"], ["O"]] and read("a.conll").at(1) == "a.conll line 7"
     )
     pd.DataFrame({"text": ["one"], "n": [3]}).to_parquet("a.parquet")
     assert read("a.parquet").frame.values.tolist() == [["one", 3]] and read("a.parquet").at(0) == "a.parquet row 1"
+    features = {
+        "label": {"names": ["bad", "good"], "_type": "ClassLabel"},
+        "text": {"dtype": "string", "_type": "Value"},
+    }
+    table = pa.table({"text": ["one", "two"], "label": [1, -1]})
+    said = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(said), "hub.parquet")  # the hub's own files name their numbers
+    assert read("hub.parquet").frame["label"].tolist() == ["good", None]
     put("bom.csv", b"\xef\xbb\xbftext\none\n")
     assert list(read("bom.csv").frame.columns) == ["text"]
 
@@ -252,6 +297,12 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
         ("a.csv", b"text\nok\nin Zanzibar, quarterly\n", r"not a well-formed CSV file .*line 3"),
         ("a.csv", b"text\nin Zanzibar, quarterly\nok\n", r"a.csv line 2: 2 fields, but the header names 1; .* quotes"),
         ("a.csv", b"\xef\xbb\xbf", r"a.csv: empty"),
+        ("a.csv", b'text\nok\n"Zanzibar\nmore\n"odd" end\n', r"a.csv line 3: a quoted field that does not end where"),
+        (
+            "a.tsv",
+            b"text\tlabel\nZanzibar\tb\tc\n",
+            r"a.tsv line 2: 3 fields, but the header names 2; a text holds no tab",
+        ),
         ("a.jsonl", b"[" * 200_000, r"a.jsonl line 1: JSON that is nested too deeply"),
         ("a.conll", b"Zanzibar quarterly\nAnn\n", r"a.conll line 2: expected a token and its tag"),
         ("a.parquet", b"PAR1 Zanzibar quarterly", r"a.parquet: not a readable Parquet file, or truncated"),

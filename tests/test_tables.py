@@ -129,7 +129,20 @@ def test_columns_are_mapped_by_usual_names_or_by_the_configuration() -> None:
         columns={"txt": "x"},
         match=r"data.sentiment.columns.txt: not a column of sent",
     )
-    fails("sentiment", part("c.txt", "some text"), match=r"c.txt: no column 'label'; it has text")
+    fails("sentiment", part("c.txt", "some text"), match=r"c.txt: a .txt file holds texts without a label")
+    bare = 'Great,"A text of somebody that goes on and on, as texts do, and is no name of a column",5\n' * 2
+    with pytest.raises(UserError, match=r"d.csv: no column 'text'; it has a first line that does not look") as told:
+        build("sentiment", part("d.csv", bare))
+    assert "somebody" not in str(told.value)
+
+
+def test_a_column_is_read_as_one_thing_and_can_be_left_out() -> None:
+    rows = [{"text": f"s {number}", "category": "a", "date": "whenever"} for number in range(100)]
+    mapped = {"label": "category", "time": None}
+    assert build("sentiment", jsonl("a.jsonl", rows, "all"), columns=mapped).columns == {
+        "text": "text",
+        "label": "category",
+    }
 
 
 def test_the_licences_of_the_rows_are_collected() -> None:
@@ -158,31 +171,59 @@ def test_ner_rows_from_conll_csv_and_lists() -> None:
     assert built.tables["train"].schema.equals(tables.SCHEMAS["ner"])
     csv = part("train.csv", 'tokens,ner_tags\nAnn left,B-PER O\n"[""Rome""]","[""B-LOC""]"\n')
     assert [row["tags"] for row in build("ner", *three(csv)).tables["train"].to_pylist()] == [["B-PER", "O"], ["B-LOC"]]
+    python = part(
+        "train.csv", "tokens,ner_tags\n\"['Ann', 'Lee\\'s']\",\"['B-PER', 'I-PER']\"\n\"['Rome']\",['B-LOC']\n"
+    )
+    assert [row["tokens"] for row in build("ner", *three(python)).tables["train"].to_pylist()] == [
+        ["Ann", "Lee's"],
+        ["Rome"],
+    ]
 
 
 @pytest.mark.parametrize(
     ("lines", "match"),
     [
         (
-            ("Ann/O", "Lee/I-PER"),
-            r"train.conll line 2: broken BIO: I-PER follows O, so that no B-PER begins the entity",
+            ("Rome/B-LOC", "Ann/O", "Lee/I-PER"),
+            r"train.conll line 3: broken BIO: I-PER follows O, so that no B-PER begins the entity",
         ),
         (("Rome/B-LOC", "", "Ann/B-PER", "Lee/I-LOC"), r"train.conll line 4: broken BIO: I-LOC follows B-PER"),
         (("Ann/PER",), r"train.conll line 1: broken BIO: tag 'PER' is none of O, B-type, I-type"),
-        (("Ann/S-PER",), r"train.conll line 1: broken BIO: tag 'S-PER'"),
+        (("Ann/S-PER", "ran/O", "Lee/E-PER"), r"train.conll line 3: broken BIO: I-PER follows O"),
     ],
 )
 def test_broken_bio_is_named_by_line(lines: tuple[str, ...], match: str) -> None:
     fails("ner", *three(part("train.conll", sentences(*lines))), match=match)
 
 
+@pytest.mark.parametrize(
+    "tags",
+    [
+        "B-PER I-PER O B-PER B-LOC",  # BIO
+        "I-PER I-PER O I-PER I-LOC",  # IOB1
+        "B-PER E-PER O S-PER S-LOC",  # BIOES
+        "B-PER L-PER O U-PER U-LOC",  # BILOU
+    ],
+)
+def test_schemes_that_say_the_same_become_bio(tags: str) -> None:
+    rows = [f"{token}/{tag}" for token, tag in zip("Ann Lee met Bo Rome".split(), tags.split(), strict=True)]
+    table = build("ner", *three(part("train.conll", sentences(*rows)))).tables["train"]
+    assert table.to_pylist()[0]["tags"] == ["B-PER", "I-PER", "O", "B-PER", "B-LOC"]
+
+
+def test_beside_another_of_its_type_an_iob1_entity_begins_with_b() -> None:
+    rows = ["Ann/I-PER", "Bo/B-PER", "Lee/I-PER", "Rome/I-LOC"]
+    table = build("ner", *three(part("train.conll", sentences(*rows)))).tables["train"]
+    assert table.to_pylist()[0]["tags"] == ["B-PER", "B-PER", "I-PER", "B-LOC"]
+
+
 def test_broken_ner_rows_are_named() -> None:
     short = jsonl("train.jsonl", [{"tokens": ["a"], "tags": ["O"]}, {"tokens": ["a", "b"], "tags": ["O"]}])
     fails("ner", short, match=r"train.jsonl line 2: 2 tokens but 1 tags")
-    inner = jsonl("train.jsonl", [{"tokens": ["a", "b"], "tags": ["O", "I-X"]}])
-    fails("ner", inner, match=r"train.jsonl line 1, tag 2: broken BIO")
+    inner = jsonl("train.jsonl", [{"tokens": ["a", "b", "c"], "tags": ["B-X", "O", "I-X"]}])
+    fails("ner", inner, match=r"train.jsonl line 1, tag 3: broken BIO")
     numbers = jsonl("train.jsonl", [{"tokens": ["a"], "tags": [3]}])
-    fails("ner", numbers, match=r"train.jsonl line 1: column 'tags' is not a list of strings")
+    fails("ner", numbers, match=r"column 'tags' is not a list of strings; numbers stand for names")
     fails(
         "ner",
         *three(part("train.conll", GOOD)),
@@ -196,7 +237,7 @@ def test_broken_ner_rows_are_named() -> None:
 
 
 def test_times_are_read_in_the_usual_forms() -> None:
-    forms = ["2024-05-31", "2024-05-31T12:00:00+02:00", 1717149600, 1717149600000, "1717149600", None, ""]
+    forms = ["2024-05-31", 20240531, "2024-05-31T12:00:00+02:00", 1717149600, 1717149600000, "1717149600", None, ""]
     rows = [{"text": str(number), "label": "a", "date": time} for number, time in enumerate(forms)]
     built = build(
         "sentiment",
@@ -207,6 +248,7 @@ def test_times_are_read_in_the_usual_forms() -> None:
     noon = datetime.datetime(2024, 5, 31, 10)
     assert built.tables["train"].column("time").to_pylist() == [
         datetime.datetime(2024, 5, 31),
+        datetime.datetime(2024, 5, 31),
         noon,
         noon,
         noon,
@@ -214,8 +256,9 @@ def test_times_are_read_in_the_usual_forms() -> None:
         None,
         None,
     ]
-    odd = jsonl("t.jsonl", [{"text": "x", "label": "a", "date": "last week"}])
-    fails("sentiment", odd, match=r"t.jsonl line 1: column 'date' is not a time; write 2024-05-31T12:00:00 or seconds")
+    for odd in ("last week", "03/04/2024", "3.4.24"):  # of the third of April, or the fourth of March?
+        row = jsonl("t.jsonl", [{"text": "x", "label": "a", "date": odd}])
+        fails("sentiment", row, match=r"t.jsonl line 1: column 'date' is not a time; write 2024-05-31T12:00:00 or sec")
 
 
 # ---- recommendation

@@ -51,7 +51,7 @@ def _expand(name: str, uri: str) -> tuple[bool, list[Path]]:
     if path.is_dir():
         return True, [child for child in path.iterdir() if child.is_file()]
     if path.is_file():
-        if not naming.data_format(path.name):
+        if not naming.data_format(path.name, name):
             formats = ", .".join(naming.FORMATS)
             key = naming.key(name)
             raise UserError(f"{key}: {uri}: not a format that is read; formats are .{formats}, each also .gz")

@@ -25,14 +25,16 @@ class Rows:
     unit: str
     numbers: Sequence[int]
     frame: pd.DataFrame
+    token_lines: Sequence[Sequence[int]] | None = None  # where each token of a row stands, if on a line of its own
+    documents: bool = False  # a row is a text, and nothing is said of it
 
     def at(self, index: int) -> str:
         """`train.csv line 7`: names a row for a message."""
         return f"{self.name} {self.unit} {self.numbers[index]}"
 
 
-def read(part: Part) -> Rows:
-    """Read one part.
+def read(part: Part, source: str = "") -> Rows:
+    """Read one part, of a source whose name may say what a file holds (`naming.data_format`).
 
     Raises:
         UserError: naming the file (and line) if it is empty, truncated, not UTF-8 or not of its format.
@@ -45,14 +47,15 @@ def read(part: Part) -> Rows:
     if not data.strip():
         raise UserError(f"{part.name}: empty")
     assert part.path is not None
-    kind = data_format(part.path.name)
+    kind = data_format(part.path.name, source)
     numbers: Sequence[int]
+    token_lines = None
     if kind == "parquet":
         frame = _parquet(part.name, data)
         unit, numbers = "row", range(1, len(frame) + 1)
-    elif kind == "csv":
+    elif kind in ("csv", "tsv"):
         text = _text(part.name, data).rstrip("\r\n")
-        frame = _csv(part.name, text)
+        frame = _csv(part.name, text, tabs=kind == "tsv")
         # a quoted field may span lines; rows are counted then
         whole = text.count("\n") == len(frame)
         unit, numbers = ("line", range(2, len(frame) + 2)) if whole else ("row", range(1, len(frame) + 1))
@@ -61,9 +64,11 @@ def read(part: Part) -> Rows:
         pairs = list(reader(part.name, _text(part.name, data)))
         unit, numbers = "line", [number for number, _ in pairs]
         frame = _frame([row for _, row in pairs])
+        if kind == "conll" and not frame.empty:
+            token_lines = frame.pop("lines").tolist()
     if frame.empty:
         raise UserError(f"{part.name}: holds no rows")
-    return Rows(part.role, part.name, unit, numbers, frame)
+    return Rows(part.role, part.name, unit, numbers, frame, token_lines, documents=kind == "txt")
 
 
 def _bytes(part: Part) -> bytes:
@@ -138,6 +143,9 @@ def _conll(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
         if fields[0] == "-DOCSTART-":
+            if tokens:
+                yield lines[0], {"tokens": tokens, "tags": tags, "lines": lines}
+                tokens, tags, lines = [], [], []
             continue
         if len(fields) < 2 or not fields[-1] or not fields[0]:
             raise UserError(f"{name} line {number}: expected a token and its tag, separated by a tab or a space")
@@ -159,29 +167,50 @@ def _txt(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             block = []
 
 
-def _csv(name: str, text: str) -> pd.DataFrame:
+def _csv(name: str, text: str, tabs: bool) -> pd.DataFrame:
     """Every value as a string; an empty field is "", a field missing at the end of a line is null. Empty fields beyond
-    the header's are let go."""
+    the header's are let go. Between tabs, quotes are text."""
+    dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     try:
         with warnings.catch_warnings(record=True) as told:  # pandas drops what the header has no name for
             warnings.simplefilter("always", pd.errors.ParserWarning)
             frame = pd.read_csv(
-                io.StringIO(text), dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False
+                io.StringIO(text), dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False, **dialect
             )
     except pd.errors.EmptyDataError:
         raise UserError(f"{name}: empty") from None
     except pd.errors.ParserError as error:
-        raise UserError(f"{name}: not a well-formed CSV file ({str(error).strip().splitlines()[-1]})") from None
+        raise UserError(
+            f"{name}: not a well-formed {'TSV' if tabs else 'CSV'} file ({str(error).strip().splitlines()[-1]})"
+        ) from None
     if told:
-        rows = csv.reader(io.StringIO(text))
+        rows = csv.reader(io.StringIO(text), "excel-tab" if tabs else "excel", quoting=dialect.get("quoting", 0))
         known = len(next(rows))
         for row in rows:
             if any(row[known:]):
                 raise UserError(
                     f"{name} line {rows.line_num}: {len(row)} fields, but the header names {known}; "
-                    "put a text that holds a comma in double quotes"
+                    + ("a text holds no tab" if tabs else "put a text that holds a comma in double quotes")
                 )
+    if not tabs:
+        _check_quotes(name, text)
     return frame.astype(object).where(frame.notna(), None)
+
+
+def _check_quotes(name: str, text: str) -> None:
+    """A field that begins with a quote and does not end with one takes in the rows up to the next quote."""
+    rows = csv.reader(io.StringIO(text, newline=None), strict=True)
+    begun = 1
+    try:
+        for _ in rows:
+            begun = rows.line_num + 1
+    except csv.Error as error:
+        if "field larger" in str(error):  # Python's limit, which pandas does not have
+            return
+        raise UserError(
+            f"{name} line {begun}: a quoted field that does not end where its quote does ({error}); double the quotes "
+            "inside of a field"
+        ) from None
 
 
 def _parquet(name: str, data: bytes) -> pd.DataFrame:
@@ -194,6 +223,10 @@ def _parquet(name: str, data: bytes) -> pd.DataFrame:
         raise UserError(
             f"{name}: not a readable Parquet file, or truncated ({str(error).splitlines()[0][:120]})"
         ) from None
+    if b"huggingface" in (table.schema.metadata or {}):  # of the hub: it says there what numbers mean
+        from memgpt.sources import hub
+
+        table = hub.named(table)
     return pd.DataFrame(
         {column: pd.Series(table.column(column).to_pylist(), dtype=object) for column in table.column_names}
     )

@@ -126,24 +126,29 @@ def _load(name: str, uri: str, address: Address, revision: str) -> list[tuple[st
             configs = datasets.get_dataset_config_names(address.path, **pinned)
             if {"items", "interactions"} <= set(configs):
                 return [
-                    (role, number, _table(part))
+                    (role, number, _plain(part))
                     for role in ("items", "interactions")
                     for number, part in enumerate(datasets.load_dataset(address.path, role, **options).values())
                 ]
         found = datasets.load_dataset(address.path, address.config, split=address.split, **options)
         if isinstance(found, datasets.Dataset):
-            return [(naming.WHOLE, 0, _table(found))]
+            return [(naming.WHOLE, 0, _plain(found))]
         # the splits stand in for files, so that the rules for names are the same
         roles = naming.roles(name, uri, [f"{split}.parquet" for split in found], folder=True)
         return [
-            (role, number, _table(found[file.removesuffix(".parquet")]))
+            (role, number, _plain(found[file.removesuffix(".parquet")]))
             for number, (file, role) in enumerate(sorted(roles.items()))
         ]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _table(part: datasets.Dataset) -> pa.Table:
+def named(table: pa.Table) -> pa.Table:
+    """A table of a file in the hub's form: class labels become their names."""
+    return _plain(datasets.Dataset(datasets.table.InMemoryTable(table)))
+
+
+def _plain(part: datasets.Dataset) -> pa.Table:
     """The text, number and label columns; pictures, sounds and records are of no use here."""
     columns = {}
     for column, feature in part.features.items():

@@ -1,6 +1,7 @@
 """What a file's name says, in a folder, a glob or on S3: its format and its role (a split, items or interactions)."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -9,15 +10,23 @@ import pandas as pd
 from memgpt import config
 from memgpt.errors import UserError
 
-FORMATS = ("conll", "jsonl", "csv", "parquet", "txt")
+FORMATS = ("conll", "jsonl", "csv", "tsv", "parquet", "txt")
+# What is .conll in a source for NER goes by these names too; the last are those of CoNLL-2003.
+_TAGGED = ("bio", "iob", "iob2", "tsv", "txt", "train", "testa", "testb")
 WHOLE = "all"  # the role of rows that come without a split
 
-_SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|dev|eval|test)(ing|elopment)?(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(
+    r"(?<![a-z])(train|validation|validate|valid|val|devel|dev|eval|test)(ing|elopment|set|a|b)?(?![a-z])",
+    re.IGNORECASE,
+)
 _TABLE = re.compile(r"(items|interactions)(?![a-z])", re.IGNORECASE)
 _NOT_DATA = re.compile(r"(licen[cs]e|readme|notice|citation|copying|changelog)", re.IGNORECASE)
 _SPLITS = {
     "train": "train",
     "validation": "validation",
+    "validate": "validation",
+    "devel": "validation",
+    "testa": "validation",
     "valid": "validation",
     "val": "validation",
     "dev": "validation",
@@ -50,33 +59,38 @@ def since(source: str) -> str:
     return "meanwhile; run the command again"
 
 
-def data_format(name: str) -> str | None:
+def data_format(name: str, source: str = "") -> str | None:
     """`train.jsonl.gz` → jsonl; None if it is not a format that we read."""
     suffix = PurePosixPath(name.lower().removesuffix(".gz")).suffix.removeprefix(".")
+    if source == "ner" and suffix in _TAGGED:
+        return "conll"
     return suffix if suffix in FORMATS else None
 
 
-def is_data(name: str) -> bool:
+def is_data(name: str, source: str = "") -> bool:
     base = PurePosixPath(name).name
-    return data_format(base) is not None and not base.startswith(".") and not _NOT_DATA.match(base)
+    return data_format(base, source) is not None and not base.startswith(".") and not _NOT_DATA.match(base)
 
 
 def split_of(word: str) -> str | None:
     """train-00-of-04.jsonl.gz → train, news_dev.conll → validation, test → test, reviews.csv → None."""
     match = _SPLIT.search(word)
-    return _SPLITS.get(match[1].lower(), "test") if match else None
+    if not match:
+        return None
+    return _SPLITS.get("".join(match.groups("")).lower()) or _SPLITS.get(match[1].lower(), "test")
 
 
 def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, str]:
     """File name → role, for one source's files; in a folder, files without a role are left out beside those with one.
-    Of what is no source of the pipeline, all files are wanted.
+    Of what is no source of the pipeline, all files are wanted. What is left out is told.
 
     Raises:
-        UserError: if no file is data, a glob mixes split and unsplit files, or a split comes in two formats.
+        UserError: if no file is data, a glob mixes split and unsplit files, or a split comes in two formats or only in
+            one that is not read.
     """
     where = key(source)
     tables = source == "recommendation"
-    data = sorted(name for name in names if is_data(name))
+    data = sorted(name for name in names if is_data(name, source))
     if not data:
         raise UserError(f"{where}: no data files at {uri}; formats are .{', .'.join(FORMATS)}, each also .gz")
     if source not in config.SOURCES:
@@ -99,12 +113,22 @@ def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, st
         if len(data) > 1:
             raise UserError(f"{where}: no train file at {uri}; found {_some(data)}")
         named = dict.fromkeys(data, WHOLE)
-    elif len(named) < len(data) and not folder:
-        rest = [name for name in data if name not in named]
-        raise UserError(f"{where}: {_some(rest)} names no split while others do; narrow {uri}")
+    elif rest := [name for name in data if name not in named]:
+        if not folder:
+            raise UserError(f"{where}: {_some(rest)} names no split while others do; narrow {uri}")
+        print(f"{where}: left out, since others name a split and these do not: {_some(rest)}", file=sys.stderr)
+    if not tables:
+        unread = [base for name in names if not is_data(base := PurePosixPath(name).name, source)]
+        for base in unread:
+            split = None if base.startswith(".") or _NOT_DATA.match(base) else split_of(base)
+            if split and split not in named.values():
+                raise UserError(
+                    f"{where}: {base} names the split {split}, which no other file gives, but is in no format that is "
+                    f"read; formats are .{', .'.join(FORMATS)}, each also .gz"
+                )
     for role in set(named.values()):
         mine = [name for name, its in named.items() if its == role]
-        formats = {(data_format(name), name.endswith(".gz")) for name in mine}
+        formats = {(data_format(name, source), name.endswith(".gz")) for name in mine}
         if len(formats) > 1:
             raise UserError(f"{where}: {role} comes in more than one format at {uri}: {_some(mine)}; keep one")
     return named

@@ -133,9 +133,11 @@ def _failure(source: str, report: dict[str, Any]) -> str:
     what = " ".join(part for part in (first["table"], first["column"]) if part)
     count = f" ({first['unexpected']} of {first['checked']} rows)" if first["unexpected"] else ""
     rows = f", {', '.join(first['rows'])}" if first["rows"] else ""
+    knob = suites.KNOBS.get(first["name"])
+    allowed = f"; {knob} is {first['threshold']:g}" if knob else ""
     return (
         f"{source}: {report['failed']} of {report['checks']} checks failed, "
-        f"first {first['name']} of {what}{count}{rows}; see {REPORTS / source}.html"
+        f"first {first['name']} of {what}{count}{rows}{allowed}; see {REPORTS / source}.html"
     )
 
 

@@ -5,6 +5,7 @@ and Training. `tables` is always the root of the tables, data/tables.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,21 @@ def rows_of(tables: Path, source: str, table: str) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     return pq.read_table(existing(tables / source / f"{table}.parquet")).to_pylist()
+
+
+def metric_names(labels: Sequence[str]) -> list[str]:
+    """Labels as parts of the names of metrics, for which MLflow takes letters, digits, _ and . alone: "+1" and "-1"
+    become plus1 and minus1, and of those that would be alike all but the first get a number."""
+    names: list[str] = []
+    for label in labels:
+        spelled = re.sub(r"^-(?=\d)", "minus", label.lower().replace("+", "plus"))
+        base = name = re.sub(r"[^\w.]", "_", spelled)
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{base}_{number}"
+        names.append(name)
+    return names
 
 
 def by_length(lengths: Sequence[int]) -> dict[str, np.ndarray]:

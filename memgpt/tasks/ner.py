@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memgpt.predict.words import best_path, encode_words, joined_words, spans_from_tags, windows
-from memgpt.tasks import by_length, manifest, rows_of
+from memgpt.tasks import by_length, manifest, metric_names, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -190,9 +190,9 @@ def metrics(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]])
         "recall": float(report["micro avg"]["recall"]),
         "macro_f1": float(np.nan_to_num(report["macro avg"]["f1-score"])),  # NaN where there is no entity at all
     }
-    for kind, values in report.items():
-        if not kind.endswith(" avg"):
-            result[f"f1_{kind.lower().replace('-', '_')}"] = float(values["f1-score"])
+    kinds = [kind for kind in report if not kind.endswith(" avg")]
+    for kind, name in zip(kinds, metric_names(kinds), strict=True):
+        result[f"f1_{name}"] = float(report[kind]["f1-score"])
     return result
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memgpt.tasks import by_length, manifest, rows_of
+from memgpt.tasks import by_length, manifest, metric_names, rows_of
 
 if TYPE_CHECKING:
     import torch
@@ -175,11 +175,9 @@ def metrics(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> di
     ]
     if known:
         result["topic_accuracy"] = float(np.mean(known))
-    for place, name in enumerate(sorted({row["label"] for row in rows})):
+    for place, name in enumerate(metric_names(sorted({row["label"] for row in rows}))):
         total = matrix[place].sum() + matrix[:, place].sum()
-        result[f"f1_{name.lower().replace(' ', '_').replace('-', '_')}"] = float(
-            2 * matrix[place, place] / max(total, 1)
-        )
+        result[f"f1_{name}"] = float(2 * matrix[place, place] / max(total, 1))
     return result
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memgpt.predict.words import best_path, joined_words, spans_from_tags
-from memgpt.tasks import base, ner, recommendation, sentiment, votes
+from memgpt.tasks import base, metric_names, ner, recommendation, sentiment, votes
 
 
 def put(root: Path, source: str, table: str, rows: list[dict]) -> None:
@@ -490,3 +490,8 @@ def test_readers_of_one_item_each_give_nothing_to_learn_from(shop: Path) -> None
     put(shop, "recommendation", "train", one_each)
     tokenizer = MemGPTTokenizer.train(["Title"], 300, 1)
     assert len(recommendation.Training(shop, tokenizer, max_length=8, max_history=4)) == 0
+
+
+def test_every_label_has_a_metric_of_its_own() -> None:
+    labels = ["+1", "-1", "Positive", "positive", "non-commercial", "C++"]
+    assert metric_names(labels) == ["plus1", "minus1", "positive", "positive_2", "non_commercial", "cplusplus"]
