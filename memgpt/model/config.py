@@ -144,6 +144,9 @@ class MemGPTConfig(PreTrainedConfig):
                     f"num_attention_heads={self.num_attention_heads}, or give head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if not self.gated_mlp:
+            plan = self.base_model_tp_plan
+            self.base_model_tp_plan = {name: way for name, way in plan.items() if not name.endswith(".gate_proj")}
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -223,6 +223,7 @@ class MemGPTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _keys_to_ignore_on_load_missing = [r"ngram_hash\.owners$"]  # noqa: RUF012  (of older checkpoints: shared rows)
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
 
@@ -335,7 +336,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
             self._check_ids(input_ids)  # type: ignore[arg-type]
             inputs_embeds = self.embed_tokens(input_ids)
         # Of texts that stand in one row, each for itself.
-        self._check_length(kwargs.get("max_length_q") or inputs_embeds.shape[1], past_key_values)
+        self._check_length(kwargs.get("max_length_q") or inputs_embeds.shape[1], past_key_values, position_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
@@ -367,6 +368,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(position_ids)
         rotation = None if self.rotary_emb is None else self.rotary_emb(inputs_embeds, position_ids)
+        prefix = None if self.prefix is None else self.prefix()
         # Fewer layers in `generate(assistant_early_exit=...)`.
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden = layer(
@@ -375,7 +377,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 rotation=rotation,
                 attention_mask=masks[str(layer.kind)],
                 past_key_values=past_key_values,
-                prefix=None if self.prefix is None else self.prefix.weight[index],
+                prefix=None if prefix is None else prefix[index],
                 position_ids=position_ids,  # flash attention finds packed documents by them
                 **{"is_causal": not bidirectional, **kwargs},  # continuous batching says it itself
             )
@@ -409,7 +411,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 f"input_ids: {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size}"
             )
 
-    def _check_length(self, length: int, cache: Cache | None) -> None:
+    def _check_length(self, length: int, cache: Cache | None, position_ids: torch.Tensor | None) -> None:
         learned = self.embed_positions is not None
         if torch.compiler.is_compiling() or (not learned and GLOBAL not in (self.config.layer_types or ())):
             return  # a compiled step must not depend on the length of the cache
@@ -417,7 +419,10 @@ class MemGPTModel(MemGPTPreTrainedModel):
             length = length + (cache.get_seq_length() if learned else visible_past(cache, self.config))
         longest, rope = self.config.max_position_embeddings, self.config.rope_parameters or {}
         scaled = (rope.get("original_max_position_embeddings") or longest) * (rope.get("factor") or 1)
-        if length > (longest if learned else max(longest, scaled)):
+        allowed = longest if learned else max(longest, scaled)
+        if length > allowed and position_ids is not None:  # documents of one row, or padding: the longest one counts
+            length = int(position_ids.max()) + 1
+        if length > allowed:
             raise ValueError(
                 f"{length} tokens are more than the model's max_position_embeddings={longest}; "
                 "cut the text, or read it in windows"
@@ -426,7 +431,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
 
 def _remember(cache: Cache, input_ids: torch.Tensor | None, context_ids: torch.Tensor | None, count: int) -> None:
     """Note on a cache the last ids that went into it, with a tensor that tells whether it was changed since."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # what is exported has the cache's state
         return
     ids = input_ids
     if ids is not None:

@@ -20,6 +20,10 @@ class Prefix(nn.Module):
         shape = (config.num_hidden_layers, 2, config.num_key_value_heads, config.prefix_length, config.head_dim)
         self.weight = nn.Parameter(torch.empty(*shape))  # type: ignore[arg-type]
 
+    def forward(self) -> torch.Tensor:
+        """The weight, by a call, at which accelerate's hooks bring it where it is needed."""
+        return self.weight
+
     def widen(self, masks: Masks, mode: str) -> Masks:
         """Masks [B, 1, T, S], bool (true: seen) or to be added → [B, 1, T, P + S] that let the prefix be seen; none, in
         both directions, hides nothing.

@@ -425,3 +425,34 @@ def test_a_checkpoint_of_a_table_per_layer_is_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="shared one; pretrain it again"):
         MemGPTForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_packed_row_may_be_longer_than_any_of_its_texts(ids: torch.Tensor) -> None:
+    """As transformers packs for attention without padding: positions that start again, and none beyond the limit."""
+    model = made(MemGPTForCausalLM, max_position_embeddings=12)
+    packed = model(ids.flatten()[None], position_ids=torch.arange(12).repeat(2)[None]).logits
+    torch.testing.assert_close(packed.view(2, 12, -1), model(ids).logits, rtol=1e-4, atol=1e-5)
+    padded = torch.cat((torch.zeros_like(ids[:, :3]), ids), dim=1)
+    mask = (torch.arange(15) >= 3).long().expand(2, -1)
+    shifted = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, 3:]
+    torch.testing.assert_close(shifted, model(ids).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="13 tokens are more than the model's max_position_embeddings=12"):
+        model(padded[:, :13], position_ids=torch.arange(13)[None])
+
+
+def test_a_prefix_is_brought_where_accelerate_has_put_its_weights(ids: torch.Tensor) -> None:
+    from accelerate import cpu_offload
+
+    model = made(MemGPTForTokenClassification, prefix_length=3)
+    with torch.no_grad():
+        before = model(ids).logits
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_a_plan_of_tensor_parallelism_names_what_there_is() -> None:
+    for gated in (True, False):
+        model = made(MemGPTModel, gated_mlp=gated)
+        names = {name.replace("layers.0.", "layers.*.") for name, _ in model.named_modules()}
+        assert set(model.tp_plan) <= names
+        assert "base_model_tp_plan" not in model.config.to_json_string()
