@@ -8,12 +8,16 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from memgpt.errors import UserError
 from memgpt.sources.naming import Part, data_format
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -224,9 +228,32 @@ def _parquet(name: str, data: bytes) -> pd.DataFrame:
             f"{name}: not a readable Parquet file, or truncated ({str(error).splitlines()[0][:120]})"
         ) from None
     if b"huggingface" in (table.schema.metadata or {}):  # of the hub: it says there what numbers mean
-        from memgpt.sources import hub
+        import datasets
 
-        table = hub.named(table)
+        table = plain(datasets.Dataset(datasets.table.InMemoryTable(table)))
     return pd.DataFrame(
         {column: pd.Series(table.column(column).to_pylist(), dtype=object) for column in table.column_names}
     )
+
+
+def plain(part: "datasets.Dataset") -> "pa.Table":
+    """The text, number and label columns of a table of the hub, class labels as their names; pictures, sounds and
+    records are of no use here."""
+    import datasets
+    import pyarrow as pa
+
+    columns = {}
+    for column, feature in part.features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, datasets.ClassLabel):
+            columns[column] = pa.array([_labelled(value, inner.names) for value in part[column]])
+        elif isinstance(inner, datasets.Value):
+            columns[column] = pa.array(list(part[column]))
+    return pa.table(columns)
+
+
+def _labelled(value: Any, names: list[str]) -> Any:
+    """A number → its name, lists likewise; −1, the hub's mark for a withheld label, is None."""
+    if isinstance(value, list):
+        return [_labelled(item, names) for item in value]
+    return None if value is None or value < 0 else names[value]

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 
 from memgpt import atomic
 from memgpt.errors import UserError
-from memgpt.sources import files, licences, naming
+from memgpt.sources import files, formats, licences, naming
 from memgpt.sources.naming import Part
 
 CACHE = Path(".memgpt/sources/hf")
@@ -126,45 +126,21 @@ def _load(name: str, uri: str, address: Address, revision: str) -> list[tuple[st
             configs = datasets.get_dataset_config_names(address.path, **pinned)
             if {"items", "interactions"} <= set(configs):
                 return [
-                    (role, number, _plain(part))
+                    (role, number, formats.plain(part))
                     for role in ("items", "interactions")
                     for number, part in enumerate(datasets.load_dataset(address.path, role, **options).values())
                 ]
         found = datasets.load_dataset(address.path, address.config, split=address.split, **options)
         if isinstance(found, datasets.Dataset):
-            return [(naming.WHOLE, 0, _plain(found))]
+            return [(naming.WHOLE, 0, formats.plain(found))]
         # the splits stand in for files, so that the rules for names are the same
         roles = naming.roles(name, uri, [f"{split}.parquet" for split in found], folder=True)
         return [
-            (role, number, _plain(found[file.removesuffix(".parquet")]))
+            (role, number, formats.plain(found[file.removesuffix(".parquet")]))
             for number, (file, role) in enumerate(sorted(roles.items()))
         ]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def named(table: pa.Table) -> pa.Table:
-    """A table of a file in the hub's form: class labels become their names."""
-    return _plain(datasets.Dataset(datasets.table.InMemoryTable(table)))
-
-
-def _plain(part: datasets.Dataset) -> pa.Table:
-    """The text, number and label columns; pictures, sounds and records are of no use here."""
-    columns = {}
-    for column, feature in part.features.items():
-        inner = getattr(feature, "feature", feature)
-        if isinstance(inner, datasets.ClassLabel):
-            columns[column] = pa.array([_labelled(value, inner.names) for value in part[column]])
-        elif isinstance(inner, datasets.Value):
-            columns[column] = pa.array(list(part[column]))
-    return pa.table(columns)
-
-
-def _labelled(value: Any, names: list[str]) -> Any:
-    """A number → its name, lists likewise; −1, the hub's mark for a withheld label, is None."""
-    if isinstance(value, list):
-        return [_labelled(item, names) for item in value]
-    return None if value is None or value < 0 else names[value]
 
 
 @contextmanager
