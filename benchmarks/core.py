@@ -33,9 +33,7 @@ MAIN, BUDGET = 128, 4  # width, million tokens
 FRONTIER = 2  # million tokens of each width
 EQUAL_ROWS = 10534  # a table with which width 128 stores as much as the Llama shape of width 192
 MORE_ROWS = 4 * ROWS  # at the largest budget, where owners leave most n-grams without a row
-EQUAL_TIME = (
-    3.5  # million tokens, of the Llama shape's 4: at 0.87 of its speed, which was the measure then; see `speed`
-)
+EQUAL_TIME = 3.5  # million tokens, of the Llama shape's 4: at 0.87 of its speed, as it was then
 LEAST = 2  # times that an n-gram occurs which gets a row of its own, as in params.yaml
 SEEDS = (1, 2, 3)
 MILLION = 1_000_000

@@ -194,11 +194,13 @@ class Version:
             late.set()
             self.process.kill()
 
-        timer = threading.Timer(self.patience or 0, give_up)
-        if self.patience:
-            timer.start()
-        line = self.process.stdout.readline()
-        timer.cancel()
+        timer = threading.Timer(self.patience or threading.TIMEOUT_MAX, give_up)
+        timer.daemon = True  # nobody waits for it at an interrupt
+        timer.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            timer.cancel()
         if late.is_set():
             answer = {"error": f"no answer within {self.patience:g} s, which is promote.patience in params.yaml"}
         else:

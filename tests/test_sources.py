@@ -97,6 +97,8 @@ def test_no_split_is_left_out_unseen(capsys: pytest.CaptureFixture[str]) -> None
     assert (
         "data.sentiment.uri: left out, since others name a split and these do not: notes.csv" in capsys.readouterr().err
     )
+    put("some/eval.py", "print()")
+    assert roles("some") == {"train.csv": "train"}
     put("some/reviews.test.annotated", "a")
     fails(
         "sentiment", "some", r"reviews.test.annotated names the split test, which no other file gives, but is in no for"

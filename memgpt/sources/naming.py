@@ -21,6 +21,7 @@ _SPLIT = re.compile(
 )
 _TABLE = re.compile(r"(items|interactions)(?![a-z])", re.IGNORECASE)
 _NOT_DATA = re.compile(r"(licen[cs]e|readme|notice|citation|copying|changelog)", re.IGNORECASE)
+_NO_ROWS = re.compile(r"\.(py|ipynb|sh|md|html|pdf|png|log|md5|sha256)$", re.IGNORECASE)  # train.py is no split
 _SPLITS = {
     "train": "train",
     "validation": "validation",
@@ -120,7 +121,8 @@ def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, st
     if not tables:
         unread = [base for name in names if not is_data(base := PurePosixPath(name).name, source)]
         for base in unread:
-            split = None if base.startswith(".") or _NOT_DATA.match(base) else split_of(base)
+            beside = base.startswith(".") or _NOT_DATA.match(base) or _NO_ROWS.search(base)
+            split = None if beside else split_of(base)
             if split and split not in named.values():
                 raise UserError(
                     f"{where}: {base} names the split {split}, which no other file gives, but is in no format that is "

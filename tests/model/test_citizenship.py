@@ -456,3 +456,15 @@ def test_a_plan_of_tensor_parallelism_names_what_there_is() -> None:
         names = {name.replace("layers.0.", "layers.*.") for name, _ in model.named_modules()}
         assert set(model.tp_plan) <= names
         assert "base_model_tp_plan" not in model.config.to_json_string()
+
+
+def test_what_is_exported_answers_with_the_same_cache(ids: torch.Tensor) -> None:
+    from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+    model = made(MemGPTForCausalLM)
+    register_cache_pytrees_for_model(model)
+    with torch.no_grad():
+        exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": True}, strict=False)
+        got, wanted = (run(input_ids=ids, use_cache=True) for run in (exported.module(), model))
+    torch.testing.assert_close(got.logits, wanted.logits)
+    assert torch.equal(got.past_key_values.last_ids[0], wanted.past_key_values.last_ids[0])

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from memgpt import config, tables
+from memgpt import config, suites, tables
 from memgpt.errors import UserError
 from memgpt.stages import ingest, snapshot, validate
 
@@ -141,6 +141,9 @@ def test_planted_rows_block(place: config.Config, source: str, table: str, edit:
     with pytest.raises(UserError, match=message) as caught:
         validate.run(place, source)
     assert (where, check) in failed(source)
+    for name, knob in suites.KNOBS.items():
+        if f"first {name} of" in str(caught.value):
+            assert f"; {knob} is " in str(caught.value)
     page = (validate.REPORTS / f"{source}.html").read_text()
     assert 'class="fail"' in page
     assert SECRET not in str(caught.value) + page + json.dumps(report(source))
