@@ -322,7 +322,7 @@ def gate(spec: Cell) -> Cell:
         from memgpt.model.kernels.memory import gated_convolution
 
         weight = memory.query_norm.weight * memory.key_norm.weight
-        return gated_convolution(hidden, key, value, weight, memory.taps, positions, 1e-6)
+        return gated_convolution(hidden, key, value, weight, memory.taps, positions, 1e-6)[0]
 
     # hidden, key, value and the sum; the sum's gradient, these and their gradients
     found: Cell = {"forward_bytes": hidden.numel() * 12, "backward_bytes": hidden.numel() * 20}

@@ -25,8 +25,8 @@ PLACES = 4  # stages at once, at most: the three tasks and one more
 _PASSING = (  # after which a step is tried again
     " is busy, it is being blocked by",  # somebody else's `dvc repro` holds the stage
     "Unable to acquire lock",  # another holds the repository while it reads it, on a busy machine longer than DVC waits
-    "no MLflow server answers",
-    "no database there",
+    tracking.NO_SERVER,
+    tracking.NO_DATABASE,
     "database is locked",
 )
 _DVC_SAYS = ("Running stage", "> ", "Stage '")  # not news on the console, where each stage has a line

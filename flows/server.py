@@ -29,7 +29,7 @@ def running() -> Iterator[str]:
     """Yield the API's URL: the configured one, that of `make up`, or one started here that ends with this process."""
     found = PREFECT_API_URL.value() or _up()
     if found:
-        _reach(found)
+        reach(found)
         with temporary_settings({PREFECT_API_URL: found}):
             yield found
         return
@@ -55,7 +55,7 @@ def _up() -> str | None:
     return noted.read_text(encoding="utf-8") if noted.exists() and housekeeping.service("prefect") else None
 
 
-def _reach(url: str) -> None:
+def reach(url: str) -> None:
     """
     Raises:
         UserError: if no Prefect server answers there, or the URL has a password, which Prefect would not send.
@@ -64,26 +64,16 @@ def _reach(url: str) -> None:
         raise UserError(
             f"PREFECT_API_URL={tracking.shown(url)}: name and password belong in PREFECT_API_AUTH_STRING=name:password"
         )
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10):
-            return
-    except urllib.error.HTTPError as error:
-        if error.code < 500:
-            return  # it answers; whether it lets us in, it says itself
-        reason: object = f"HTTP {error.code}"
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-    url = tracking.shown(url)
-    raise UserError(f"PREFECT_API_URL={url}: no Prefect server answers ({reason}); start it, or unset the variable")
+    if why := tracking.no_server(url):
+        url = tracking.shown(url)
+        raise UserError(f"PREFECT_API_URL={url}: no Prefect server answers ({why}); start it, or unset the variable")
 
 
 def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while server.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.1)
+        if tracking.no_server(url, 5) is None:
+            return
+        time.sleep(0.1)
     processes.end(server)
     raise UserError(f"the Prefect server did not start; see {log}, or name a running one in PREFECT_API_URL")

@@ -10,14 +10,12 @@ without a successful retrain.
 """
 
 import argparse
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,10 +24,11 @@ from uuid import UUID
 
 import psutil
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import WorkerFilter, WorkerFilterStatus
 from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import alerts, workspace
+from flows import alerts, server, workspace
 from memgpt import atomic, environment, tracking
 from memgpt.console import Board
 from memgpt.errors import UserError
@@ -116,6 +115,8 @@ def stop(name: str) -> bool:
 
 def up() -> None:
     days = _number("MEMGPT_ALERT_DAYS", "8")
+    if configured := os.environ.get("PREFECT_API_URL"):
+        server.reach(configured)
     root = Path.cwd()
     commit, dirty = commit_at_start(root)
     tracking.use(root)
@@ -147,11 +148,11 @@ def up() -> None:
         "MEMGPT_WORKSPACE": str(place),
         "MEMGPT_DEPLOYED": commit,
     }
-    server = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    api = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     pages = ["mlflow", "server", "--host", "127.0.0.1", "--port", ui_port, "--workers", "1"]
     services = [
-        Service("prefect", server, env, root, lambda: _answers(f"{url}/health"), (port, "MEMGPT_PREFECT_PORT")),
-        Service("mlflow", pages, env, root, lambda: _answers(f"{ui}/health"), (ui_port, "MEMGPT_MLFLOW_PORT")),
+        Service("prefect", api, env, root, lambda: _answers(url), (port, "MEMGPT_PREFECT_PORT")),
+        Service("mlflow", pages, env, root, lambda: _answers(ui), (ui_port, "MEMGPT_MLFLOW_PORT")),
     ]
     theirs = {"prefect": "PREFECT_API_URL" in os.environ, "mlflow": store.startswith("http")}
     ours = [one for one in services if not theirs[one.name]]
@@ -166,14 +167,14 @@ def up() -> None:
         alerts.ensure(days)
         with _schedules_as_they_were():
             _deploy(env, root)
-    board.say(f"  {'deployments':<12}of commit {commit[:12]}")
-    command = ["prefect", "worker", "start", "--pool", POOL, "--name", socket.gethostname()]
-    worker = Service("worker", command, {**env, "PYTHONPATH": str(place)}, place, lambda: _online(url))
-    board.say(f"  {worker.name:<12}{worker.start()}")
-    worker.wait()
+        board.say(f"  {'deployments':<12}of commit {commit[:12]}")
+        command = ["prefect", "worker", "start", "--pool", POOL, "--name", socket.gethostname()]
+        worker = Service("worker", command, {**env, "PYTHONPATH": str(place)}, place, _online)
+        board.say(f"  {worker.name:<12}{worker.start()}")
+        worker.wait()
     board.say("")
     board.say(f"Prefect  {url.removesuffix('/api')}   runs, schedules, approvals")
-    board.say(f"MLflow   {ui}   curves, models, promotions")
+    board.say(f"MLflow   {tracking.shown(ui)}   curves, models, promotions")
     board.say(f"logs     {UP}/*.log      stop: make down")
 
 
@@ -195,24 +196,14 @@ def _free(name: str, port: str, setting: str) -> None:
 
 
 def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
+    return tracking.no_server(url, 5) is None
 
 
-def _online(url: str) -> bool:
-    request = urllib.request.Request(
-        f"{url}/work_pools/{POOL}/workers/filter",
-        json.dumps({"workers": {"status": {"any_": ["ONLINE"]}}}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return bool(json.load(answer))
-    except OSError:
-        return False
+def _online() -> bool:
+    """Whether the server has heard from a worker of late."""
+    online = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
+    with get_client(sync_client=True) as client:
+        return bool(client.read_workers_for_work_pool(POOL, worker_filter=online))
 
 
 def _number(name: str, usual: str) -> float:

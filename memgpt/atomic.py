@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 @contextmanager
@@ -15,19 +18,19 @@ def replacing(target: Path | str) -> Iterator[Path]:
     """Yield a path beside `target` to write a file or a directory to; on success it takes `target`'s place.
 
     A file is replaced in one step. A directory is moved away first, so between the two renames a reader finds none.
-    Names start with a dot and end in `.partial`; what a killed writer left behind is swept away by the next one.
+    Names start with a dot and end in `.partial`; what a killed writer left behind is swept away by the next one, and
+    what it had moved away comes back.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{target.name}.*.partial"):
-        _remove(leftover)
-    aside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    _sweep(target)
+    aside = _beside(target, "")
     try:
         yield aside
         _sync(aside)
         if aside.is_dir():
             if target.exists():
-                old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old.partial"
+                old = _beside(target, ".old")
                 target.rename(old)
                 aside.rename(target)
                 _remove(old)
@@ -49,6 +52,24 @@ def write_text(target: Path | str, text: str) -> None:
 def write_json(target: Path | str, value: Any) -> None:
     """Byte-stable JSON: sorted keys, two spaces, a final newline; NaN and infinity are refused."""
     write_text(target, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.parent / f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{kind}.partial"
+
+
+def _sweep(target: Path) -> None:
+    """Nothing of a writer that lives, in this process or another, nor of a target with a longer name."""
+    form = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-[0-9a-f]{{8}}(\.old)?\.partial")
+    for leftover in list(target.parent.iterdir()):
+        match = form.fullmatch(leftover.name)
+        if match is None or psutil.pid_exists(int(match[1])):
+            continue
+        with suppress(FileNotFoundError):  # somebody else sweeps here too
+            if match[2] and not target.exists():
+                leftover.rename(target)
+            else:
+                _remove(leftover)
 
 
 def _remove(path: Path) -> None:

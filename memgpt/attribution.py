@@ -22,6 +22,7 @@ from memgpt import predict
 from memgpt.model.inspection import values
 from memgpt.model.memory import KnowledgeMemory
 from memgpt.model.word_votes import Features
+from memgpt.predict.batching import encode
 from memgpt.predict.words import encode_rows, split_words
 
 _BATCH = 16  # points of the path at once
@@ -83,7 +84,7 @@ def explain(task: str, directory: Path, texts: list[str], steps: int = 64) -> li
 
 def _sentiment(predictor: Any, text: str, steps: int) -> Attribution:
     model = predictor.model
-    ids = _encode(predictor, text)
+    [ids] = _encode(predictor, [text])
     answer = predictor.predict([text])[0]["label"]
     label = model.config.label2id[answer]
 
@@ -122,7 +123,7 @@ def _recommendation(predictor: Any, history: list[str], steps: int) -> list[Attr
     target = index.vectors[place_of[best[0]["item_id"]]]
     texts = [index.titles[place_of[item]] if item in place_of else item for item in history]
     texts = texts[-model.config.max_history :]
-    rows = [_encode(predictor, text) for text in texts]
+    rows = _encode(predictor, texts)
     with torch.no_grad():
         vectors = torch.cat([model.encode_item(torch.tensor([ids])) for ids in rows])
     found = []
@@ -137,9 +138,8 @@ def _recommendation(predictor: Any, history: list[str], steps: int) -> list[Attr
     return found
 
 
-def _encode(predictor: Any, text: str) -> list[int]:
-    ids = predictor.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return ids[: predictor.model.config.window]
+def _encode(predictor: Any, texts: list[str]) -> list[list[int]]:
+    return encode(predictor.tokenizer, texts, predictor.model.config.window)
 
 
 def _log_odds(logits: torch.Tensor, labels: list[int]) -> torch.Tensor:

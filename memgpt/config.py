@@ -250,11 +250,11 @@ class Gate(Section):
 
 
 class Promote(Section):
-    """patience: seconds in which a version must load, and then answer; one that takes longer does not predict."""
+    """timeout_seconds: in which a version must load, and then answer; one that takes longer does not predict."""
 
     bootstrap: Positive
     seed: int
-    patience: Rate
+    timeout_seconds: Rate
     base: Gate
     ner: Gate
     sentiment: Gate

@@ -5,7 +5,6 @@ import os
 import shutil
 import sqlite3
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -161,13 +160,11 @@ def _prefect() -> Iterator[Finding]:
     if not url:
         yield Finding("prefect", "well", "no server configured: each run has its own")
         return
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10):
-            yield Finding("prefect", "well", f"{tracking.shown(url)} answers")
-    except (OSError, ValueError) as error:  # HTTPError and URLError are OSErrors
-        why = getattr(error, "reason", error)
+    if why := tracking.no_server(url):
         fix = "start it, or unset PREFECT_API_URL and `make up`"
         yield Finding("prefect", "broken", f"{tracking.shown(url)}: no server answers ({why})", fix)
+    else:
+        yield Finding("prefect", "well", f"{tracking.shown(url)} answers")
 
 
 def _services() -> Iterator[Finding]:

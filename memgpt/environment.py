@@ -10,6 +10,8 @@ import socket
 import warnings
 from pathlib import Path
 
+from memgpt.errors import UserError
+
 _SETTINGS = {
     # nobody is phoned: each library has its own switch
     "DO_NOT_TRACK": "1",
@@ -71,6 +73,8 @@ def threads(configured: int | None) -> int:
     `runtime.threads`, else every core this process may use."""
     share = os.environ.get("MEMGPT_THREADS")
     if share:
+        if not share.isdecimal():
+            raise UserError(f"MEMGPT_THREADS={share}: not a number of threads")
         return max(1, int(share))
     if configured:
         return configured

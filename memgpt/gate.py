@@ -20,9 +20,9 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from memgpt import bootstrap
+from memgpt import bootstrap, environment, packaging
 from memgpt.bootstrap import Score
-from memgpt.config import Gate
+from memgpt.config import Config, Gate
 from memgpt.errors import UserError
 
 Outcome = Literal["promote", "reject", "hold", "unchanged"]
@@ -118,12 +118,12 @@ class Version:
     """One registered version, loading and predicting in a child process of its own.
 
     uri: `models:/name/version`. The child's noise goes to `<folder>/v<version>.log`, its predictions beside it.
-    patience: seconds to wait for an answer; None for as long as it takes.
+    timeout: seconds to wait for an answer; None for as long as it takes.
     """
 
-    def __init__(self, uri: str, folder: Path, threads: int, patience: float | None = None) -> None:
+    def __init__(self, uri: str, folder: Path, threads: int, timeout: float | None = None) -> None:
         self.uri = uri
-        self.patience = patience
+        self.timeout = timeout
         self.folder = folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.label = "v" + uri.rpartition("/")[2]
@@ -164,7 +164,7 @@ class Version:
         """The predictions that were asked for, one per input.
 
         Raises:
-            VersionError: if the version does not load or predict, or takes longer than `patience` for either.
+            VersionError: if the version does not load or predict, or takes longer than `timeout` for either.
         """
         if not self._loaded:  # said once, by the first answer
             self.weight_bytes = self._receive("load")["bytes"]
@@ -194,7 +194,7 @@ class Version:
             late.set()
             self.process.kill()
 
-        timer = threading.Timer(self.patience or threading.TIMEOUT_MAX, give_up)
+        timer = threading.Timer(self.timeout or threading.TIMEOUT_MAX, give_up)
         timer.daemon = True  # nobody waits for it at an interrupt
         timer.start()
         try:
@@ -202,12 +202,27 @@ class Version:
         finally:
             timer.cancel()
         if late.is_set():
-            answer = {"error": f"no answer within {self.patience:g} s, which is promote.patience in params.yaml"}
+            answer = {"error": f"no answer within {self.timeout:g} s, which is promote.timeout_seconds in params.yaml"}
         else:
             answer = json.loads(line) if line else {"error": f"its process ended with {self.process.wait()}"}
         if "error" in answer:
             raise VersionError(f"{self.uri} does not {verb}: {answer['error']} (see {self.log})")
         return answer
+
+
+def try_out(config: Config, model: str, uri: str, folder: Path, hint: str) -> None:
+    """Load a version and have it answer its example, in a process of its own.
+
+    Raises:
+        UserError: if it does not, with the hint what to do then.
+    """
+    threads = environment.threads(config.runtime.threads)
+    with Version(uri, folder, threads, config.promote.timeout_seconds) as version:
+        version.ask(packaging.EXAMPLES[model])
+        try:
+            version.answer()
+        except VersionError as error:
+            raise UserError(f"{error}; {hint}") from None
 
 
 def as_served(inputs: list[Any]) -> tuple[list[Any], dict[str, Any] | None]:

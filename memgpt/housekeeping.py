@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from memgpt import atomic, checkpoint, provenance, tracking
+from memgpt import atomic, checkpoint, provenance
 from memgpt.errors import UserError
 
 BACKUPS = Path(".memgpt/backups")
@@ -80,7 +80,7 @@ def _running(root: Path) -> str | None:
     with suppress(OSError, json.JSONDecodeError):  # none there, or being written
         for held in json.loads((root / ".dvc/tmp/rwlock").read_text(encoding="utf-8")).values():
             for holder in (held.get("write"), *held.get("read", [])):
-                if holder and tracking.alive(holder["pid"]):
+                if holder and psutil.pid_exists(holder["pid"]):
                     return f"{holder['cmd']} (process {holder['pid']})"
     return None
 

@@ -573,4 +573,7 @@ def _draw(monitor: config.Monitor, texts: pd.DataFrame, folder: Path) -> None:
 
 
 def picture(folder: Path, topic: str) -> Path:
-    return folder / (re.sub(r"[^\w-]+", "-", topic) + ".png")
+    """Named after the topic; by a hash too where that does not make a file's name, which several topics might share."""
+    name = re.sub(r"[^\w-]+", "-", topic)
+    mark = "" if name == topic else "-" + hashlib.sha256(topic.encode()).hexdigest()[:8]
+    return folder / f"{name}{mark}.png"

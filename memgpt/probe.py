@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTModel
-from memgpt.predict.batching import by_length, pad
+from memgpt.predict.batching import by_length, encode, pad
 from memgpt.predict.words import encode_rows, joined_words, spans_from_tags
 from memgpt.tasks import rows_of
 
@@ -50,8 +50,8 @@ class _Core:
 
     def pooled(self, texts: list[str]) -> np.ndarray:
         """Mean and maximum of each text's features, [N, 2 D]."""
-        ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        found = {i: np.concatenate((state.mean(0), state.max(0))) for i, state in self.hidden(ids)}
+        read = self.hidden(encode(self.tokenizer, texts))
+        found = {i: np.concatenate((state.mean(0), state.max(0))) for i, state in read}
         return np.stack([found[i] for i in range(len(texts))])
 
     def words(self, rows: list[list[str]]) -> list[np.ndarray]:

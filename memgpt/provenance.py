@@ -233,7 +233,8 @@ def _dvc(folder: Path, hear: Callable[[str], None], *stages: str) -> None:
         children.stop()
     if status:
         told = [line for line in said if line.startswith(("error: ", "ERROR: "))]
-        raise UserError(f"{folder}: {(told or said or ['dvc failed'])[0].partition(': ')[2]}")
+        why = told[0].partition(": ")[2] if told else (said or ["dvc failed"])[-1]
+        raise UserError(f"{folder}: {why}")
 
 
 def _story(run: str, model: str, version: str) -> dict[str, Any]:

@@ -336,6 +336,8 @@ def close(client: "MlflowClient", run_id: str, state: str) -> None:
 
 def records(client: "MlflowClient", model: str) -> "list[Run]":
     """Every decision on a model, newest first."""
+    if client.get_experiment_by_name(tracking.PROMOTIONS) is None:
+        return []  # looking makes nothing
     found, token = [], None
     while token != "":
         page = client.search_runs(

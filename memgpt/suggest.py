@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from memgpt import predict
 from memgpt.errors import UserError
-from memgpt.predict.batching import batch_size, by_length, pad
+from memgpt.predict.batching import batch_size, by_length, encode, pad
 from memgpt.predict.words import encode_rows, split_words
 from memgpt.sources import formats, naming
 from memgpt.tables import USUAL
@@ -116,10 +116,7 @@ def _ask(predictor: Any, task: str, rows: list[Any]) -> tuple[np.ndarray, np.nda
         encoded = encode_rows(tokenizer, _words(rows))
         ids = [[*chain.from_iterable(pieces)][:window] for pieces in encoded]
     else:
-        ids = [
-            row[:window]
-            for row in tokenizer(rows, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        ]
+        ids = encode(tokenizer, rows, window)
     uncertainty, features = np.zeros(len(rows)), np.zeros((len(rows), model.config.hidden_size))
     with tqdm(total=len(rows), desc="suggest-labels", unit="row", disable=None, leave=False) as progress:
         for batch in by_length(ids, batch_size(model)):
@@ -127,7 +124,8 @@ def _ask(predictor: Any, task: str, rows: list[Any]) -> tuple[np.ndarray, np.nda
             outputs = model(**arguments, output_hidden_states=True)
             kept = arguments["attention_mask"][..., None]
             features[batch] = ((outputs.hidden_states[-1] * kept).sum(1) / kept.sum(1)).float().cpu().numpy()
-            doubt = 1 - outputs.logits.float().softmax(-1).amax(-1).cpu().numpy()
+            logits = outputs.logits.float() / model.config.label_temperature
+            doubt = 1 - logits.softmax(-1).amax(-1).cpu().numpy()
             for row, i in enumerate(batch):
                 if task == "ner":
                     firsts = np.cumsum([0, *(len(piece) for piece in encoded[i][:-1])])

@@ -10,18 +10,22 @@ MLflow is imported on first use (1.5 s); explicit run ids throughout, never its 
 
 import fcntl
 import hashlib
+import http.client
 import json
 import os
 import re
 import socket
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from memgpt import environment, lineage
 from memgpt.errors import UserError
@@ -36,6 +40,7 @@ LOCAL = Path(".memgpt")
 TABLES = Path("data/tables")
 
 PAUSES = (1, 2, 4, 8, 15, 30, 60)  # seconds to wait before something is tried again: two minutes in all
+NO_SERVER, NO_DATABASE = "no MLflow server answers", "no database there"  # it may be there again in a minute
 _TURN = 6_368_110  # any number that no other program locks
 _BATCH = 1000  # metrics in one request, MLflow's limit
 _NAME = re.compile(r"[^\w.\- /]")  # what MLflow refuses in a metric's name
@@ -75,7 +80,7 @@ def away(error: Exception) -> Away | None:
 
 def _no_answer(uri: str, reason: object) -> Away:
     return Away(
-        f"MLFLOW_TRACKING_URI={shown(uri)}: no MLflow server answers ({reason}); "
+        f"MLFLOW_TRACKING_URI={shown(uri)}: {NO_SERVER} ({reason}); "
         "start it, or unset the variable to track in mlflow.db"
     )
 
@@ -97,7 +102,8 @@ def use(root: Path | str | None = None) -> str:
     if uri.startswith("sqlite:///"):  # absolute, since versions are loaded in processes that work elsewhere
         uri = os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
     if uri.startswith(("http://", "https://")):
-        _reach(uri)
+        if why := no_server(uri):  # MLflow itself would retry for minutes and end in a stack trace
+            raise _no_answer(uri, why)
     elif uri.startswith("postgresql"):
         _take_turns(uri)
     elif uri.startswith("sqlite:///"):
@@ -308,14 +314,16 @@ def _take_turns(uri: str) -> None:
     except sqlalchemy.exc.OperationalError as error:
         why = str(error.orig).strip().splitlines()[0]
         raise UserError(
-            f"MLFLOW_TRACKING_URI={shown(uri)}: no database there ({why}); start or create it, or unset the variable "
+            f"MLFLOW_TRACKING_URI={shown(uri)}: {NO_DATABASE} ({why}); start or create it, or unset the variable "
             "to track in mlflow.db"
         ) from None
 
 
 def shown(uri: str) -> str:
-    """Without a password."""
-    return re.sub(r"//([^/@:]*):[^/@]*@", r"//\1:***@", uri)
+    """Without a password or a token."""
+    uri = re.sub(r"//([^/@:]*):[^/@]*@", r"//\1:***@", uri)
+    uri = re.sub(r"^(https?)://[^/@:]+@", r"\1://***@", uri)
+    return re.sub(r"([?&]password=)[^&]*", r"\1***", uri)
 
 
 def _experiment(mlflow_client: "MlflowClient", name: str, artifacts: str | None) -> str:
@@ -348,37 +356,25 @@ def _artifacts(uri: str) -> str | None:
     return (folder.resolve() / "mlartifacts").as_uri()
 
 
-def _reach(uri: str) -> None:
-    """Fail in seconds with one line; MLflow itself would retry for minutes and end in a stack trace."""
+def no_server(url: str, seconds: float = 10) -> str | None:
+    """Why no server answers at a URL; None if one does, whatever it thinks of us: a proxy may guard /health."""
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
-            return
+        parts = urllib.parse.urlsplit(url)
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # urllib takes a password for a host
+        with urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=seconds):
+            return None
     except urllib.error.HTTPError as error:
-        if error.code < 500:
-            return  # reachable, whatever it thinks of us: a proxy may guard /health
-        reason: object = f"HTTP {error.code}"
-    except (OSError, ValueError) as error:  # URLError is an OSError
-        reason = getattr(error, "reason", error)
-    raise _no_answer(uri, reason)
+        return f"HTTP {error.code}" if error.code >= 500 else None
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+        return str(getattr(error, "reason", error))
 
 
 def _bury(mlflow_client: "MlflowClient", experiment_id: str, name: str) -> None:
     host = socket.gethostname()
     query = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}' and tags.host = '{host}'"
     for run in mlflow_client.search_runs([experiment_id], query):
-        if not alive(int(run.data.tags["pid"])):
+        if not psutil.pid_exists(int(run.data.tags["pid"])):
             mlflow_client.set_terminated(run.info.run_id, "KILLED")
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this machine has this id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from memgpt import augmentation
+from memgpt.errors import UserError
 from memgpt.model import MemGPTTokenizer
 from memgpt.predict.words import spans_from_tags
 
@@ -77,3 +78,8 @@ def test_neighbours_are_what_the_core_reads_alike(tmp_path: Path) -> None:
     found = augmentation.neighbours(tmp_path, tokenizer, count=1)
     assert found["rise"] == ["gain"]
     assert found["drop"] == ["fall"]
+
+
+def test_a_tokenizer_without_whole_words_has_no_neighbours(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"augment\.synonyms: the tokenizer of .* has no whole words; set it to 0"):
+        augmentation.neighbours(tmp_path, MemGPTTokenizer.train(["1 2 3"], 259), count=1)

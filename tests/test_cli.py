@@ -13,7 +13,7 @@ from conftest import ROOT, clean_environment
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from memgpt import cli, config
+from memgpt import cli, config, environment
 from memgpt.errors import UserError
 
 STAGES = ["snapshot", "ingest", "validate", "tokenize", "pretrain", "multitask", "finetune", "evaluate"]
@@ -187,6 +187,9 @@ def test_interrupted_exits_with_130(place: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_threads_are_set_unless_they_are_given(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMGPT_THREADS", "two")
+    with pytest.raises(UserError, match="MEMGPT_THREADS=two: not a number of threads"):
+        environment.threads(None)
     monkeypatch.setenv("MEMGPT_THREADS", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MKL_NUM_THREADS", "1")

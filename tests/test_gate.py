@@ -144,10 +144,10 @@ def test_a_process_that_cannot_load_says_why(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    with gate.Version("file:///loads/for/ever", tmp_path, threads=1, patience=0.1) as version:
+    with gate.Version("file:///loads/for/ever", tmp_path, threads=1, timeout=0.1) as version:
         version.ask(["text"])
         with pytest.raises(
-            gate.VersionError, match=r"does not load: no answer within 0\.1 s, which is promote\.patience"
+            gate.VersionError, match=r"does not load: no answer within 0\.1 s, which is promote\.timeout_seconds"
         ):
             version.answer()
         assert version.process.wait() < 0

@@ -161,6 +161,16 @@ def test_a_restored_registry_knows_its_champion(place: Place) -> None:
     assert state("sentiment")[0] == "broken"
 
 
+def test_no_upgrade_beside_what_make_up_started(place: Place) -> None:
+    own = psutil.Process()
+    atomic.write_json(housekeeping.UP / "mlflow.json", {"pid": own.pid, "began": own.create_time()})
+    with pytest.raises(UserError, match=r"what `make up` started runs \(mlflow\); `make down` before"):
+        housekeeping.upgrade()
+    assert not housekeeping.BACKUPS.exists()
+    atomic.write_json(housekeeping.UP / "mlflow.json", {"pid": own.pid, "began": 0.0})  # an id that is used again
+    housekeeping.upgrade()
+
+
 def test_an_upgrade_saves_first_and_a_failed_one_names_the_backup(place: Place) -> None:
     saved, upgraded = housekeeping.upgrade()
     assert [path.name for path in saved] == ["mlflow.db"]

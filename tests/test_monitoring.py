@@ -224,6 +224,12 @@ def test_a_topic_that_fell_silent_long_ago_is_drawn_too(place: Place, asked: lis
         assert monitoring.picture(monitoring.FOLDER, topic).exists()
 
 
+def test_each_topic_has_a_picture_of_its_own() -> None:
+    names = {monitoring.picture(Path(), topic).name for topic in ("R-D", "R&D", "R/D", "r-d")}
+    assert len(names) == 4
+    assert "R-D.png" in names
+
+
 def test_a_text_is_scored_once(place: Place, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = past(3)
     arrive("a.jsonl", [*rows, rows[0], {"text": "  "}, {"id": "none"}])

@@ -107,6 +107,14 @@ def test_no_split_is_left_out_unseen(capsys: pytest.CaptureFixture[str]) -> None
     assert roles("some") == {"train.csv": "train", "test.csv": "test"}
 
 
+def test_what_is_neither_items_nor_interactions_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("items.csv", "interactions.csv", "users.csv"):
+        put(f"shop/{name}", "item_id,title\n1,a\n")
+    assert roles("shop", "recommendation") == {"items.csv": "items", "interactions.csv": "interactions"}
+    told = capsys.readouterr().err
+    assert told == "data.recommendation.uri: left out, neither items nor interactions: users.csv\n"
+
+
 def test_tagged_words_go_by_many_names() -> None:
     for name in ("eng.train", "eng.testa", "eng.testb", "README.txt"):
         put(f"conll/{name}", "Ann NNP B-PER\n")

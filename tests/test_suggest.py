@@ -1,6 +1,7 @@
 """What is suggested for labelling: the uncertain, one of each kind, with its place in the file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,17 @@ def test_sentiment_rows_are_named_by_their_place(models: Path, tmp_path: Path) -
         assert row["from"].endswith(f"new.jsonl line {TEXTS.index(row['text']) + 1}")
         assert f"{1 - row['uncertainty']:.2f}" in row["reason"]
     assert found == suggest.suggest("sentiment", models / "sentiment", file, 3)
+
+
+def test_probabilities_are_those_that_are_served(models: Path, tmp_path: Path) -> None:
+    """At the model's temperature: what `pseudo-label` keeps is as sure as it says."""
+    shutil.copytree(models / "sentiment", tmp_path / "tempered")
+    settings = json.loads((tmp_path / "tempered/config.json").read_text())
+    (tmp_path / "tempered/config.json").write_text(json.dumps({**settings, "label_temperature": 4.0}))
+    file = tmp_path / "new.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    for row in suggest.suggest("sentiment", tmp_path / "tempered", file, len(TEXTS)):
+        assert row["uncertainty"] == pytest.approx(1 - max(row["prediction"]["scores"].values()), abs=1e-4)
 
 
 @pytest.mark.parametrize(("name", "column"), [("new.txt", "text"), ("new.jsonl", "tokens")])

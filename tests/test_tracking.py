@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -113,11 +114,14 @@ def test_first_uses_at_once_do_not_race(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".mlflow.db*"))
 
 
-def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:{port}", "http://user:secret@127.0.0.1:{port}", "https://user:secret@mlflow.invalid"]
+)
+def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:secret@127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port=port))
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
         tracking.use(tmp_path)
@@ -126,6 +130,30 @@ def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: 
     assert "\n" not in message
     assert "secret" not in message
     assert time.monotonic() - start < 20
+
+
+def test_a_server_answers_whatever_it_thinks_of_us_and_a_password_is_no_part_of_its_host() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        server.RequestHandlerClass.log_message = lambda *told: None  # type: ignore[method-assign]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        assert tracking.no_server(f"http://127.0.0.1:{port}") is None  # 404: it is there
+        assert tracking.no_server(f"http://user:secret@127.0.0.1:{port}/") is None
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://user:secret@host/path", "http://user:***@host/path"),
+        ("https://token@host:5000", "https://***@host:5000"),
+        ("postgresql://h/db?user=u&password=secret&x=1", "postgresql://h/db?user=u&password=***&x=1"),
+        ("postgresql://user@h/db", "postgresql://user@h/db"),
+        ("sqlite:////tmp/a@b.db", "sqlite:////tmp/a@b.db"),
+    ],
+)
+def test_no_secret_is_shown(uri: str, shown: str) -> None:
+    assert tracking.shown(uri) == shown
 
 
 def test_a_server_that_is_away_for_a_while_loses_nothing(

@@ -27,7 +27,7 @@ def convert(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it: a new directory.")],
     memory_layers: Annotated[
         list[int] | None,
-        typer.Option("--memory-layer", metavar="N", help="A block with a memory; may be repeated. Default: 0 and 2."),
+        typer.Option("--memory-layer", metavar="N", help="A block with a memory; may be repeated. Default: 0, 2, 4."),
     ] = None,
     memory_rows: Annotated[
         int | None, typer.Option(help="Rows per hash head. Default: by the model's size.", min=1)

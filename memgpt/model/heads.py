@@ -46,7 +46,7 @@ class TokenClassificationHead(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.score = nn.Linear(config.hidden_size, num_labels)
 
-    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.score(self.dropout(hidden))
 
 
@@ -167,7 +167,7 @@ class MemGPTForTokenClassification(MemGPTPreTrainedModel):
             attention_mode=attention_mode,
             **kwargs,
         )
-        logits = self.head(outputs.last_hidden_state, attention_mask)
+        logits = self.head(outputs.last_hidden_state)
         if self.word_votes is not None and input_ids is not None and not self.training:
             votes = self.word_votes(input_ids, self.model.ngram_hash.canonical_ids)
             logits = logits + self.config.word_vote_weight * votes
@@ -347,7 +347,7 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
             if loss is not None and topic_logits is not None and topic_labels is not None:
                 loss = loss + _topic_loss(topic_logits, topic_labels, items)
         else:
-            logits = head(outputs.last_hidden_state, attention_mask)
+            logits = head(outputs.last_hidden_state)
             loss = None if labels is None else _cross_entropy(logits, labels, items)
         if loss is not None and self.training and self.config.task_balancing:
             # L / σ² + log σ with a learned σ for each task (Kendall et al. 2018, arXiv 1705.07115, equation 10).

@@ -244,7 +244,7 @@ class KnowledgeMemory(nn.Module):
 
             weight, taps = self.query_norm.weight * self.key_norm.weight, self.taps if self.lead else None
             key, value, eps = self.key(entry), self.value(entry), self.query_norm.eps
-            return gated_convolution(hidden, key, value, weight, taps, position_ids, eps or 0.0)
+            return gated_convolution(hidden, key, value, weight, taps, position_ids, eps or 0.0)[0]
         value = self.convolve(self.value(entry), position_ids)
         return self.gate(hidden, entry[:, self.lead :]) * value
 

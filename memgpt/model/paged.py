@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_FULL = "full_attention"
+from memgpt.model.config import GLOBAL
 
 
 def context_ids(
@@ -31,15 +31,15 @@ def context_ids(
     Raises:
         ValueError: where the cache has no layer that keeps all tokens, or a kernel of flash attention writes to it.
     """
-    if _FULL not in cache.cache_allocators:
+    if GLOBAL not in cache.cache_allocators:
         raise ValueError("continuous batching with a memory needs a layer of full attention (`layer_types`)")
     if block_table is not None:
         raise ValueError("continuous batching with a memory: use sdpa, `model.set_attn_implementation('sdpa')`")
-    allocator = cache.cache_allocators[_FULL]
+    allocator = cache.cache_allocators[GLOBAL]
     if not hasattr(allocator, "token_ids"):
         _keep_ids(allocator)
     allocator.token_ids[write_index[allocator.index]] = input_ids[0].long()
-    places, ends, all_ends = read_index[allocator.index], cu_seq_lens_q, cu_seq_lens_k[_FULL]
+    places, ends, all_ends = read_index[allocator.index], cu_seq_lens_q, cu_seq_lens_k[GLOBAL]
     known = allocator.token_ids[places] if len(places) else input_ids[0].long()
     token = torch.arange(input_ids.shape[1], device=input_ids.device)
     request = torch.searchsorted(ends[1:].contiguous(), token.to(ends.dtype), right=True)

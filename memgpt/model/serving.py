@@ -84,9 +84,10 @@ class _RoundedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, largest: float, rounded: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
         weight = linear.weight.detach().float()
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / largest
-        self.weight = nn.Buffer(rounded(weight / scale[:, None]))
-        self.scale = nn.Buffer(scale.to(torch.bfloat16))
+        scale = (weight.abs().amax(dim=1).clamp(min=1e-12) / largest).to(torch.bfloat16)
+        # By the scale as it is kept. One that was rounded down would push the largest past the end.
+        self.weight = nn.Buffer(rounded((weight / scale[:, None].float()).clamp(-largest, largest)))
+        self.scale = nn.Buffer(scale)
         self.bias = linear.bias
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
@@ -127,7 +128,7 @@ class Float8Linear(_RoundedLinear):
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear, _LARGEST, lambda scaled: scaled.to(torch.float8_e4m3fn))
-        self.eighth = linear.weight.is_cuda and float8.available() and not any(n % 16 for n in linear.weight.shape)
+        self.eighth = linear.weight.is_cuda and float8.available() and float8.fits(linear.weight)
         self.one = nn.Buffer(torch.ones((), device=linear.weight.device))
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ def load(
 ) -> Predictor:
     """The predictor of `base`, `ner`, `sentiment` or `recommendation` from a model directory.
 
-    memory: where the look-up tables are kept, as in `memgpt.model.residency.load`. weights, compile, padding: as in
+    memory: where its table is kept, as in `memgpt.model.residency.load`. weights, compile, padding: as in
     `memgpt.model.serving.accelerate`. By default the answers are those that were judged, to the last digit; "bfloat16"
     is faster and moves a probability by some thousandths.
     """

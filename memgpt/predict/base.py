@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from memgpt.model import MemGPTForCausalLM
 from memgpt.model.residency import Residency, load
-from memgpt.predict.batching import batch_size, by_length, pad
+from memgpt.predict.batching import batch_size, by_length, encode, pad
 
 LOGITS = 1 << 26  # of a batch, at most: 256 MB
 WINDOW = 512  # tokens read at once; the first of the next window is predicted from the last of this one alone
@@ -25,11 +25,8 @@ class Predictor:
         """Per text: nats (total negative log-likelihood), tokens, bytes (UTF-8) and bits_per_byte."""
         end = self.tokenizer.eos_token_id
         rows, owners = [], []
-        for index, text in enumerate(inputs):
-            ids = [
-                end,
-                *self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"],
-            ]
+        for index, read in enumerate(encode(self.tokenizer, inputs)):
+            ids = [end, *read]
             for first in range(0, max(1, len(ids) - 1), WINDOW):
                 rows.append(ids[first : first + WINDOW + 1])
                 owners.append(index)

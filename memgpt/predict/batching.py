@@ -22,7 +22,7 @@ def by_length(rows: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> 
         yield batch
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[Any], window: int) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[Any], window: int | None = None) -> list[list[int]]:
     """Texts → their ids, cut at `window`; what looks like a special token is text."""
     if not texts:  # which the tokenizer does not take
         return []

@@ -6,6 +6,7 @@ by a sha256 of its files. Class labels stored as numbers become their names.
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ def fetch(name: str, entry: dict[str, Any]) -> list[Part]:
     if not folder.exists():
         with _explained(name, entry["uri"]):
             if address.local and _digest(Path(address.path)) != file["revision"]:
-                raise UserError(f"{address.path}: changed since the snapshot of {name}; run `memgpt snapshot`")
+                raise UserError(f"{address.path}: changed {naming.since(name)}")
             if not address.local:
                 HfApi().dataset_info(
                     address.path, revision=file["revision"], timeout=10
@@ -118,7 +119,8 @@ def _digest(folder: Path) -> str:
 def _load(name: str, uri: str, address: Address, revision: str) -> list[tuple[str, int, pa.Table]]:
     """(role, number, rows) of every split wanted."""
     datasets.disable_progress_bars()
-    scratch = CACHE / f"datasets-{hashlib.sha256(revision.encode()).hexdigest()[:16]}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="datasets-", dir=CACHE))  # not shared: another source may load the same
     pinned = {} if address.local else {"revision": revision}
     options: dict[str, Any] = {"cache_dir": str(scratch), **pinned}
     try:

@@ -108,6 +108,8 @@ def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, st
             raise UserError(
                 f"{where}: no {' and no '.join(sorted(missing))} file at {uri}; needed are items.* and interactions.*"
             )
+        if rest := [name for name in data if name not in named]:
+            print(f"{where}: left out, neither items nor interactions: {_some(rest)}", file=sys.stderr)
     elif not named:
         named = dict.fromkeys(data, WHOLE)
     elif "train" not in named.values():

@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 import pandas as pd
 
 from memgpt.errors import UserError
+from memgpt.sources import naming
 from memgpt.sources.naming import Part
 
 
@@ -25,7 +26,7 @@ def fetch(name: str, entry: dict[str, Any]) -> list[Part]:
     frames = _generate(*_parse(name, entry["uri"]))[name]
     for file in entry["files"]:
         if file["role"] not in frames or digest(frames[file["role"]]) != file["sha256"]:
-            raise UserError(f"{entry['uri']}: {file['path']} changed since the snapshot; run `memgpt snapshot`")
+            raise UserError(f"{entry['uri']}: {file['path']} changed {naming.since(name)}")
     return [
         Part(role=file["role"], name=f"newsroom {file['path']}", frame=frames[file["role"]]) for file in entry["files"]
     ]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from memgpt import environment, gate, packaging, registry, tracking
+from memgpt import gate, registry, tracking
 from memgpt.config import MODELS, Config
 from memgpt.errors import UserError
 from memgpt.registry import CHALLENGER, CHAMPION, Change
@@ -74,15 +74,8 @@ def run(
         registry.reconcile(client, model)
         waiting = held(client, model, version)
         if approve:
-            uri = registry.uri(model, waiting.version)
-            with gate.Version(
-                uri, WORK / model, environment.threads(config.runtime.threads), config.promote.patience
-            ) as new:
-                try:
-                    new.ask(packaging.EXAMPLES[model])
-                    new.answer()
-                except gate.VersionError as error:
-                    raise UserError(f"{error}; it stays held, and the champion is unchanged") from None
+            hint = "it stays held, and the champion is unchanged"
+            gate.try_out(config, model, registry.uri(model, waiting.version), WORK / model, hint)
         who = actor or registry.actor()
         word = "approved" if approve else "rejected"
         registry.carry_out(

@@ -67,7 +67,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     }
     inputs = [BASE, *(TABLES / task for task in TASKS)]
     checkpoints = checkpoint.directory("multitask", params.model_dump(), inputs)
-    train(
+    model = train(
         model,
         Mixture(data, params),
         _the_batch,

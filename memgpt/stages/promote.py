@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from memgpt import atomic, environment, gate, registry, tracking
 from memgpt.config import MODELS, Config, Gate
+from memgpt.console import VERDICTS
 from memgpt.errors import UserError
 from memgpt.registry import CHAMPION, Change
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 TABLES = Path("data/tables")
 WORK = Path(".memgpt/gate")
-VERDICTS = Path(".memgpt/verdicts")
 _ROUNDING = 0.001  # by which a score may differ between two computations of it
 
 
@@ -130,9 +130,10 @@ def _judge(
         uris = [registry.uri(model, version)]
         if champion and not incomparable:
             uris.append(registry.uri(model, champion))
-        share, patience = max(1, environment.threads(config.runtime.threads) // len(uris)), config.promote.patience
+        share = max(1, environment.threads(config.runtime.threads) // len(uris))
         # Started before the judge is imported: both take seconds.
-        new, *others = [stack.enter_context(gate.Version(uri, WORK / model, share, patience)) for uri in uris]
+        limit = config.promote.timeout_seconds
+        new, *others = [stack.enter_context(gate.Version(uri, WORK / model, share, limit)) for uri in uris]
         old = others[0] if others else None
 
         from memgpt.tasks import judge

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from memgpt import environment, gate, packaging, registry, tracking
+from memgpt import gate, registry, tracking
 from memgpt.config import MODELS, Config
 from memgpt.errors import UserError
 from memgpt.registry import CHAMPION, Change
@@ -44,13 +44,8 @@ def run(
             raise UserError(
                 f"{registry.uri(model, target)}: lacks lineage ({', '.join(missing)}); choose another version"
             )
-        uri, threads = registry.uri(model, target), environment.threads(config.runtime.threads)
-        with gate.Version(uri, WORK / model, threads, config.promote.patience) as old:
-            try:
-                old.ask(packaging.EXAMPLES[model])
-                old.answer()
-            except gate.VersionError as error:
-                raise UserError(f"{error}; choose another version, the champion stays {champion}") from None
+        hint = f"choose another version, the champion stays {champion}"
+        gate.try_out(config, model, registry.uri(model, target), WORK / model, hint)
         why = f"from version {champion}"
         registry.carry_out(
             client, Change(model, "rollback", target, champion, [why], actor or registry.actor(), reason)

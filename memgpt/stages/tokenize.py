@@ -74,13 +74,19 @@ def _tokenizer(config: Config, texts: list[str]) -> PreTrainedTokenizerFast:
         sample = texts[: config.tokenize.max_documents]
         return MemGPTTokenizer.train(sample, config.tokenize.vocab_size, config.tokenize.min_frequency)
     try:
-        return AutoTokenizer.from_pretrained(config.pretrain.init)
+        tokenizer = AutoTokenizer.from_pretrained(config.pretrain.init)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"pretrain.init={config.pretrain.init}: no tokenizer to be had there ({reason}); "
             "name a model directory, or a hub id on a machine with network"
         ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"pretrain.init={config.pretrain.init}: its tokenizer has no end token, which stands between documents; "
+            "name a model that generates text"
+        )
+    return tokenizer
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:

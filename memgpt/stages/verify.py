@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from memgpt import environment, gate, packaging, registry, tracking
+from memgpt import gate, registry, tracking
 from memgpt.config import Config
-from memgpt.errors import UserError
 
 WORK = Path(".memgpt/verify")
 
@@ -17,14 +16,9 @@ def run(config: Config, reference: str) -> str:
         UserError: if there is no such version, or it does not load or predict.
     """
     tracking.use()
-    model, version = registry.resolve(tracking.client(), reference)
-    uri = registry.uri(model, version)
-    with gate.Version(
-        uri, WORK / model, environment.threads(config.runtime.threads), config.promote.patience
-    ) as served:
-        served.ask(packaging.EXAMPLES[model])
-        try:
-            served.answer()
-        except gate.VersionError as error:
-            raise UserError(f"{error}; `memgpt rollback {model}` returns to the version before") from None
+    client = tracking.client()
+    model, version = registry.resolve(client, reference)
+    champion = registry.aliases(client, model).get(registry.CHAMPION) == version
+    hint = f"`memgpt rollback {model}` returns to the version before" if champion else "it is not the champion"
+    gate.try_out(config, model, registry.uri(model, version), WORK / model, hint)
     return version

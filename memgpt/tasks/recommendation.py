@@ -175,7 +175,8 @@ def behaviour(tables: Path) -> "dict[str, torch.Tensor]":
     last: dict[str, int] = {}
     for row in rows_of(tables, "recommendation", "train"):
         last[row["item_id"]] = max(row["timestamp"], last.get(row["item_id"], row["timestamp"]))
-    idle = np.array([(max(last.values()) - last[item]) / 86400 if item in last else np.nan for item in items])
+    newest = max(last.values())
+    idle = np.array([(newest - last[item]) / 86400 if item in last else np.nan for item in items])
     lines = [[place[item] for item in read] for read in histories(tables, "train").values()]
     line = np.array([item for read in lines for item in read])
     reader = np.repeat(np.arange(len(lines)), [len(read) for read in lines])

@@ -125,6 +125,23 @@ def switch(up: Up, name: str, on: bool) -> bool:
     return schedule["active"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "told"),
+    [
+        ("MEMGPT_ALERT_DAYS", "soon", "expected a number of days"),
+        ("MEMGPT_PREFECT_PORT", "http", "expected a port, a number up to 65535"),
+        ("MEMGPT_PREFECT_PORT", "70000", "expected a port, a number up to 65535"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_told(
+    pipeline: Pipeline, tmp_path: Path, setting: str, value: str, told: str
+) -> None:
+    copied = pipeline.copy(tmp_path / "checkout")
+    wrong = Pipeline(copied.root, {**copied.env, "PYTHONPATH": str(copied.root), setting: value})
+    done = wrong.run(sys.executable, "-m", "flows.up")
+    assert (done.returncode, done.stderr) == (1, f"error: {setting}={value}: {told}\n")
+
+
 def test_once_is_enough(up: Up) -> None:
     before = {path.name: path.read_text() for path in (up.place.root / ".memgpt/up").glob("*.json")}
     assert set(before) == {"prefect.json", "mlflow.json", "worker.json"}
@@ -180,7 +197,10 @@ def test_held_approved_by_a_person_then_nothing_to_do(up: Up) -> None:
     up.until(lambda: up.state(first["id"]), lambda state: state["name"] == "Superseded")
     up.until(lambda: up.state(newer), lambda state: state["name"] == "Suspended")
     answer = {"decision": "approve", "name": "Ada", "comment": "looks right", "version": "1"}
-    up.post(f"flow_runs/{newer}/resume", {"run_input": answer})
+    # Suspended is to be seen a moment before the form is; an answer that comes between is turned down
+    up.until(
+        lambda: up.post(f"flow_runs/{newer}/resume", {"run_input": answer}), lambda told: told["status"] == "ACCEPT", 60
+    )
     assert up.ended(newer)["name"] == "Approved"
     history = up.place.run("memgpt", "history", "recommendation").stdout
     assert "Ada" in history

@@ -119,6 +119,17 @@ def test_int8_products_are_within_the_rounding(inputs: int, rows: int) -> None:
     assert ((got.float() - wanted).abs() <= steps + 0.02 * wanted.abs() + 0.02).all()
 
 
+@pytest.mark.parametrize(("kind", "share"), [(Int8Linear, 1 / 254), (Float8Linear, 1 / 16)])
+def test_a_weight_is_within_its_bound(kind: type[Int8Linear] | type[Float8Linear], share: float) -> None:
+    linear = torch.nn.Linear(64, 200, bias=False)
+    torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(3))
+    rounded = kind(linear)
+    kept = rounded.weight.float() * rounded.scale.float()[:, None]
+    error = (kept - linear.weight).abs() / linear.weight.abs().amax(dim=1, keepdim=True)
+    # a scale that bfloat16 rounds down takes up to 1/256 from the largest
+    assert error.max() <= share * 1.01 + (kind is Float8Linear) / 256
+
+
 @pytest.mark.parametrize("eighth", [False, True])
 @pytest.mark.parametrize("inputs, rows", [(16, 1), (48, 3), (32, 65)])
 def test_float8_products_are_within_the_rounding(inputs: int, rows: int, eighth: bool) -> None:

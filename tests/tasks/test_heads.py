@@ -97,6 +97,14 @@ def test_an_ensemble_finds_names(settings: config.Config) -> None:
     assert [(entity["text"], entity["type"]) for entity in found] == [("Ada Brandt", "PER")]
 
 
+def test_the_average_of_joint_training_is_what_is_kept(settings: config.Config) -> None:
+    multitask.run(settings)
+    last = load_file(Path("models/multitask/model.safetensors"))["heads.ner.score.weight"]
+    averaged = settings.model_copy(update={"multitask": settings.multitask.model_copy(update={"ema_decay": 0.5})})
+    multitask.run(averaged)
+    assert not torch.equal(load_file(Path("models/multitask/model.safetensors"))["heads.ner.score.weight"], last)
+
+
 def test_joint_training_has_the_topics_too_and_its_heads_go_on(settings: config.Config) -> None:
     multitask.run(settings)
     document = settings.model_dump(by_alias=True)

@@ -16,6 +16,11 @@ def available() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY
 
 
+def fits(weight: torch.Tensor) -> bool:
+    """Whether the product takes a matrix of this shape."""
+    return all(size % _MULTIPLE == 0 for size in weight.shape)
+
+
 @contextmanager
 def products(model: PreTrainedModel, emulate: bool = False) -> Iterator[None]:
     """Within it the blocks multiply in float8, forward and backward, with a scale per tensor (arXiv 2209.05433).
@@ -31,7 +36,7 @@ def products(model: PreTrainedModel, emulate: bool = False) -> Iterator[None]:
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name("tensorwise"), emulate=emulate)
     blocks: nn.Module = model.base_model.layers
     places = {name: module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
-    places = {name: linear for name, linear in places.items() if not any(n % _MULTIPLE for n in linear.weight.shape)}
+    places = {name: linear for name, linear in places.items() if fits(linear.weight)}
     for name, linear in places.items():
         blocks.set_submodule(name, Float8Linear.from_float(linear, config))
     try:

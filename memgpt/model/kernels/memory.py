@@ -34,23 +34,6 @@ def look_up(table: torch.Tensor, addresses: torch.Tensor, dtype: torch.dtype) ->
         return _LookUp.apply(table, addresses, dtype)
 
 
-def gated_convolution(
-    hidden: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    weight: torch.Tensor,
-    taps: torch.Tensor | None,
-    position_ids: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
-    """`KnowledgeMemory.gate` · `KnowledgeMemory.convolve`: [B, T, D] in the dtype of hidden, computed in float32.
-
-    hidden [B, T, D]; key and value [B, L + T, D], whose first L positions precede the text; weight [D]: the two norms'
-    weights multiplied, since they only occur so; taps [L, D] or None; position_ids [B or 1, T].
-    """
-    return _gated_convolution(hidden, key, value, weight, taps, position_ids, eps)[0]
-
-
 # --- look-up
 
 
@@ -241,7 +224,7 @@ def _backward(
 
 
 @torch.library.custom_op("memgpt::gated_convolution", mutates_args=())  # so that compiled code calls it too
-def _gated_convolution(
+def gated_convolution(
     hidden: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -250,7 +233,12 @@ def _gated_convolution(
     position_ids: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is added, and the gates [B, T]."""
+    """`KnowledgeMemory.gate` · `KnowledgeMemory.convolve`: [B, T, D] in the dtype of hidden, computed in float32; and
+    the gates [B, T], which the backward pass wants.
+
+    hidden [B, T, D]; key and value [B, L + T, D], whose first L positions precede the text; weight [D]: the two norms'
+    weights multiplied, since they only occur so; taps [L, D] or None; position_ids [B or 1, T].
+    """
     hidden, key, value, position_ids = (t.contiguous() for t in (hidden, key, value, position_ids))
     out = torch.empty_like(hidden)
     gates = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
@@ -262,7 +250,7 @@ def _gated_convolution(
     return out, gates
 
 
-@_gated_convolution.register_fake
+@gated_convolution.register_fake
 def _(hidden: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     out = hidden.new_empty(hidden.shape)
     return out, hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
@@ -298,13 +286,9 @@ def _gated_convolution_backward(
 
 @_gated_convolution_backward.register_fake
 def _(
-    gradient: torch.Tensor,
-    hidden: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    weight: torch.Tensor,
-    *others: Any,
+    gradient: torch.Tensor, hidden: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    key, value, weight = others[:3]
     sums = weight.new_empty(1 + value.shape[1] - hidden.shape[1], len(weight), dtype=torch.float32)
     return hidden.new_empty(hidden.shape), key.new_empty(key.shape), value.new_empty(value.shape), sums
 
@@ -320,7 +304,7 @@ def _differentiate(ctx: Any, gradient: torch.Tensor, of_gates: None) -> tuple[to
     return *grads, sums[0].to(weight.dtype), None if taps is None else sums[1:].to(taps.dtype), None, None
 
 
-_gated_convolution.register_autograd(_differentiate, setup_context=_save)
+gated_convolution.register_autograd(_differentiate, setup_context=_save)
 
 
 class _Shape:
