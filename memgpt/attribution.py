@@ -23,7 +23,7 @@ from memgpt.model.inspection import values
 from memgpt.model.memory import KnowledgeMemory
 from memgpt.model.word_votes import Features
 from memgpt.predict.batching import encode
-from memgpt.predict.words import encode_rows, split_words
+from memgpt.predict.words import encode_rows, split_words, windows
 
 _BATCH = 16  # points of the path at once
 
@@ -66,7 +66,8 @@ def explain(task: str, directory: Path, texts: list[str], steps: int = 64) -> li
     ner: one per entity found, of its words' mean log-odds of being of its type. sentiment: one per text, of the
     log-odds of its label. recommendation: texts are a reader's history, oldest first, as texts or item ids (an id
     stands for its title); one per text, of its part in the similarity to the item offered first, the other texts given.
-    A text is read up to the model's window. Of an ensemble the first member is explained.
+    A text is read up to the model's window; for an entity, in the window that shows it best. Of an ensemble the first
+    member is explained.
 
     Raises:
         ValueError: for an empty text.
@@ -97,13 +98,15 @@ def _sentiment(predictor: Any, text: str, steps: int) -> Attribution:
 def _ner(predictor: Any, text: str, steps: int) -> list[Attribution]:
     model, places = predictor.model, split_words(text)
     (words,) = encode_rows(predictor.tokenizer, [[text[a:b] for a, b in places]])
-    ids = [*chain.from_iterable(words)][: model.config.window]
-    found = []
+    size, found = model.config.window, []
+    ranges = windows([*map(len, words)], size)
     for entity in predictor.predict([text])[0]:
         inside = [i for i, (start, end) in enumerate(places) if entity["start"] <= start and end <= entity["end"]]
-        firsts = [sum(map(len, words[:i])) for i in inside]
-        if firsts[-1] >= len(ids):
-            continue
+        # the window that shows most of its surroundings, as when it was found
+        first, last = max(ranges, key=lambda shown: min(inside[0] - shown[0], shown[1] - 1 - inside[-1]))
+        ids = [*chain.from_iterable(words[first:last])][:size]
+        firsts = [sum(map(len, words[first:i])) for i in inside if first <= i < last]
+        firsts = [place for place in firsts if place < len(ids)]
         tags = [model.config.label2id[f"{mark}-{entity['type']}"] for mark in "BI"]
 
         def score(input_ids: torch.Tensor, firsts: list[int] = firsts, tags: list[int] = tags) -> torch.Tensor:
@@ -223,7 +226,7 @@ def _entries(
     gate = memory.gate(hidden, entry[:, ngram_hash.lead :])
     pull = gate * slope  # of the convolved values, [1, T, D]
     felt = pull.clone()
-    for back in range(1, memory.lead + 1):
+    for back in range(1, min(memory.lead, felt.shape[1] - 1) + 1):
         reached = pull * memory.taps[back - 1] * (position_ids >= back)[..., None]
         felt[:, : felt.shape[1] - back] += reached[:, back:]
     return [(n, (part[0, ngram_hash.lead :] * felt[0]).sum(-1)) for n, part in values(memory, entry, ngram_hash.ngrams)]

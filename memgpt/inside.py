@@ -41,8 +41,6 @@ def attribute(task: str, directory: Path, texts: list[str], as_json: bool, html:
     """Print what moved the answer of a task's model, and draw it to `html`, a page that needs no other file."""
     from memgpt import attribution
 
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory}: no model there; `memgpt retrain` or `dvc repro` makes it")
     try:
         found = attribution.explain(task, directory, texts)
     except ValueError as error:

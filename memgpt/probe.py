@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -64,12 +65,17 @@ class _Core:
         return [found[i] for i in range(len(rows))]
 
 
-def _fitted(features: np.ndarray, labels: list[str]) -> Pipeline:
+def _fitted(features: np.ndarray, labels: list[str]) -> Pipeline | DummyClassifier:
+    if len(set(labels)) < 2:
+        return DummyClassifier().fit(features, labels)
     return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(features, labels)
 
 
 def _sentiment(core: _Core, tables: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    train = rows_of(tables, "sentiment", "train")[:_EXAMPLES]
+    train = rows_of(tables, "sentiment", "train")
+    if len(train) > _EXAMPLES:  # drawn, since files may be sorted by label
+        drawn = np.random.default_rng(0).choice(len(train), _EXAMPLES, replace=False)
+        train = [train[i] for i in np.sort(drawn)]
     classifier = _fitted(core.pooled([row["text"] for row in train]), [row["label"] for row in train])
     labels = classifier.predict(core.pooled([row["input"]["text"] for row in rows]))
     return [{"label": str(label)} for label in labels]

@@ -6,10 +6,13 @@ decides; the test split is never read.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from memgpt import atomic, config, tracking
 from memgpt.config import Finetune
@@ -75,9 +78,10 @@ def search(task: str, params: Finetune, space: Space, trials: int, told: Told) -
             study_name=name,
             load_if_exists=True,
             direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=params.seed),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
         )
+        # What begins anew in each process draws other values than the trials before it.
+        study.sampler = optuna.samplers.TPESampler(seed=params.seed + len(study.get_trials()))
         for left in study.get_trials(states=(TrialState.RUNNING,)):  # by a process that died: the lock is ours
             study.tell(left.number, state=TrialState.FAIL)
             study.enqueue_trial(left.params)
@@ -133,12 +137,12 @@ def draw(study: "Study", target: Path) -> None:
     plt.close(figure)
 
 
-def range_test(task: str, params: Finetune, steps: int = 100) -> tuple[list[tuple[float, float]], float]:
+def range_test(task: str, params: Finetune, steps: int = 100) -> tuple[list[tuple[float, float]], float | None]:
     """The loss while the learning rate rises from 1e-6 to 1 (Smith 2017, arXiv 1506.01186).
 
-    Returns (rate, smoothed loss) of each step until the loss has left its valley, and the rate at its steepest fall.
+    Returns (rate, smoothed loss) of each step until the loss has left its valley, and the rate at its steepest fall;
+    None if it falls by no more than batches differ.
     """
-    import numpy as np
     import torch
     from torch.utils.data import DataLoader, RandomSampler
     from transformers import AutoTokenizer, set_seed
@@ -155,24 +159,41 @@ def range_test(task: str, params: Finetune, steps: int = 100) -> tuple[list[tupl
     rise = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[min(step, steps - 1)] / params.learning_rate)
     draws = RandomSampler(data, replacement=True, num_samples=steps * params.batch_size)
     losses: list[float] = []
-    average = 0.0
+    average, least = 0.0, math.inf
     for step, batch in enumerate(DataLoader(data, params.batch_size, sampler=draws, collate_fn=data.collate)):
         loss = model(**batch).loss
         average = 0.9 * average + 0.1 * loss.item()
-        losses.append(average / (1 - 0.9 ** (step + 1)))
-        if not losses[-1] < 4 * min(losses):  # NaN too
+        so_far = average / (1 - 0.9 ** (step + 1))
+        least = min(least, so_far)
+        if not so_far < 4 * least:  # NaN too
             break
+        losses.append(loss.item())
         loss.backward()
         clip_gradients(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         rise.step()
-    valley = int(np.nanargmin(losses)) + 1
-    slopes = np.gradient(losses[: max(2, valley)])[:-1]  # at its bottom the loss is about to rise
-    return [*zip(rates[: len(losses)].tolist(), losses, strict=True)], float(rates[int(np.argmin(slopes))])
+    if len(losses) < 3:
+        return [*zip(rates[: len(losses)].tolist(), losses, strict=True)], None
+    smoothed, noise = _smoothed(np.array(losses))
+    points = [*zip(rates[: len(losses)].tolist(), smoothed.tolist(), strict=True)]
+    valley = int(smoothed.argmin())
+    if valley < 2 or smoothed[:valley].max() - smoothed[valley] <= noise:
+        return points, None
+    return points, float(rates[int(np.argmin(np.gradient(smoothed[: valley + 1])[:-1]))])
 
 
-def draw_range(points: list[tuple[float, float]], suggestion: float, target: Path) -> None:
+def _smoothed(losses: np.ndarray) -> tuple[np.ndarray, float]:
+    """The mean of the losses around each, weighed by a Gaussian whose deviation is a twentieth of all steps, and how
+    much of such a mean is chance: twice its standard error."""
+    steps = np.arange(len(losses))
+    weights = np.exp(-0.5 * ((steps[:, None] - steps) / max(1.0, 0.05 * len(losses))) ** 2)
+    weights /= weights.sum(1, keepdims=True)
+    means = weights @ losses
+    return means, 2 * float(np.std(losses - means) * np.sqrt((weights**2).sum(1)).max())
+
+
+def draw_range(points: list[tuple[float, float]], suggestion: float | None, target: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,9 +201,10 @@ def draw_range(points: list[tuple[float, float]], suggestion: float, target: Pat
 
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     axis.plot(*zip(*points, strict=True))
-    axis.axvline(suggestion, color="tab:red", linestyle="--", label=f"steepest fall: {suggestion:.2g}")
+    if suggestion is not None:
+        axis.axvline(suggestion, color="tab:red", linestyle="--", label=f"steepest fall: {suggestion:.2g}")
+        axis.legend()
     axis.set(xscale="log", xlabel="learning rate", ylabel="loss, smoothed")
-    axis.legend()
     with atomic.replacing(target) as aside:
         figure.savefig(aside, format="png", dpi=100)
     plt.close(figure)

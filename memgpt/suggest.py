@@ -36,7 +36,7 @@ def suggest(task: str, directory: Path, path: Path, count: int, seed: int = 0) -
     Raises:
         UserError: if the file cannot be read, or has no column of texts (for ner also: of tokens).
     """
-    column, rows, places = _read(task, path)
+    column, rows, places, read = _read(task, path)
     predictor: Any = predict.load(task, directory)
     uncertainty, features = _ask(predictor, task, rows)
     pool = np.argsort(-uncertainty, kind="stable")[: _POOL * count]
@@ -50,35 +50,40 @@ def suggest(task: str, directory: Path, path: Path, count: int, seed: int = 0) -
             "prediction": answer,
             "stands_for": int(size),
             "reason": _reason(task, float(uncertainty[i]), int(size)),
-            "from": places[i],
+            "from": read.at(places[i]),
         }
         for i, answer, size in zip(best, answers, sizes, strict=True)
     ]
 
 
 def pseudo_label(task: str, directory: Path, path: Path, least: float) -> tuple[list[dict[str, Any]], int]:
-    """Rows of the file that the model is sure of, as training rows {text, label} or {tokens, tags}, and how many rows
-    the file has.
+    """Rows of the file that the model is sure of, as training rows {text, label, topic?} or {tokens, tags}; and how
+    many rows the file has.
 
     least: 1 − the row's `uncertainty`, as in `suggest`, is at least so much.
 
     Raises:
         UserError: as `suggest`.
     """
-    _, rows, _ = _read(task, path)
+    _, rows, places, read = _read(task, path)
     predictor: Any = predict.load(task, directory)
     uncertainty, _ = _ask(predictor, task, rows)
-    sure = [rows[i] for i in np.flatnonzero(1 - uncertainty >= least)]
+    kept = np.flatnonzero(1 - uncertainty >= least)
+    sure, count = [rows[i] for i in kept], len(read.frame)
     if task == "ner":
         words = _words(sure)
         tags = predicted_tags(words, predictor.predict(words))
-        return [{"tokens": row, "tags": own} for row, own in zip(words, tags, strict=True)], len(rows)
-    answers = predictor.predict(sure)
-    return [{"text": row, "label": answer["label"]} for row, answer in zip(sure, answers, strict=True)], len(rows)
+        return [{"tokens": row, "tags": own} for row, own in zip(words, tags, strict=True)], count
+    found = [{"text": row, "label": answer["label"]} for row, answer in zip(sure, predictor.predict(sure), strict=True)]
+    topic = next((name for name in USUAL["sentiment"]["topic"] if name in read.frame), None)
+    if topic is not None:
+        for row, i in zip(found, kept, strict=True):
+            row["topic"] = read.frame[topic][places[i]]
+    return found, count
 
 
-def _read(task: str, path: Path) -> tuple[str, list[Any], list[str]]:
-    """(name of the column, its values less repeated and empty ones, where each stands)."""
+def _read(task: str, path: Path) -> tuple[str, list[Any], list[int], formats.Rows]:
+    """(name of the column, its values less repeated and empty ones, the row of each, all that the file has)."""
     if not path.is_file():
         raise UserError(f"{path}: not found; name a file of unlabelled rows")
     if not naming.data_format(path.name):
@@ -100,7 +105,7 @@ def _read(task: str, path: Path) -> tuple[str, list[Any], list[str]]:
         if not found:
             raise UserError(f"{path}: {name} holds no text")
         rows = [list(value) if column == "tokens" else value for value in found]
-        return column, rows, [read.at(place) for place in found.values()]
+        return column, rows, list(found.values()), read
     raise UserError(f"{path}: no column of texts; call one {' or '.join(chain(*usual.values()))}")
 
 

@@ -117,6 +117,15 @@ KNOBS = {  # check → the key of params.yaml that sets its threshold
 }
 
 
+FIXES = {  # check → what to do about rows that fail it
+    "no nulls": "fill it in, or take the row out",
+    "unknown items": "bring them among the items, or take the rows out",
+    "duplicate item ids": "give each item its own",
+    "label balance in train": "bring more rows of it, or take it out",
+    "equal token and tag lengths": "give each token one tag",
+}
+
+
 @dataclass(frozen=True)
 class Check:
     """One expectation on one table: `name` and `column` for the report, `threshold` as `params.yaml` has it."""

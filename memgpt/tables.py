@@ -454,8 +454,9 @@ def read_texts(part: Part, column: str | None = None, history: bool = False) -> 
     return read
 
 
-def read_items(path: Path) -> list[dict[str, Any]]:
-    """Rows of the items table from a file in any of the formats.
+def read_items(path: Path, columns: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """Rows of the items table from a file in any of the formats. columns: ours → the file's, as in
+    data.recommendation.columns; those of interactions do not count.
 
     Raises:
         UserError: naming the file and row of an item without id or title, or with the id of another.
@@ -463,7 +464,7 @@ def read_items(path: Path) -> list[dict[str, Any]]:
     if not path.is_file() or not naming.data_format(path.name):
         raise UserError(f"{path}: no such file, or not one of .{', .'.join(naming.FORMATS)}, each also .gz")
     rows = formats.read(Part("items", str(path), path))
-    found = _columns("recommendation", "items", rows, {})
+    found = _columns("recommendation", "items", rows, columns)
     items = list(_items(rows, found))
     first: dict[str, int] = {}
     for index, item in enumerate(items):

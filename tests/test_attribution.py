@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,29 @@ def test_shares_add_up_to_the_score(models: Path, task: str) -> None:
         assert {entry.n for entry in each.memory} == {1, 2}
 
 
+@pytest.mark.parametrize("text", ["The", "The bank"])
+@pytest.mark.parametrize("task", KINDS)
+def test_a_text_of_a_token_or_two_is_explained(models: Path, task: str, text: str) -> None:
+    for each in attribution.explain(task, models / task, [text], steps=100):
+        assert len(each.tokens) <= 3
+        moved = sum(map(abs, each.shares)) + sum(abs(entry.share) for entry in each.memory)
+        assert abs(each.error) < 0.02 * moved
+
+
+def test_every_name_of_a_long_text_is_explained(models: Path, tmp_path: Path) -> None:
+    from memgpt import predict
+
+    shutil.copytree(models / "ner", tmp_path / "ner")
+    settings = json.loads((tmp_path / "ner/config.json").read_text())
+    (tmp_path / "ner/config.json").write_text(json.dumps({**settings, "window": 8}))
+    text = "The bank raised its rates. " * 3 + TEXT
+    entities = predict.load("ner", tmp_path / "ner").predict([text])[0]
+    found = attribution.explain("ner", tmp_path / "ner", [text], steps=4)
+    assert len(entities) > 1
+    assert [each.answer for each in found] == [f"{entity['text']}: {entity['type']}" for entity in entities]
+    assert all(len(each.tokens) <= 8 for each in found)
+
+
 def test_the_memorys_share_is_of_the_entries_that_were_read(models: Path) -> None:
     """A table emptied of all but one n-gram's rows leaves all of the memory's share to that n-gram."""
     from memgpt import predict
@@ -136,6 +160,10 @@ def test_an_answer_is_printed_and_drawn(models: Path, tmp_path: Path, monkeypatc
     assert "<b>" not in drawn  # what a text says is never markup
     assert "&lt;" in drawn
     assert not re.search(r"(src|href)=", drawn)  # self-contained
+    wrong = CliRunner().invoke(cli.app, ["explain", "ner", "Ada", "--dir", str(models / "sentiment")])
+    assert "holds a MemGPTForSequenceClassification, no model for ner, which is a MemGPTForTokenCl" in str(
+        wrong.exception
+    )
     printed = CliRunner().invoke(cli.app, [*command[:5], "--json"]).stdout
     assert json.loads(printed)["answer"] in KINDS["sentiment"][1]
 

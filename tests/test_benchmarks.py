@@ -1,5 +1,6 @@
 """The benchmark of the core is ready to run: its recipe is one of today's, and its comparison is fair."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -152,6 +153,31 @@ def test_a_cell_is_run_again_when_its_spec_has_changed(tmp_path: Path) -> None:
     assert runner.done(results, "kept", {"rows": 2})["there"] == "before"
     runner.run(cells, 2, script, results, tmp_path / "logs", again={"kept"})
     assert runner.done(results, "kept", {"rows": 2})["there"] != "before"
+
+
+def test_starts_are_pretrained_again_where_their_weights_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a clone there are results of all that was pretrained, and weights of none."""
+    asked: list[set[str]] = []
+    monkeypatch.setattr(core, "WORK", tmp_path / "work")
+    monkeypatch.setattr(core, "CELLS", tmp_path)
+    monkeypatch.setattr(core, "prepare", lambda source: None)
+    monkeypatch.setattr(runner, "run", lambda cells, jobs, script, results, logs, again: asked.append(set(again)))
+    starts = [core.pretraining("llama", 64, 1, 1), core.pretraining("memgpt", 64, 1, 1)]
+    tuned = [core.tuning(start, "ner", 1) for start in starts]
+    (tmp_path / f"{tuned[0][0]}.json").write_text(json.dumps({"spec": tuned[0][1]}))  # it needs its start no more
+    core.run([*starts, *tuned], jobs=1)
+    core.weights(starts[1][0]).mkdir(parents=True)
+    core.run([*starts, *tuned], jobs=1)
+    assert asked == [{starts[1][0]}, set()]
+    planned = dict(core.plan(quick=False))
+    lacking, there = "llama-128-4M-1", "memgpt-128-4M-1"
+    core.weights(there).mkdir(parents=True)
+    core.provide({lacking, there}, jobs=1)
+    assert lacking in planned and asked[2] == {lacking, there}
+    core.provide({there}, jobs=1)
+    assert len(asked) == 3
 
 
 def test_flops_count_every_matrix_and_what_attention_sees() -> None:

@@ -38,6 +38,18 @@ def test_sentiment(core: Path, tmp_path: Path) -> None:
     assert sentiment.score(sentiment.statistics(rows, answers).sum(0)) == 1
 
 
+def test_a_set_sorted_by_label_is_sampled_and_one_label_is_an_answer(
+    core: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_EXAMPLES", 8)
+    rows = [{"text": GOOD, "label": "up"}] * 40 + [{"text": BAD, "label": "down"}] * 40
+    put(tmp_path, "sentiment", "train", rows)
+    asked = [{"input": {"text": BAD, "topic": None}, "label": "down"}]
+    assert probe.before("sentiment", core, tmp_path, asked) == [{"label": "down"}]
+    put(tmp_path, "sentiment", "train", rows[:40])
+    assert probe.before("sentiment", core, tmp_path, asked) == [{"label": "up"}]
+
+
 def test_ner(core: Path, tmp_path: Path) -> None:
     sentence = {"tokens": ["Ada", "lives", "in", "Kiel"], "tags": ["B-PER", "O", "O", "B-LOC"]}
     put(tmp_path, "ner", "train", [sentence] * 4)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from conftest import Pipeline
@@ -59,6 +60,8 @@ def test_it_finds_the_peak_prunes_and_goes_on(place: Path, monkeypatch: pytest.M
     search.search("ner", params, space, 6, lambda number, score, values: seen.append((number, score)))
     study = search.search("ner", params, space, 25, lambda number, score, values: seen.append((number, score)))
     assert [number for number, _ in seen] == list(range(25)), "the second call went on with the first one's study"
+    tried = [trial.params["dropout"] for trial in study.get_trials()]
+    assert not set(tried[:6]) & set(tried[6:12]), "and did not draw the same values again"
     assert study.best_value > 0.95
     assert any(score is None for _, score in seen), "some were pruned"
     best = study.best_params["dropout"]
@@ -113,4 +116,16 @@ def test_the_range_test_ends_where_the_loss_leaves_its_valley(
     rates, losses = zip(*points, strict=True)
     assert list(rates) == sorted(rates)
     assert min(losses) < losses[0], "somewhere it learnt"
-    assert 1e-6 <= rate < rates[losses.index(min(losses))] or losses.index(min(losses)) == 0
+    assert rate is None or 1e-6 <= rate < rates[losses.index(min(losses))]
+
+
+def test_the_steepest_fall_is_no_batch_by_chance() -> None:
+    """A loss that is level, falls in the middle and rises, and one that only scatters."""
+    noise = 0.2 * np.random.default_rng(0).standard_normal(100)
+    level, fall = np.full(45, 2.0), np.linspace(2, 1, 10)
+    falling = np.concatenate((level, fall, np.full(45, 1.0)))
+    means, chance = search._smoothed(falling + noise)
+    assert 40 < np.gradient(means).argmin() < 60
+    assert means[:50].max() - means.min() > chance
+    means, chance = search._smoothed(2 + noise)
+    assert abs(means - 2).max() < 2 * chance

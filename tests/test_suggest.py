@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
+from typer.testing import CliRunner
 
-from memgpt import predict, suggest
+from memgpt import cli, predict, suggest
 from memgpt.errors import UserError
 from memgpt.model import (
     MemGPTConfig,
@@ -122,7 +124,30 @@ def test_what_the_model_is_sure_of_becomes_training_rows(models: Path, tmp_path:
             spans = {(entity["start"], entity["type"]) for entity in predictor.predict([text])[0]}
             starts = np.cumsum([0, *(len(word) + 1 for word in row["tokens"])])
             assert {(starts[i], tag[2:]) for i, tag in enumerate(row["tags"]) if tag[0] == "B"} == spans
+    assert "topic" not in every[0]
     least = float(np.median([1 - row["uncertainty"] for row in suggest.suggest(task, models / task, file, 8)]))
     some, _ = suggest.pseudo_label(task, models / task, file, least)
     assert 0 < len(some) < len(every)
     assert all(row in every for row in some)
+
+
+def test_no_file_is_written_over_and_none_without_rows(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.look, "load_config", lambda: None)
+    monkeypatch.setattr(cli.look, "compute_with", lambda _: None)
+    file, out = tmp_path / "new.jsonl", tmp_path / "train-pseudo.jsonl"
+    lines = [*({"text": text, "topic": "banks"} for text in TEXTS), {"text": TEXTS[0], "topic": "again"}, {"text": " "}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def ask(target: Path, least: str) -> Result:
+        arguments = [str(file), str(target), "--least", least, "--dir", str(models / "sentiment")]
+        return CliRunner().invoke(cli.app, ["pseudo-label", "sentiment", *arguments])
+
+    before = file.read_text()
+    assert "is there already; name a new file" in str(ask(file, "0").exception)
+    assert file.read_text() == before
+    assert f"the model is sure of none of its {len(lines)} rows" in str(ask(out, "1").exception)
+    assert not out.exists()
+    assert f"{len(TEXTS)} of {len(lines)} rows" in " ".join(ask(out, "0").output.split())
+    assert {json.loads(line)["topic"] for line in out.read_text().splitlines()} == {"banks"}

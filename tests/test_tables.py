@@ -319,7 +319,13 @@ def test_a_mapped_column_of_one_of_the_two_files_suffices() -> None:
 def test_new_items_that_cannot_be_told_apart_are_named(line: str, match: str) -> None:
     Path("new.csv").write_text(f"item_id,title\n1,Toy\n{line}\n")
     with pytest.raises(UserError, match=match):
-        tables.read_items(Path("new.csv"))
+        tables.read_items(Path("new.csv"), {})
+
+
+def test_new_items_have_the_columns_that_ingested_ones_have() -> None:
+    Path("new.csv").write_text("sku,title,who\n7,Toy,x\n")
+    [item] = tables.read_items(Path("new.csv"), {"item_id": "sku", "user_id": "reader"})
+    assert (item["item_id"], item["title"]) == ("7", "Toy")
 
 
 def test_the_last_of_each_user_is_left_out_ties_by_item() -> None:

@@ -11,6 +11,12 @@ from memgpt.errors import UserError
 
 PANEL = "Look"
 
+_CLASSES = {
+    "ner": "MemGPTForTokenClassification",
+    "sentiment": "MemGPTForSequenceClassification",
+    "recommendation": "MemGPTForRecommendation",
+}
+
 app = typer.Typer()
 
 
@@ -65,6 +71,20 @@ def _registered(reference: str, inputs: list[Any]) -> list[Any]:
             raise UserError(str(error)) from None
 
 
+def _model(name: str, directory: Path | None) -> Path:
+    """Where a model is. Those of tasks are told apart by their class; base's part in each can be looked at."""
+    import json
+
+    folder = directory or Path("models") / name
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model there; `memgpt retrain` or `dvc repro` makes it")
+    [kind] = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    wanted = _CLASSES.get(name, kind)
+    if kind != wanted:
+        raise UserError(f"{folder}: holds a {kind}, no model for {name}, which is a {wanted}; name its directory")
+    return folder
+
+
 @app.command(rich_help_panel=PANEL)
 def explain(
     model: ModelName,
@@ -85,7 +105,7 @@ def explain(
     compute_with(load_config())
     from memgpt import inside
 
-    folder = directory or Path("models") / model
+    folder = _model(model, directory)
     if model != "base":
         inside.attribute(model, folder, texts, as_json, html)
         return
@@ -108,9 +128,7 @@ def suggest_labels(
     """
     import json
 
-    folder = directory or Path("models") / task
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no model there; `memgpt retrain` or `dvc repro` makes it")
+    folder = _model(task, directory)
     compute_with(load_config())
     from memgpt import suggest
 
@@ -137,17 +155,19 @@ def pseudo_label(
     """
     import json
 
-    folder = directory or Path("models") / task
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no model there; `memgpt retrain` or `dvc repro` makes it")
+    folder = _model(task, directory)
     if out.suffix != ".jsonl":
         raise UserError(f"{out}: the rows are written as JSON lines; name a .jsonl file")
+    if out.exists():
+        raise UserError(f"{out}: is there already; name a new file")
     compute_with(load_config())
     from memgpt import atomic, suggest
 
     rows, read = suggest.pseudo_label(task, folder, file, least)
+    if not rows:
+        raise UserError(f"{file}: the model is sure of none of its {read} rows; nothing is written, lower --least")
     atomic.write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"{out}: {len(rows)} of {read} rows, those with a probability of {least} or more")
+    print(f"{out}: {len(rows)} of {read} rows, those with a probability of {least} or more, each once")
 
 
 @app.command(rich_help_panel=PANEL)

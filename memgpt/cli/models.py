@@ -100,7 +100,10 @@ def tune(
     if range_test:
         points, rate = search.range_test(task, params)
         search.draw_range(points, rate, plots / f"range_test_{task}.png")
-        print(f"the loss falls most steeply at a learning rate of {rate:.2g}; see {plots}/range_test_{task}.png")
+        found = "the loss falls at none by more than batches differ"
+        if rate is not None:
+            found = f"the loss falls most steeply at a learning rate of {rate:.2g}"
+        print(f"{found}; see {plots}/range_test_{task}.png")
         return
     ranges = search.parse_space(task, space or search.DEFAULT_SPACE)
 
@@ -121,14 +124,16 @@ def index(
 ) -> None:
     """Add new items to what a recommendation model can offer, without training it.
 
-    Items that it knows already stay as they are. Example: [bold]memgpt index models/recommendation new-items.csv[/]
+    Items that it knows already stay as they are. Columns have the names that data.recommendation.columns gives them.
+    Example: [bold]memgpt index models/recommendation new-items.csv[/]
     """
     from memgpt import tables
 
     if not (directory / "items.json").is_file():
         raise UserError(f"{directory}: no recommendation model; `memgpt finetune recommendation` makes one")
-    arrived = tables.read_items(items)
-    compute_with(load_config())
+    config = load_config()
+    arrived = tables.read_items(items, config.data.recommendation.columns)
+    compute_with(config)
     import shutil
 
     from memgpt import atomic

@@ -151,10 +151,12 @@ class Predictor:
         """Per reader {history: [item id | text], k, candidates?: [item id | text], rerank?}: the best k items, as
         {item_id, title, score}.
 
-        History runs from oldest to newest. A string that is no known id is read as the text of a new item. Without
+        History runs from oldest to newest. A string that is no known id is read as the text of a new item, an empty one
+        not at all. Without
         candidates the whole index competes, less what the reader has read; candidates compete as given, each once.
         rerank=False ranks by the texts alone. A reader without history gets what most readers chose.
         """
+        inputs = [{**row, "history": [item for item in row["history"] if item.strip()]} for row in inputs]
         new = self._encode_new(inputs)
         answers = []
         for row in inputs:

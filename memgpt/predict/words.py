@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # A word: letters and digits with their marks (accents written apart, vowel signs, joiners) and with inner punctuation
-# (U.S, don't, 3.5, co-op); else one mark. Signs of scripts that are written without spaces stand alone.
+# (U.S, don't, 3.5, co-op); else one mark that is seen. Signs of scripts that are written without spaces stand alone.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _MARKS = "\u200c\u200d" + "".join(
     chr(code) for code in range(0x300, 0x1F000) if unicodedata.category(chr(code)) in ("Mn", "Mc", "Me")
 )
+_UNSEEN = "".join(chr(code) for code in range(0xAD, 0x10000) if unicodedata.category(chr(code)) == "Cf")
 _LETTER = rf"(?:(?![{_UNSPACED}])\w[{_MARKS}]*)"
-_WORD = re.compile(rf"[{_UNSPACED}][{_MARKS}]*|{_LETTER}+(?:[.,'’&/-]{_LETTER}+)*|[^\w\s]")
+_WORD = re.compile(rf"[{_UNSPACED}][{_MARKS}]*|{_LETTER}+(?:[.,'’&/-]{_LETTER}+)*|[^\w\s{_UNSEEN}]")
 
 
 def split_words(text: str) -> list[tuple[int, int]]:

@@ -38,7 +38,7 @@ def run(settings: config.Config, source: str) -> dict[str, float]:
     atomic.write_json(REPORTS / f"{source}.json", report)
     atomic.write_text(REPORTS / f"{source}.html", validation_page.render(report, pictures))
     if report["failed"]:
-        raise UserError(_failure(source, report))
+        raise UserError(_failure(source, report, outcomes, related))
     return {"checks": float(report["checks"]), "failed": 0.0}
 
 
@@ -128,16 +128,31 @@ def _write_errors(source: str, outcomes: list[suites.Outcome], frames: dict[str,
         path.unlink(missing_ok=True)
 
 
-def _failure(source: str, report: dict[str, Any]) -> str:
-    first = next(result for result in report["results"] if not result["success"])
+def _failure(
+    source: str, report: dict[str, Any], outcomes: list[suites.Outcome], related: dict[str, pd.DataFrame]
+) -> str:
+    first, outcome = next(
+        (result, outcome) for result, outcome in zip(report["results"], outcomes, strict=True) if not result["success"]
+    )
     what = " ".join(part for part in (first["table"], first["column"]) if part)
     count = f" ({first['unexpected']} of {first['checked']} rows)" if first["unexpected"] else ""
-    rows = f", {', '.join(first['rows'])}" if first["rows"] else ""
-    knob = suites.KNOBS.get(first["name"])
+    named = first["rows"]
+    if "item_id" in (frame := related.get(first["table"], pd.DataFrame())):
+        named = [f"{row} (item {frame['item_id'].iloc[i - 1]})" for row, i in zip(named, outcome.rows, strict=False)]
+    rows = f", {', '.join(named)}" if named else ""
+    knob, fix = suites.KNOBS.get(first["name"]), suites.FIXES.get(first["name"])
+    if first["name"] == "length" and frame["characters"].iloc[outcome.rows[0] - 1] == 0:
+        knob, fix = None, "it is empty: fill it in, or take the row out"
+    if first["name"] == "minimum rows" and source == "recommendation" and first["table"] != "items":
+        fix = "a reader of three items or more gives one to validation and one to test"
     allowed = f"; {knob} is {first['threshold']:g}" if knob else ""
+    pages = [
+        f"{REPORTS / source}.html",
+        *([f"{ERRORS / source}.jsonl"] if (ERRORS / f"{source}.jsonl").exists() else []),
+    ]
     return (
-        f"{source}: {report['failed']} of {report['checks']} checks failed, "
-        f"first {first['name']} of {what}{count}{rows}{allowed}; see {REPORTS / source}.html"
+        f"{source}: {report['failed']} of {report['checks']} checks failed, first {first['name']} of "
+        f"{what}{count}{rows}{allowed}{f'; {fix}' if fix else ''}; see {' and '.join(pages)}"
     )
 
 

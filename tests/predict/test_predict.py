@@ -67,6 +67,7 @@ def tagger(shape, directory, **changes):
         ("   ", []),
         ("Rene\u0301e fell", ["Rene\u0301e", "fell"]),
         ("हिन्दी भाषा।", ["हिन्दी", "भाषा", "।"]),
+        ("\ufeffAda\u200b fell\u00ad \u200b.", ["Ada", "fell", "."]),
     ],
 )
 def test_words_of_a_text(text: str, expected: list[str]) -> None:
@@ -291,8 +292,9 @@ def test_candidates_compete_as_given_each_once(shop) -> None:
 
 
 def test_a_reader_without_history_gets_what_most_chose(shop) -> None:
-    answers = predict.load("recommendation", shop).predict([{"history": [], "k": 2}])[0]
-    assert [answer["item_id"] for answer in answers] == ["i3", "i1"]
+    for nothing in ([], ["", "  "]):
+        answers = predict.load("recommendation", shop).predict([{"history": nothing, "k": 2}])[0]
+        assert [answer["item_id"] for answer in answers] == ["i3", "i1"]
 
 
 def test_the_item_index_is_no_pickle_and_can_be_renewed(shop, shape) -> None:

@@ -137,16 +137,32 @@ PLANTS: list[tuple[str, str, Edit, str, str]] = [
 @pytest.mark.parametrize(("source", "table", "edit", "where", "check"), PLANTS)
 def test_planted_rows_block(place: config.Config, source: str, table: str, edit: Edit, where: str, check: str) -> None:
     change(source, table, edit)
-    message = rf"^{source}: \d+ of \d+ checks failed, first .*; see reports/validation/{source}.html$"
+    message = rf"^{source}: \d+ of \d+ checks failed, first .*; see reports/validation/{source}.html( and \S+)?$"
     with pytest.raises(UserError, match=message) as caught:
         validate.run(place, source)
     assert (where, check) in failed(source)
     for name, knob in suites.KNOBS.items():
         if f"first {name} of" in str(caught.value):
-            assert f"; {knob} is " in str(caught.value)
+            assert f"; {knob} is " in str(caught.value) or "; it is empty: " in str(caught.value)
     page = (validate.REPORTS / f"{source}.html").read_text()
     assert 'class="fail"' in page
     assert SECRET not in str(caught.value) + page + json.dumps(report(source))
+
+
+@pytest.mark.parametrize(
+    ("source", "table", "edit", "told"),
+    [
+        ("recommendation", "train", plant(1, item_id="gone"), "row 1 (item gone); bring them among the items"),
+        ("recommendation", "test", keep(3), "validate.min_rows is 20; a reader of three items or more gives"),
+        ("ner", "train", plant(1, tokens=[], tags=[]), "; it is empty: fill it in, or take the row out; see"),
+        ("sentiment", "train", plant(1, label=None), "; fill it in, or take the row out; see reports/validation/"),
+    ],
+)
+def test_what_blocks_is_told_with_its_fix(place: config.Config, source: str, table: str, edit: Edit, told: str) -> None:
+    change(source, table, edit)
+    with pytest.raises(UserError) as caught:
+        validate.run(place, source)
+    assert told in str(caught.value)
 
 
 def test_one_label_alone_blocks(place: config.Config) -> None:
