@@ -201,7 +201,19 @@ def _attribute(
         Entry(tokenizer.decode(ids[place - n + 1 : place + 1]).strip(), n, place, share)
         for (place, n), share in sorted(entries.items())
     ]
-    return Attribution(answer, unit, end, start, [tokenizer.decode([i]) for i in ids], shares.tolist(), memory)
+    return Attribution(answer, unit, end, start, _shown(tokenizer, ids), shares.tolist(), memory)
+
+
+def _shown(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Each token's text. Of a character that takes several tokens the first shows it, the others nothing."""
+    shown, first = [""] * len(ids), 0
+    for place in range(len(ids)):
+        text = tokenizer.decode(ids[first : place + 1])
+        if "\ufffd" not in text or place - first == 3:  # no character has more bytes
+            shown[first], first = text, place + 1
+    if first < len(ids):  # the text was cut within one
+        shown[first] = tokenizer.decode(ids[first:])
+    return shown
 
 
 def _looked_at(words: torch.Tensor, features: Features, moved: torch.Tensor) -> torch.Tensor:

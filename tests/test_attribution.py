@@ -92,6 +92,15 @@ def test_a_text_of_a_token_or_two_is_explained(models: Path, task: str, text: st
         assert abs(each.error) < 0.02 * moved
 
 
+def test_a_character_of_several_tokens_is_shown_once() -> None:
+    tokenizer = MemGPTTokenizer.train([TEXT] * 4, vocab_size=300)
+    ids = tokenizer("Ada 😀é fell", add_special_tokens=False)["input_ids"]
+    shown = attribution._shown(tokenizer, ids)
+    assert len(shown) == len(ids)
+    assert "".join(shown) == "Ada😀éfell"
+    assert shown[shown.index("😀") + 1] == ""
+
+
 def test_every_name_of_a_long_text_is_explained(models: Path, tmp_path: Path) -> None:
     from memgpt import predict
 

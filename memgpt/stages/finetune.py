@@ -63,6 +63,7 @@ def fit(
     steps = params.epochs * epoch_steps
     model = tuning.prepare(model, params, steps)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    table = model.base_model.memory_table.weight.detach().clone() if params.tune == "memory" else None
     checkpoints = checkpoint.directory(f"finetune-{task}", settings, [parent, tables])
     epochs = _EarlyStopping(task, params, tokenizer, checkpoints / "epochs", watch)
     model = train(
@@ -82,6 +83,8 @@ def fit(
         return {}
     if params.patience:
         model = predict.load(task, epochs.best).model
+    if table is not None:  # only rows that the data reads learn
+        trainable -= int((model.base_model.memory_table.weight == table).all(dim=1).sum()) * table.shape[1]
     with atomic.replacing(target) as directory:
         found = save(model, task, params, tokenizer, directory) | validate(task, directory)
         metrics = {f"validation_{name}": round(value, 6) for name, value in found.items()}

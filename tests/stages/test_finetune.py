@@ -1,5 +1,6 @@
 """Fine-tuning on the tiny pipeline's tables: what each setting trains, keeps and resumes."""
 
+import json
 import os
 import shutil
 import signal
@@ -83,6 +84,9 @@ def test_only_what_is_tuned_changes(place: Path, monkeypatch: pytest.MonkeyPatch
         for name in names:
             rows = (weights[name] != before[name]).any(1)
             assert rows.float().mean() < 0.9, "rows that the task's texts do not read keep their bits"
+            told = json.loads((place / "models/sentiment/lineage.json").read_text())["metrics"]
+            head = sum(weight.numel() for part, weight in weights.items() if part.startswith("head."))
+            assert told["trainable_parameters"] == head + int(rows.sum()) * weights[name].shape[1]
     elif tune == "adapter":
         wide = {name for name in names if ".mlp." in name}
         assert names == wide, "only the feed-forward layers are wider"
