@@ -258,9 +258,9 @@ def summarise(done: dict[str, Any], budget: float, frontier: float, least: int) 
             for task, scores in summary["scores"].items():
                 ours = scores.get(f"{own}-{cheapest['width']}-{frontier:g}M")
                 peer = scores.get(f"llama-{best['width']}-{frontier:g}M")
-                if ours and peer:
-                    gain = ours["mean"] - peer["mean"]
-                    target(f"its {task} F1 above that peer's", gain, ">= 0", gain >= 0)
+                if seeds := _both(ours, peer):
+                    gain = _gain(ours, peer, seeds)
+                    target(f"its {task} F1 above that peer's, mean of {len(seeds)} seeds", gain, ">= 0", gain >= 0)
     equal = cell("memgpt", tokens=frontier, rows=EQUAL_ROWS), cell("llama", 192, frontier)
     if all(equal):
         gap = equal[1]["validation"] - equal[0]["validation"]
@@ -269,9 +269,9 @@ def summarise(done: dict[str, Any], budget: float, frontier: float, least: int) 
         ours = scores.get(f"{own}-{MAIN}-{budget:g}M")
         for kind in ("llama", "bert"):
             peer = scores.get(f"{kind}-{MAIN}-{budget:g}M")
-            if ours and peer:
-                gain = ours["mean"] - peer["mean"]
-                target(f"{task} F1 above {kind} of equal cost", gain, "> 0", gain > 0)
+            if seeds := _both(ours, peer):
+                gain = _gain(ours, peer, seeds)
+                target(f"{task} F1 above {kind} of equal cost, mean of {len(seeds)} seeds", gain, "> 0", gain > 0)
     return summary
 
 
@@ -288,6 +288,15 @@ def _scores(done: dict[str, Any]) -> dict[str, Any]:
         for found in models.values():
             found["mean"] = round(_mean([f1 for f1, *_ in found["seeds"].values()]), 4)
     return scores
+
+
+def _both(ours: dict[str, Any] | None, peer: dict[str, Any] | None) -> list[str]:
+    """Seeds that two models were tuned with: a mean over others would compare seeds, not models."""
+    return sorted(set(ours["seeds"]) & set(peer["seeds"])) if ours and peer else []
+
+
+def _gain(ours: dict[str, Any], peer: dict[str, Any], seeds: list[str]) -> float:
+    return _mean([ours["seeds"][seed][0] - peer["seeds"][seed][0] for seed in seeds])
 
 
 def _mean(values: list[float]) -> float:
