@@ -111,7 +111,7 @@ def prefect(home: Path, **settings: str) -> Iterator[dict[str, str]]:
         deadline = time.monotonic() + 120
         while True:
             try:
-                server._reach(url)
+                server.reach(url)
                 break
             except UserError:
                 assert time.monotonic() < deadline, (home / "server.log").read_text()

@@ -236,7 +236,7 @@ def test_the_sample_is_locked_by_its_generated_content(monkeypatch: pytest.Monke
     assert entry["family"] == "sample:newsroom" and entry["files"][0]["path"] == "ner/train"
     assert len(sources.fetch("ner", source, entry)) == 1
     monkeypatch.setattr(sample, "_generate", lambda scale, seed: generate(scale, seed + 1))
-    with pytest.raises(UserError, match="ner/train changed since the snapshot; run `memgpt snapshot`"):
+    with pytest.raises(UserError, match="ner/train changed since the snapshot of ner; run `memgpt snapshot`"):
         sources.fetch("ner", source, entry)
 
 
