@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -78,7 +79,8 @@ def pseudo_label(task: str, directory: Path, path: Path, least: float) -> tuple[
     topic = next((name for name in USUAL["sentiment"]["topic"] if name in read.frame), None)
     if topic is not None:
         for row, i in zip(found, kept, strict=True):
-            row["topic"] = read.frame[topic][places[i]]
+            value = read.frame[topic][places[i]]
+            row["topic"] = None if pd.isna(value) else str(value)  # not a number of Parquet's, which JSON does not take
     return found, count
 
 

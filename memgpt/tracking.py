@@ -366,7 +366,7 @@ def no_server(url: str, seconds: float = 10) -> str | None:
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}" if error.code >= 500 else None
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
-        return str(getattr(error, "reason", error))
+        return str(getattr(error, "reason", error)) or type(error).__name__
 
 
 def _bury(mlflow_client: "MlflowClient", experiment_id: str, name: str) -> None:

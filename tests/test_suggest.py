@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import Result
@@ -151,3 +152,7 @@ def test_no_file_is_written_over_and_none_without_rows(
     assert not out.exists()
     assert f"{len(TEXTS)} of {len(lines)} rows" in " ".join(ask(out, "0").output.split())
     assert {json.loads(line)["topic"] for line in out.read_text().splitlines()} == {"banks"}
+    numbers = tmp_path / "numbers.parquet"
+    pd.DataFrame({"text": TEXTS[:2], "topic": [1.5, None]}).to_parquet(numbers)
+    rows, _ = suggest.pseudo_label("sentiment", models / "sentiment", numbers, 0.0)
+    assert [row["topic"] for row in rows] == ["1.5", None]

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from servers import free_port, mlflow
 
-from memgpt import cli, environment, lineage, tracking
+from memgpt import cli, environment, lineage, registry, tracking
 from memgpt.errors import UserError
 
 
@@ -140,6 +140,22 @@ def test_a_server_answers_whatever_it_thinks_of_us_and_a_password_is_no_part_of_
         assert tracking.no_server(f"http://127.0.0.1:{port}") is None  # 404: it is there
         assert tracking.no_server(f"http://user:secret@127.0.0.1:{port}/") is None
         server.shutdown()
+
+
+def test_a_failure_without_words_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(tracking.urllib.request, "urlopen", fails)
+    assert tracking.no_server("http://127.0.0.1:1") == "TimeoutError"
+
+
+def test_looking_for_decisions_makes_no_experiment(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/other.db")
+    assert registry.records(client, "ner") == []
+    assert client.get_experiment_by_name(tracking.PROMOTIONS) is None
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def behaviour(tables: Path) -> "dict[str, torch.Tensor]":
     last: dict[str, int] = {}
     for row in rows_of(tables, "recommendation", "train"):
         last[row["item_id"]] = max(row["timestamp"], last.get(row["item_id"], row["timestamp"]))
-    newest = max(last.values())
+    newest = max(last.values(), default=0)
     idle = np.array([(newest - last[item]) / 86400 if item in last else np.nan for item in items])
     lines = [[place[item] for item in read] for read in histories(tables, "train").values()]
     line = np.array([item for read in lines for item in read])

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from memgpt import config, lineage
+from memgpt.errors import UserError
 from memgpt.model import MemGPTForCausalLM, MemGPTTokenizer
-from memgpt.stages import pretrain
+from memgpt.stages import pretrain, tokenize
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
@@ -169,6 +170,16 @@ def test_another_architecture_is_no_start(place: Path, monkeypatch: pytest.Monke
     config.write(config.override(config.read(), ["pretrain.init=other"]))
     with pytest.raises(ValueError, match="a gpt2 model"):
         pretrain.run(config.load())
+
+
+def test_a_tokenizer_without_an_end_token_is_no_start(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    tokenizer = MemGPTTokenizer.from_pretrained("models/tokenizer")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained("other")
+    settings = config.parse(config.override(config.read(ROOT / "params.yaml"), ["pretrain.init=other"]))
+    with pytest.raises(UserError, match="its tokenizer has no end token, which stands"):
+        tokenize._tokenizer(settings, [])
 
 
 def test_packed_rows_count_positions_from_each_document(place: Path) -> None:
