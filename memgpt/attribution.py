@@ -30,12 +30,14 @@ _BATCH = 16  # points of the path at once
 
 @dataclass(frozen=True)
 class Entry:
-    """The n-gram `text` whose last token is at `position`; share: what its memory moved, all layers together."""
+    """The n-gram `text` whose last token is at `position`; share: what its memory moved, all layers together. recalled:
+    what that n-gram was followed by earlier in the text, after an arrow, moved it."""
 
     text: str
     n: int
     position: int
     share: float
+    recalled: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Attribution:
     """One prediction. score = start + sum of `shares` + sum of `memory`, but for `error`.
 
     tokens, shares: a text's tokens and what each moved, by its embedding and by the votes that look at
-    it; memory: what each entry of the knowledge memory moved.
+    it; memory: what each entry of the knowledge memory moved, and each token that was recalled.
     score, start: of the prediction for the text, and for the text of masks; `unit` says what it counts.
     """
 
@@ -167,7 +169,8 @@ def _attribute(
     masks = torch.full_like(text, blank)
     memories = [layer.memory for layer in backbone.layers if layer.memory is not None]
     votes = getattr(model, "word_votes", None)
-    layers = [backbone.embed_tokens, *memories, *([votes.table] if votes is not None else [])]
+    more = [module for module in (backbone.recall, None if votes is None else votes.table) if module is not None]
+    layers = [backbone.embed_tokens, *memories, *more]
     heard: dict[nn.Module, tuple[Any, ...]] = {}
     with torch.no_grad():
         start = score(masks).item()
@@ -201,6 +204,15 @@ def _attribute(
         Entry(tokenizer.decode(ids[place - n + 1 : place + 1]).strip(), n, place, share)
         for (place, n), share in sorted(entries.items())
     ]
+    if backbone.recall is not None:
+        with torch.no_grad():
+            tokens, lengths = backbone.recall.look_back(backbone.ngram_hash, text, torch.arange(len(ids))[None])
+            moved = (heard[backbone.recall][-1] * slope[backbone.recall])[0].sum(-1)
+        for place in lengths[0].nonzero()[:, 0].tolist():
+            n = int(lengths[0, place])
+            run = tokenizer.decode(ids[place - n + 1 : place + 1]).strip()
+            shown = f"{run} → {tokenizer.decode(tokens[0, place]).strip()}"
+            memory.append(Entry(shown, n, place, float(moved[place]), recalled=True))
     return Attribution(answer, unit, end, start, _shown(tokenizer, ids), shares.tolist(), memory)
 
 

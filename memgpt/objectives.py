@@ -68,7 +68,10 @@ class Pretraining:
             if torch.cuda.get_device_capability(device) >= (8, 0):
                 whole.set_attn_implementation("text_by_text")
             if self.params.compile:
-                for part in (whole.model.ngram_hash, *whole.model.layers):
+                parts = [whole.model.ngram_hash, *whole.model.layers]
+                if whole.model.recall is not None:
+                    parts += [whole.model.recall.look_back, whole.model.recall]
+                for part in parts:
                     part.compile(dynamic=False)
         elif self.params.compile:
             return torch.compile(next_token_loss, dynamic=False)

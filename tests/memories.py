@@ -7,8 +7,11 @@ from transformers import PreTrainedModel
 
 @torch.no_grad()
 def give_memory(model: PreTrainedModel) -> None:
-    """Random rows, taps and gates, in place."""
+    """Random rows, taps, gates and values of what is recalled, in place."""
     backbone = model.base_model
+    if backbone.recall is not None:
+        init.normal_(backbone.recall.value.weight, std=0.2)
+        init.uniform_(backbone.recall.query_norm.weight, 0.5, 1.5)
     if backbone.memory_table is None:
         return
     init.normal_(backbone.memory_table.weight[1:])

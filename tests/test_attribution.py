@@ -129,10 +129,19 @@ def test_the_memorys_share_is_of_the_entries_that_were_read(models: Path) -> Non
     empty[kept] = table.data[kept]
     table.data = empty
     found = attribution._sentiment(predictor, TEXT, steps=100)
-    shares = {(entry.n, entry.position): entry.share for entry in found.memory}
+    recalled = [entry for entry in found.memory if entry.recalled]
+    shares = {(entry.n, entry.position): entry.share for entry in found.memory if not entry.recalled}
     assert abs(shares[2, place]) > 0
     assert sum(map(abs, shares.values())) == pytest.approx(abs(shares[2, place]))
-    assert abs(found.error) < 0.01 * (sum(map(abs, found.shares)) + abs(shares[2, place]))
+    moved = [*found.shares, *shares.values(), *(entry.share for entry in recalled)]
+    assert abs(found.error) < 0.01 * sum(map(abs, moved))
+
+
+def test_what_is_recalled_is_told_with_what_it_followed(models: Path) -> None:
+    found = attribution.explain("sentiment", models / "sentiment", ["rates rose. rates"], steps=100)[0]
+    [last] = [entry for entry in found.memory if entry.recalled and entry.position == len(found.tokens) - 1]
+    assert last.text.startswith("rates → ") or last.text.endswith("→ rose"), last
+    assert last.share != 0
 
 
 def test_a_planted_cause_has_the_largest_share(models: Path) -> None:

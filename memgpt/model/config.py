@@ -57,6 +57,8 @@ class MemGPTConfig(PreTrainedConfig):
     memory_heads: hash functions, so table rows read, per n.
     memory_rows: rows per hash head; memory_dim: width of a row.
     memory_kernel: taps of the memory's causal depthwise convolution; 0 is none.
+    recall_length: longest run of last tokens that is looked for earlier in the text, for what followed it then; 0 is no
+        recall, None 4 with a memory and 0 without. recall_window: how many tokens back it is looked for.
     dropout: on the output of each residual branch and before each head.
     pooled_size: width of the two-tower vectors of recommendation.
     similarity_temperature: of the softmax over items in recommendation.
@@ -117,6 +119,8 @@ class MemGPTConfig(PreTrainedConfig):
     memory_rows: int = 8192
     memory_dim: int = 32
     memory_kernel: int = 4
+    recall_length: int | None = None
+    recall_window: int = 512
     pooled_size: int = 64
     similarity_temperature: float | int = 0.07
     window: int = 128
@@ -135,6 +139,8 @@ class MemGPTConfig(PreTrainedConfig):
             self.memory_layers = [layer for layer in (0, 2, 4) if layer < self.num_hidden_layers]
         if self.memory_ngrams is None:
             self.memory_ngrams = [1, 2, 3]
+        if self.recall_length is None:
+            self.recall_length = 4 if self.memory_layers else 0
         if self.layer_types is None:
             self.layer_types = [GLOBAL] * self.num_hidden_layers
         if self.head_dim is None:
@@ -185,7 +191,8 @@ class MemGPTConfig(PreTrainedConfig):
         layers = self.memory_layers or []
         if any(not 0 <= layer < self.num_hidden_layers for layer in layers):
             raise ValueError(f"memory_layers={layers} must lie within the {self.num_hidden_layers} layers, from 0")
-        for name, least in (("memory_heads", 1), ("memory_rows", 1), ("memory_dim", 1), ("memory_kernel", 0)):
+        sizes = {"memory_heads": 1, "memory_rows": 1, "memory_dim": 1, "memory_kernel": 0}
+        for name, least in (sizes | {"recall_length": 0, "recall_window": 1}).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
         ngrams = self.memory_ngrams or []

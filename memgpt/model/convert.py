@@ -114,7 +114,9 @@ def convert(
         del tensors["lm_head.weight"]
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    new = re.compile(r"\.memory(_table)?\.|\.ngram_hash\." + (r"|^lm_head\." if config.tie_word_embeddings else ""))
+    new = re.compile(
+        r"\.memory(_table)?\.|\.ngram_hash\.|\.recall\." + (r"|^lm_head\." if config.tie_word_embeddings else "")
+    )
     if lost := unexpected + [name for name in missing if not new.search(name)]:
         raise ValueError(f"{source}: {lost[0]} has no counterpart, so the logits would differ")
     model.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer, vocab_size))

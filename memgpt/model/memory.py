@@ -96,14 +96,8 @@ class NGramHash(nn.Module):
         before = torch.arange(-self.lead, 0, device=position_ids.device)
         position_ids = torch.cat((position_ids[:, :1] + before, position_ids), dim=1)
         length = position_ids.shape[1]
-        ids = input_ids if context_ids is None else torch.cat((context_ids, input_ids), dim=1)
-        blank = torch.zeros_like(ids, dtype=torch.bool)
-        for token in self.blanks:
-            blank |= ids == token
+        _, ids, blank = self.with_context(input_ids, context_ids, self.context)
         reach = self.context - self.lead
-        missing = reach + length - ids.shape[1]
-        ids = nn.functional.pad(self.canonical_ids[ids], (missing, 0))
-        blank = nn.functional.pad(blank, (missing, 0), value=True)
 
         def back(tensor: torch.Tensor, steps: int) -> torch.Tensor:
             start = reach - steps
@@ -121,6 +115,19 @@ class NGramHash(nn.Module):
                     mixed = mixed ^ (mixed >> 29)
                 yield mixed, first + (mixed >> 16) % self.rows, invalid
                 first += self.rows
+
+    def with_context(
+        self, input_ids: torch.Tensor, context_ids: torch.Tensor | None, reach: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The `reach` tokens before input_ids [B, T] and these, [B, reach + T] each: ids, canonical ids, and which are
+        none, a mask or padding."""
+        ids = input_ids if context_ids is None else torch.cat((context_ids, input_ids), dim=1)
+        blank = torch.zeros_like(ids, dtype=torch.bool)
+        for token in self.blanks:
+            blank |= ids == token
+        missing = reach + input_ids.shape[1] - ids.shape[1]
+        ids = nn.functional.pad(ids, (missing, 0))
+        return ids, self.canonical_ids[ids], nn.functional.pad(blank, (missing, 0), value=True)
 
     @torch.no_grad()
     def claim(
@@ -217,28 +224,27 @@ def row_gradient(table: torch.Tensor) -> torch.Tensor:
     return gradient.coalesce()
 
 
-class KnowledgeMemory(nn.Module):
-    """h ↦ gate(h, k) · conv(v), where k and v are what a layer makes of the entry read at the n-grams' addresses.
+class GatedMemory(nn.Module):
+    """h ↦ gate(h, k) · conv(v), where k and v are what a layer makes of an entry, which was looked up. kernel: taps of
+    the convolution; 0 is none.
 
-    The table starts at zero, so the layer starts as "adds nothing" and learns only entries that pay. The convolution
-    runs over what was read, before the gate: it depends on token ids alone, so that decoding keeps no state for it.
+    The convolution runs over what was looked up, before the gate: it depends on token ids alone, so that decoding keeps
+    no state for it. E: size of an entry.
     """
 
-    def __init__(self, config: MemGPTConfig):
+    def __init__(self, config: MemGPTConfig, entry_size: int, kernel: int):
         super().__init__()
-        reads = len(config.memory_ngrams or ()) * config.memory_heads
-        self.key = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
-        self.value = nn.Linear(reads * config.memory_dim, config.hidden_size, bias=False)
+        self.key = nn.Linear(entry_size, config.hidden_size, bias=False)
+        self.value = nn.Linear(entry_size, config.hidden_size, bias=False)
         self.query_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.query_norm._opens_gate = True  # type: ignore[assignment]  # starts at zero
         self.key_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lead = max(0, config.memory_kernel - 1)
+        self.lead = max(0, kernel - 1)
         if self.lead:
             self.taps = nn.Parameter(torch.zeros(self.lead, config.hidden_size))
 
     def forward(self, hidden: torch.Tensor, entry: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """hidden [B, T, D], entry [B, lead + T, R·M] that was looked up, position_ids [B or 1, T] → what to add to
-        hidden, [B, T, D]."""
+        """hidden [B, T, D], entry [B, lead + T, E], position_ids [B or 1, T] → what to add to hidden, [B, T, D]."""
         if kernels.serve(hidden):
             from memgpt.model.kernels.memory import gated_convolution
 
@@ -249,7 +255,7 @@ class KnowledgeMemory(nn.Module):
         return self.gate(hidden, entry[:, self.lead :]) * value
 
     def gate(self, hidden: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
-        """How much of an entry [B, T, R·M] the context hidden [B, T, D] lets through: [B, T, 1] in (0, 2).
+        """How much of an entry [B, T, E] the context hidden [B, T, D] lets through: [B, T, 1] in (0, 2).
 
         All of it, 1, until training has moved the query's norm from zero.
         """
@@ -264,3 +270,12 @@ class KnowledgeMemory(nn.Module):
             earlier = value[:, self.lead - back :][:, :length]
             mixed = mixed + self.taps[back - 1] * earlier * (position_ids >= back)[..., None]
         return mixed
+
+
+class KnowledgeMemory(GatedMemory):
+    """A layer's own view of the entry that was read in the table at the n-grams' addresses. The table starts at zero,
+    so that the layer starts as "adds nothing" and learns only entries that pay."""
+
+    def __init__(self, config: MemGPTConfig):
+        reads = len(config.memory_ngrams or ()) * config.memory_heads
+        super().__init__(config, reads * config.memory_dim, config.memory_kernel)

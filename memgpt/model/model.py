@@ -1,5 +1,6 @@
 """MemGPT: one Transformer backbone with an n-gram memory, and the language models on it; heads.py has the tasks'.
 
+    h = embedding;  h += recall(h, what followed the last tokens when they last occurred)
     block:  h += memory(h, n-grams)       at `config.memory_layers` only
             h += attention(norm(h))       rotary positions, grouped queries, query-key norm
             h += swiglu(norm(h))
@@ -34,8 +35,9 @@ from memgpt.model import paged
 from memgpt.model.cache import StaticWindowLayer, visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
 from memgpt.model.masks import make_masks
-from memgpt.model.memory import KnowledgeMemory, NGramHash, RMSNorm, look_up, make_table
+from memgpt.model.memory import GatedMemory, KnowledgeMemory, NGramHash, RMSNorm, look_up, make_table
 from memgpt.model.prefix import Prefix
+from memgpt.model.recall import RecallMemory
 from memgpt.model.word_votes import VoteTable, WordTable
 
 
@@ -224,7 +226,8 @@ class MemGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keys_to_ignore_on_load_missing = [r"ngram_hash\.owners$"]  # noqa: RUF012  (of older checkpoints: shared rows)
+    # Of older checkpoints, which have shared rows and no recall: both start so that nothing changes.
+    _keys_to_ignore_on_load_missing = [r"ngram_hash\.owners$", r"\brecall\."]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
 
     @torch.no_grad()
@@ -238,9 +241,9 @@ class MemGPTPreTrainedModel(PreTrainedModel):
         if getattr(module, "_closes_residual", False):
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, std=std)
-        elif getattr(module, "_memory_table", False) or getattr(module, "_opens_gate", False):
+        elif any(getattr(module, mark, False) for mark in ("_memory_table", "_opens_gate", "_starts_silent")):
             init.zeros_(module.weight)
-        elif isinstance(module, KnowledgeMemory) and module.lead:
+        elif isinstance(module, GatedMemory) and module.lead:
             init.zeros_(module.taps)
         elif isinstance(module, Prefix):
             init.normal_(module.weight, std=self.config.initializer_range)
@@ -293,6 +296,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.ngram_hash = NGramHash(config)
         self.memory_table = make_table(config) if config.memory_layers else None
+        self.recall = RecallMemory(config) if config.recall_length else None
         self.layers = nn.ModuleList(
             Block(config, layer, memory=layer in (config.memory_layers or ()))
             for layer in range(config.num_hidden_layers)
@@ -321,7 +325,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         memory_entry: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, T], or inputs_embeds [B, T, D] (then the memory is not read) → last_hidden_state [B, T, D].
+        """input_ids [B, T], or inputs_embeds [B, T, D] (then the memories are not read) → last_hidden_state [B, T, D].
 
         attention_mode: "causal", "bidirectional", or "prefix": the tokens that prefix_mask [B, T] marks read each
         other in both directions, the rest causally. position_ids [B, T] that start again at 0 mark the documents of a
@@ -332,22 +336,30 @@ class MemGPTModel(MemGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         packed = position_ids is not None and attention_mask is None
+        given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
         if inputs_embeds is None:
-            self._check_ids(input_ids)  # type: ignore[arg-type]
-            inputs_embeds = self.embed_tokens(input_ids)
+            self._check_ids(given)
         # Of texts that stand in one row, each for itself.
-        self._check_length(kwargs.get("max_length_q") or inputs_embeds.shape[1], past_key_values, position_ids)
+        self._check_length(kwargs.get("max_length_q") or given.shape[1], past_key_values, position_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
-        if input_ids is not None and self.memory_table is not None and memory_entry is None:
-            if "cache" in kwargs:  # of continuous batching: every token is a row of its own to the memory
-                before = paged.context_ids(input_ids=input_ids, count=self.ngram_hash.context, **kwargs)
-                memory_entry = self.read_memory(input_ids.T, position_ids.T, before)
-            else:
-                if context_ids is None and past_key_values is not None:
-                    context_ids = _recall(past_key_values)
-                memory_entry = self.read_memory(input_ids, position_ids, context_ids)
+            position_ids = torch.arange(given.shape[1], device=given.device)[None] + past
+        recalled = None
+        if inputs_embeds is None:
+            read = given, position_ids, context_ids
+            if self.memory_table is not None or self.recall is not None:
+                if "cache" in kwargs:  # of continuous batching: every token is a row of its own to the memories
+                    before = paged.context_ids(input_ids=given, count=self.context, **kwargs)
+                    read = given.T, position_ids.T, before
+                elif context_ids is None and past_key_values is not None:
+                    context_ids = _noted_ids(past_key_values)
+                    read = given, position_ids, context_ids
+            if self.memory_table is not None and memory_entry is None:
+                memory_entry = self.read_memory(*read)
+            if self.recall is not None:
+                tokens, lengths = (found.view_as(given) for found in self.recall.look_back(self.ngram_hash, *read))
+                recalled = self.embed_tokens(tokens), lengths
+            inputs_embeds = self.embed_tokens(given)
         masks = make_masks(
             attention_mode,
             packed,
@@ -367,6 +379,8 @@ class MemGPTModel(MemGPTPreTrainedModel):
         hidden = inputs_embeds
         if self.embed_positions is not None:
             hidden = hidden + self.embed_positions(position_ids)
+        if self.recall is not None and recalled is not None:
+            hidden = hidden + self.recall(hidden, *recalled, position_ids)
         rotation = None if self.rotary_emb is None else self.rotary_emb(inputs_embeds, position_ids)
         prefix = None if self.prefix is None else self.prefix()
         # Fewer layers in `generate(assistant_early_exit=...)`.
@@ -382,10 +396,15 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 **{"is_causal": not bidirectional, **kwargs},  # continuous batching says it itself
             )
         if past_key_values is not None:
-            _remember(past_key_values, input_ids, context_ids, self.ngram_hash.context)
+            _note_ids(past_key_values, input_ids, context_ids, self.context)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
         )
+
+    @property
+    def context(self) -> int:
+        """How many tokens before the first one its memories depend on."""
+        return max(self.ngram_hash.context, 0 if self.recall is None else self.recall.look_back.context)
 
     def read_memory(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context_ids: torch.Tensor | None = None
@@ -429,7 +448,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
             )
 
 
-def _remember(cache: Cache, input_ids: torch.Tensor | None, context_ids: torch.Tensor | None, count: int) -> None:
+def _note_ids(cache: Cache, input_ids: torch.Tensor | None, context_ids: torch.Tensor | None, count: int) -> None:
     """Note on a cache the last ids that went into it, with a tensor that tells whether it was changed since."""
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # what is exported has the cache's state
         return
@@ -440,8 +459,8 @@ def _remember(cache: Cache, input_ids: torch.Tensor | None, context_ids: torch.T
     cache.last_ids = (ids, cache.layers[-1].keys)
 
 
-def _recall(cache: Cache) -> torch.Tensor | None:
-    """The ids that `_remember` noted; None of an empty cache, or of one that came from vectors."""
+def _noted_ids(cache: Cache) -> torch.Tensor | None:
+    """The ids that `_note_ids` noted; None of an empty cache, or of one that came from vectors."""
     if torch.compiler.is_compiling():
         raise ValueError("compiled decoding with a cache: pass context_ids, the tokens before input_ids")
     ids, keys = getattr(cache, "last_ids", (None, None))
@@ -476,11 +495,11 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         )
         cache = inputs.get("past_key_values")
         if inputs.get("input_ids") is not None and cache is not None:
-            past, count = input_ids.shape[1] - inputs["input_ids"].shape[1], self.model.ngram_hash.context
+            past, count = input_ids.shape[1] - inputs["input_ids"].shape[1], self.model.context
             before = input_ids[:, max(0, past - count) : past]
             if past < count and cache.get_seq_length() > past:  # the ids of a prompt in pieces, or of a call before
                 if not past:
-                    cache.earlier_ids = _recall(cache)
+                    cache.earlier_ids = _noted_ids(cache)
                 if (earlier := getattr(cache, "earlier_ids", None)) is not None:
                     before = torch.cat((earlier, before), dim=1)[:, -count:]
             # Of one shape and layout, for a compiled step; padding says nothing.

@@ -50,7 +50,7 @@ def test_memory_starts_as_nothing(ids: torch.Tensor) -> None:
     plain = MemGPTForCausalLM(config(memory_layers=[])).eval()
     missing, unexpected = plain.load_state_dict(fresh.state_dict(), strict=False)
     assert not missing
-    assert all("memory" in name or name == "model.ngram_hash.owners" for name in unexpected)
+    assert all("memory" in name or "recall" in name or name == "model.ngram_hash.owners" for name in unexpected)
     assert torch.equal(fresh(ids).logits, plain(ids).logits)
 
 
@@ -230,4 +230,4 @@ def test_four_training_steps_give_the_golden_losses(ids: torch.Tensor) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses == pytest.approx([4.2015, 3.9848, 3.8027, 3.6414], abs=2e-3)
+    assert losses == pytest.approx([4.1676, 3.9174, 3.7573, 3.5939], abs=2e-3)

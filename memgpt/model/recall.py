@@ -1,0 +1,83 @@
+"""Recall: what followed the last tokens when they last occurred in the same text.
+
+An n-gram head (*In-Context Language Learning*, arXiv 2401.12973) as a look-up: which token it is depends on token ids
+alone, so that nothing is multiplied to find it. A Transformer learns to look it up by attention ("induction heads"),
+but only after far more text than a small one reads. Shape letters: B batch, T positions, D hidden size.
+"""
+
+import torch
+from torch import nn
+
+from memgpt.model.config import MemGPTConfig
+from memgpt.model.memory import GatedMemory, NGramHash
+
+
+class LookBack(nn.Module):
+    """Token ids → for each position the token that followed the longest run of last tokens, up to `recall_length`, that
+    occurred before in its document, at most `recall_window` tokens back; the nearest where there are several.
+
+    Tokens are compared by their canonical ids. Padding and masks are never part of a run, nor what followed one.
+    """
+
+    def __init__(self, config: MemGPTConfig):
+        super().__init__()
+        self.longest: int = config.recall_length or 0
+        self.window = config.recall_window
+
+    @property
+    def context(self) -> int:
+        """How many tokens before the first one its answer depends on."""
+        return self.window + self.longest - 1
+
+    def forward(
+        self,
+        ngram_hash: NGramHash,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        context_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Arguments as of `NGramHash` → tokens [B, T], and the lengths [B, T] of the runs they followed; 0: none."""
+        length, device = input_ids.shape[1], input_ids.device
+        given = 0 if context_ids is None else context_ids.shape[1]
+        window: int = torch.sym_min(self.window, length + given)
+        before = self.longest - 1  # tokens that are compared for the run of the first position
+        ids, canonical, blank = ngram_hash.with_context(input_ids, context_ids, window + before)
+        canonical = canonical.int()
+        leads_on = ~(blank | nn.functional.pad(blank[:, 1:], (0, 1), value=True))
+        place, back = torch.arange(before + length, device=device)[:, None], torch.arange(window, device=device)
+        positions = torch.cat((position_ids[:, :1] + torch.arange(-before, 0, device=device), position_ids), dim=1)
+        # same[b, t, i]: the token at t is the one `window - i` before it, in the same document.
+        same = (
+            canonical.masked_fill(~leads_on, -1)[:, place + back] == canonical.masked_fill(blank, -2)[:, window:, None]
+        )
+        same = same & (window - back <= positions[..., None])
+        run, lengths = same[:, before:], same[:, before:].int()
+        for step in range(1, self.longest):
+            run = run & same[:, before - step : before - step + length]
+            lengths = lengths + run
+        best = (lengths * window + back).amax(-1)  # the longest, of these the nearest
+        found = best % window
+        at = torch.arange(length, device=device) + before + found + 1
+        return ids.expand(at.shape[0], -1).gather(1, at), best // window
+
+
+class RecallMemory(GatedMemory):
+    """What a token is given of the one that is recalled. It starts as nothing."""
+
+    def __init__(self, config: MemGPTConfig):
+        longest = config.recall_length or 0
+        super().__init__(config, config.hidden_size + longest, kernel=0)
+        self.longest, self.eps = longest, config.rms_norm_eps
+        self.look_back = LookBack(config)
+        self.value._starts_silent = True  # type: ignore[assignment]
+
+    def forward(  # type: ignore[override]
+        self, hidden: torch.Tensor, followed: torch.Tensor, lengths: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden [B, T, D]; followed [B, T, D], embeddings of the recalled tokens; their run lengths [B, T] → what to
+        add to hidden."""
+        # Of the size of the run's own numbers: as small as embeddings start, it would be learned slowly.
+        followed = nn.functional.rms_norm(followed, followed.shape[-1:], eps=self.eps)
+        run = lengths[..., None] == torch.arange(1, self.longest + 1, device=lengths.device)
+        entry = torch.cat((followed * (lengths > 0)[..., None], run.to(followed.dtype)), dim=-1)
+        return super().forward(hidden, entry, position_ids)
