@@ -125,7 +125,8 @@ def _texts(path: Path) -> Iterator[str]:
 def build(spec: dict[str, Any]) -> PreTrainedModel:
     """kind: memgpt, llama or bert; width; for memgpt also rows, changes to its configuration, and the ablations that
     are no configuration: gate=False, product_key=True (in place of the fourth feed-forward layer). Or a preset of the
-    product, of kind memgpt or plain. least: of n-grams that get a row of their own, as in params.yaml."""
+    product, of kind memgpt or plain. least: of n-grams that get a row of their own, as in params.yaml; recall:
+    the longest run that is looked for, 0 is none."""
     set_seed(spec["seed"])
     if spec["kind"] == "llama":
         return peers.llama(spec["width"])
@@ -134,9 +135,10 @@ def build(spec: dict[str, Any]) -> PreTrainedModel:
     if "preset" in spec:
         model = peers.preset(spec["preset"], memory=spec["kind"] == "memgpt")
     else:
-        model = peers.memgpt(spec["width"], spec["rows"], **spec.get("changes", {}))
+        changes = {"recall_length": spec.get("recall", 0), **spec.get("changes", {})}
+        model = peers.memgpt(spec["width"], spec["rows"], **changes)
     model.model.ngram_hash.canonical_ids.copy_(canonical_ids(_tokenizer()))
-    if spec.get("least"):
+    if spec.get("least") and model.model.memory_table is not None:
         length = recipe(**spec.get("recipe", {})).sequence_length
         model.model.ngram_hash.claim(DataLoader(_text(spec, length), batch_size=64), spec["least"])
     if not spec.get("gate", True):

@@ -5,7 +5,8 @@
     python benchmarks/core.py --ablation         what each part of the memory brings, a million tokens each
     python benchmarks/core.py --report           tables and pictures from the cells that are done
 
---shared: the same with a memory whose rows all n-grams share, which is what rows with owners are compared with.
+--form: the same with the memory of before: "owners", rows with owners and no recall; "shared", rows that all n-grams
+share.
 
 Trained on the real text in MEMGPT_REAL_DATA. A cell (model, seed, budget) is a process of its own with one thread; it
 resumes where it was stopped, and its result is kept in benchmarks/results/core/. All models see the same rows in the
@@ -34,36 +35,38 @@ FRONTIER = 2  # million tokens of each width
 EQUAL_ROWS = 10534  # a table with which width 128 stores as much as the Llama shape of width 192
 MORE_ROWS = 4 * ROWS  # at the largest budget, where owners leave most n-grams without a row
 EQUAL_TIME = 3.5  # million tokens, of the Llama shape's 4: at 0.87 of its speed, as it was then
-LEAST = 2  # times that an n-gram occurs which gets a row of its own, as in params.yaml
+FORMS: dict[str, dict[str, Any]] = {
+    "memgpt": {"least": 2, "recall": 4},  # as in params.yaml and MemGPTConfig
+    "owners": {"least": 2},
+    "shared": {},
+}
 SEEDS = (1, 2, 3)
 MILLION = 1_000_000
 Spec = dict[str, Any]
 
 
 def pretraining(
-    kind: str, width: int, tokens: float, seed: int, rows: int = ROWS, least: int = LEAST
+    kind: str, width: int, tokens: float, seed: int, rows: int = ROWS, form: str = "memgpt"
 ) -> tuple[str, Spec]:
-    """least: 0 for a memory whose rows all n-grams share; rows: 0 for none."""
+    """form: of the memory, one of FORMS; rows: 0 for none."""
     spec: Spec = {"kind": kind, "width": width, "tokens": int(tokens * MILLION), "seed": seed}
-    name = f"{label(kind, least)}-{width}-{tokens:g}M-{seed}"
+    name = f"{form if kind == 'memgpt' else kind}-{width}-{tokens:g}M-{seed}"
     if kind == "memgpt":
         spec["rows"] = rows
         name += "" if rows == ROWS else f"-{rows}rows"
-        if rows and least:
-            spec["least"] = least
+        if rows:
+            spec |= FORMS[form]
     return name, spec
 
 
-def label(kind: str, least: int) -> str:
-    return "shared" if kind == "memgpt" and not least else kind
-
-
 def passes() -> dict[str, tuple[str, Spec]]:
-    """Three passes over a million tokens: without a memory, with rows that all share, with rows of their own."""
+    """Three passes over a million tokens: without a memory, with rows that all share, with rows of their own, and with
+    recall too."""
     cells = {}
-    for form, rows, least in (("no memory", 0, LEAST), ("shared rows", 32768, 0), ("own rows", 32768, LEAST)):
-        name, spec = pretraining("memgpt", MAIN, 3, 1, rows, least)
-        cells[form] = name + "-passes", {**spec, "unique": MILLION}
+    forms = {"no memory": "owners", "shared rows": "shared", "own rows": "owners", "own rows and recall": "memgpt"}
+    for title, form in forms.items():
+        name, spec = pretraining("memgpt", MAIN, 3, 1, 0 if title == "no memory" else 32768, form)
+        cells[title] = name + "-passes", {**spec, "unique": MILLION}
     return cells
 
 
@@ -74,15 +77,15 @@ def tuning(start: tuple[str, Spec], task: str, seed: int, epochs: int = 5) -> tu
     return f"{name}-{task}-{seed}", {**spec, "task": task, "seed": seed, "epochs": epochs}
 
 
-def speed(least: int) -> tuple[str, Spec]:
-    name, spec = pretraining("memgpt", MAIN, 0, 1, ROWS, least)
+def speed(form: str) -> tuple[str, Spec]:
+    name, spec = pretraining("memgpt", MAIN, 0, 1, ROWS, form)
     del spec["tokens"], spec["seed"]
     return name.replace("-0M-1", "-training-speed"), {**spec, "kind": "speed"}
 
 
-def plan(quick: bool, least: int = LEAST) -> list[tuple[str, Spec]]:
+def plan(quick: bool, form: str = "memgpt") -> list[tuple[str, Spec]]:
     """Every cell, the ones that others start from first."""
-    pretrained = partial(pretraining, least=least)
+    pretrained = partial(pretraining, form=form)
     if quick:
         cells = [pretrained(kind, width, 0.5, 1) for width in (64, MAIN) for kind in ("memgpt", "llama")]
         cells.append(pretraining("bert", MAIN, 0.5, 1))
@@ -90,7 +93,7 @@ def plan(quick: bool, least: int = LEAST) -> list[tuple[str, Spec]]:
         return [
             *cells,
             *(tuning(start, task, 1, epochs=2) for start in starts for task in ("ner", "sentiment")),
-            speed(least),
+            speed(form),
         ]
     main = [pretrained(kind, MAIN, BUDGET, seed) for seed in SEEDS for kind in ("memgpt", "llama")]
     frontier = [pretrained(kind, width, FRONTIER, 1) for width in WIDTHS for kind in ("memgpt", "llama")]
@@ -111,15 +114,19 @@ def plan(quick: bool, least: int = LEAST) -> list[tuple[str, Spec]]:
     short = [pretrained(kind, MAIN, 1, 1) for kind in ("memgpt", "llama")]
     stored = pretrained("memgpt", MAIN, FRONTIER, 1, rows=EQUAL_ROWS)
     large = [pretrained(kind, MAIN, 10, 1) for kind in ("memgpt", "llama")]
-    if least:
+    if form != "shared":
         large.append(pretrained("memgpt", MAIN, 10, 1, rows=MORE_ROWS))
     large += passes().values()
-    return [*main[:4], *frontier, bert, *main[4:], *tuned, fewer, timed, stored, *short, speed(least), *large]
+    return [*main[:4], *frontier, bert, *main[4:], *tuned, fewer, timed, stored, *short, speed(form), *large]
 
 
 ABLATIONS: dict[str, Spec] = {
     "as it is": {},
-    "no memory": {"rows": 0},
+    "no memory": {"rows": 0, "recall": 0},
+    "no recall": {"recall": 0},
+    "recall alone": {"rows": 0},
+    "runs of 2": {"recall": 2},
+    "runs of 8": {"recall": 8},
     "no gate": {"gate": False},
     "no convolution": {"changes": {"memory_kernel": 0}},
     "n-grams of 2 and 3": {"changes": {"memory_ngrams": [2, 3]}},
@@ -128,7 +135,7 @@ ABLATIONS: dict[str, Spec] = {
     "first layer only": {"changes": {"memory_layers": [0]}},
     "layers 0 and 2": {"changes": {"memory_layers": [0, 2]}},
     "32 k rows": {"rows": 32768},
-    "product keys instead": {"rows": 0, "product_key": True},
+    "product keys instead": {"rows": 0, "recall": 0, "product_key": True},
     "a third of the table rate": {"recipe": {"memory_learning_rate": 1e-2}},
     "three times the table rate": {"recipe": {"memory_learning_rate": 1e-1}},
 }
@@ -172,7 +179,11 @@ def weights(name: str) -> Path:
 
 def provide(names: set[str], jobs: int) -> None:
     """Pretrain cells of the full plan whose weights are not here, for a benchmark that starts from them."""
-    lacking = [(name, spec) for name, spec in plan(quick=False) if name in names and not weights(name).is_dir()]
+    lacking = [
+        (name, spec)
+        for name, spec in [*plan(quick=True), *plan(quick=False)]
+        if name in names and not weights(name).is_dir()
+    ]
     if lacking:
         prepare(Path(os.environ.get("MEMGPT_REAL_DATA", "")))
         print(f"pretraining first, for tens of minutes: {', '.join(name for name, _ in lacking)}")
@@ -186,13 +197,12 @@ def results(cells: Iterable[tuple[str, Spec]]) -> dict[str, Any]:
     return {name: cell for name, spec in cells if (cell := runner.done(CELLS, name, spec))}
 
 
-def summarise(done: dict[str, Any], budget: float, frontier: float, least: int) -> dict[str, Any]:
+def summarise(done: dict[str, Any], budget: float, frontier: float, form: str) -> dict[str, Any]:
     """The numbers behind the targets; one whose cells are missing is left out. Token numbers are millions."""
     summary: dict[str, Any] = {"targets": []}
-    own = label("memgpt", least)
 
     def cell(kind: str, width: int = MAIN, tokens: float = budget, seed: int = 1, rows: int = ROWS) -> Any:
-        return done.get(pretraining(kind, width, tokens, seed, rows, least)[0])
+        return done.get(pretraining(kind, width, tokens, seed, rows, form)[0])
 
     def target(name: str, value: float, wanted: str, reached: bool | None) -> None:
         summary["targets"].append({"name": name, "value": round(value, 4), "wanted": wanted, "reached": reached})
@@ -225,7 +235,7 @@ def summarise(done: dict[str, Any], budget: float, frontier: float, least: int) 
         for label, (name, _) in passes().items()
         if name in done
     }
-    if timing := done.get(speed(least)[0]):
+    if timing := done.get(speed(form)[0]):
         ratio = timing["tokens_per_second_ratio"]
         target("training tokens per second, of the peer's", ratio, ">= 0.9", ratio >= 0.9)
     fewer, peer = cell("memgpt", tokens=0.7 * budget), cell("llama")
@@ -256,7 +266,7 @@ def summarise(done: dict[str, Any], budget: float, frontier: float, least: int) 
             name = f"multiply-adds of width {cheapest['width']}, as good as the best peer (width {best['width']})"
             target(name, ratio, "<= 0.5", ratio <= 0.5)
             for task, scores in summary["scores"].items():
-                ours = scores.get(f"{own}-{cheapest['width']}-{frontier:g}M")
+                ours = scores.get(f"{form}-{cheapest['width']}-{frontier:g}M")
                 peer = scores.get(f"llama-{best['width']}-{frontier:g}M")
                 if seeds := _both(ours, peer):
                     gain = _gain(ours, peer, seeds)
@@ -266,7 +276,7 @@ def summarise(done: dict[str, Any], budget: float, frontier: float, least: int) 
         gap = equal[1]["validation"] - equal[0]["validation"]
         target("nats below at equal stored parameters (the peer costs 1.9 times as much)", gap, "shown", None)
     for task, scores in summary["scores"].items():
-        ours = scores.get(f"{own}-{MAIN}-{budget:g}M")
+        ours = scores.get(f"{form}-{MAIN}-{budget:g}M")
         for kind in ("llama", "bert"):
             peer = scores.get(f"{kind}-{MAIN}-{budget:g}M")
             if seeds := _both(ours, peer):
@@ -304,7 +314,7 @@ def _mean(values: list[float]) -> float:
 
 
 def draw(
-    done: dict[str, Any], summary: dict[str, Any], budget: float, frontier: float, least: int, target: Path
+    done: dict[str, Any], summary: dict[str, Any], budget: float, frontier: float, form: str, target: Path
 ) -> None:
     """Loss against cost, loss against tokens, and the gap against tokens."""
     import matplotlib
@@ -329,7 +339,7 @@ def draw(
     )
     for kind in colours:
         for seed in SEEDS:
-            found = done.get(pretraining(kind, MAIN, budget, seed, least=least)[0])
+            found = done.get(pretraining(kind, MAIN, budget, seed, form=form)[0])
             if found:
                 tokens, losses = zip(*found["curve"], strict=True)
                 first = names[kind] if seed == SEEDS[0] else None
@@ -341,9 +351,9 @@ def draw(
     for text, style in (("validation", "o-"), ("wikitext2", "s--")):
         axes[2].plot([g["tokens"] for g in growth], [g[text] for g in growth], style, label=text)
     axes[2].axhline(0, color="grey", linewidth=0.5)
-    axes[2].set(
-        xlabel="million training tokens", ylabel="nats below Llama's shape", title="Gap at equal cost", xscale="log"
-    )
+    axes[2].set(xlabel="million training tokens", ylabel="nats below Llama's shape", title="Gap at equal cost")
+    if growth:
+        axes[2].set(xscale="log")
     for axis in axes:
         axis.legend()
         axis.grid(alpha=0.3)
@@ -351,14 +361,14 @@ def draw(
     plt.close(figure)
 
 
-def report(cells: list[tuple[str, Spec]], quick: bool, least: int) -> None:
+def report(cells: list[tuple[str, Spec]], quick: bool, form: str) -> None:
     done = results(cells)
     budget, frontier = (0.5, 0.5) if quick else (BUDGET, FRONTIER)
-    summary = summarise(done, budget, frontier, least)
+    summary = summarise(done, budget, frontier, form)
     summary["cells"] = {"done": len(done), "planned": len(cells)}
-    name = ("core_quick" if quick else "core") + ("" if least else "_shared")
+    name = ("core_quick" if quick else "core") + ("" if form == "memgpt" else f"_{form}")
     write_json(HERE / "results" / f"{name}.json", summary)
-    draw(done, summary, budget, frontier, least, HERE / "results" / f"{name}.png")
+    draw(done, summary, budget, frontier, form, HERE / "results" / f"{name}.png")
     for kind, points in summary["frontier"].items():
         for point in points:
             print(
@@ -388,18 +398,17 @@ def main() -> None:
     mode.add_argument("--full", action="store_true", help="every cell that has no result yet")
     mode.add_argument("--ablation", action="store_true", help="the memory without each of its parts, 1 M tokens")
     mode.add_argument("--report", action="store_true", help="only tables and pictures of the full plan")
-    parser.add_argument("--shared", action="store_true", help="a memory whose rows all n-grams share")
+    parser.add_argument("--form", choices=FORMS, default="memgpt", help="of the memory")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     arguments = parser.parse_args()
     if arguments.ablation:
         run(ablations(), arguments.jobs)
         report_ablations()
         return
-    least = 0 if arguments.shared else LEAST
-    cells = plan(arguments.quick, least)
+    cells = plan(arguments.quick, arguments.form)
     if not arguments.report:
         run(cells, arguments.jobs)
-    report(cells, arguments.quick, least)
+    report(cells, arguments.quick, arguments.form)
 
 
 if __name__ == "__main__":

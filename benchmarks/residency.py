@@ -223,7 +223,10 @@ def stream(work: Path, quick: bool) -> dict[str, Any]:
     def read(piece: int) -> None:
         nonlocal at
         model.model(
-            ids[:, at : at + piece], past_key_values=cache, context_ids=ids[:, max(0, at - 2) : at], use_cache=True
+            ids[:, at : at + piece],
+            past_key_values=cache,
+            context_ids=ids[:, max(0, at - model.model.context) : at],
+            use_cache=True,
         )
         at += piece
 

@@ -120,7 +120,7 @@ def bert(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
     kind = {"ner": BertForTokenClassification, "sentiment": BertForSequenceClassification}[task]
     set_seed(params.seed)
     model = kind.from_pretrained(
-        cells.WORK / "cells" / BERT / "model",
+        cells.WORK / "cells" / spec.get("core", BERT) / "model",
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
         hidden_dropout_prob=params.dropout,

@@ -1,12 +1,13 @@
 """Is each task as good as what a user would pick instead? Same data, same steps, same machine.
 
-    python benchmarks/tasks.py --quick            a set per task, one seed, no trials (under 20 minutes)
+    python benchmarks/tasks.py --quick            a set per task, one seed, no trials, cores of half a million tokens
     python benchmarks/tasks.py --compare          every set, three seeds, settings as they come: no trials
     python benchmarks/tasks.py --full [--jobs 2]  every set, trials on validation, three seeds, tuning and regularisers
     python benchmarks/tasks.py --report           tables from the cells that are done, of --compare and of --full
 
 Needs the real data sets in MEMGPT_REAL_DATA. The cells memgpt-128-4M-1 and bert-128-4M-1 of benchmarks/core.py, from
-which all start, are pretrained first where their weights are not here, which takes longest. Settings are chosen on
+which all start (--quick: memgpt-128-0.5M-1, bert-128-0.5M-1), are pretrained first where their weights are not here,
+which takes longest. Settings are chosen on
 validation, peers with at least as many trials as ours; a test split is read once, by the final cells. "beats": the
 paired 95 % interval of the difference is above 0; "matches": it holds 0.
 """
@@ -53,6 +54,7 @@ PEERS = {
     "recommendation": ("popularity", "item_knn", "ease", "sasrec"),
 }
 SEEDED = ("memgpt", "bert", "sasrec")
+QUICK = {"memgpt": "memgpt-128-0.5M-1", "bert": "bert-128-0.5M-1"}  # what --quick starts from
 TRIO = "wikigold+financial_phrasebank+movielens"  # one set per task, for what concerns several
 METHODS: dict[str, dict[str, Any]] = {
     **{method: {"tune": method} for method in ("all", "backbone", "memory", "head", "adapter", "lora", "adalora")},
@@ -75,11 +77,14 @@ REGULARISERS: dict[str, dict[str, Any]] = {
 }
 
 
-def compared(name: str, seeds: tuple[int, ...], trials: bool) -> Cells:
-    """All systems on a set: trials on validation, then the final ones on test."""
+def compared(name: str, seeds: tuple[int, ...], trials: bool, starts: dict[str, str] | None = None) -> Cells:
+    """All systems on a set: trials on validation, then the final ones on test. starts: system → pretrained cell, where
+    these are others than usual."""
     cells: Cells = []
     for system in ("memgpt", *PEERS[SETS[name][0]]):
         base = {"set": name, "system": system}
+        if starts:
+            base["core"] = starts.get(system, starts["memgpt"])
         tried = TRIALS[system] if trials else []
         names = []
         for number, changes in enumerate(tried):
@@ -108,7 +113,8 @@ def regularised(name: str, seeds: tuple[int, ...]) -> Cells:
 def plan(mode: str) -> Cells:
     """Every cell of quick, compare or full, trials before what waits for them."""
     if mode == "quick":
-        return [cell for name in TRIO.split("+") for cell in compared(name, SEEDS[:1], False)]
+        cells = [cell for name in TRIO.split("+") for cell in compared(name, SEEDS[:1], False, QUICK)]
+        return [(f"quick-{name}", spec) for name, spec in cells]
     if mode == "compare":
         return [cell for name in SETS for cell in compared(name, SEEDS, False)]
     cells = [cell for name in SETS for cell in compared(name, SEEDS, True)]
@@ -130,8 +136,10 @@ def run(cells: Cells, jobs: int) -> None:
         raise SystemExit(f"{source}: no data sets; set MEMGPT_REAL_DATA to the folder that holds them")
     for name in sorted({spec["set"] for _, spec in cells}):
         prepare(name, source)
-    core.provide({CORE, *(BERT for _, spec in cells if spec.get("system") == "bert")}, jobs)
-    start(CORE)  # before the cells, which run side by side, ask for it
+    starts = {spec.get("core", BERT if spec.get("system") == "bert" else CORE) for _, spec in cells}
+    core.provide(starts, jobs)
+    for name in starts:  # before the cells, which run side by side, ask for it
+        start(name)
     runner.run(cells, jobs, HERE / "task_cells.py", RESULTS, WORK / "logs")
 
 

@@ -22,7 +22,12 @@ import tasks
 
 
 def test_its_recipe_and_every_change_of_it_are_valid() -> None:
-    planned = [*core.plan(quick=True), *core.plan(quick=False), *core.plan(quick=False, least=0), *core.ablations()]
+    planned = [
+        *core.plan(quick=True),
+        *core.plan(quick=False),
+        *core.plan(quick=False, form="shared"),
+        *core.ablations(),
+    ]
     for _, spec in planned:
         if "tokens" in spec:
             assert cells.recipe(tokens=spec["tokens"], **spec.get("recipe", {})).tokens == spec["tokens"]
@@ -90,6 +95,8 @@ def test_tasks_are_compared_fairly_and_with_settings_that_exist() -> None:
     for task, peers_of in tasks.PEERS.items():
         for peer in peers_of:
             assert peer == "popularity" or len(tasks.TRIALS[peer]) >= len(tasks.TRIALS["memgpt"]), (task, peer)
+    small = {name for name, _ in core.plan(quick=True)}
+    assert all(spec["core"] in small for _, spec in tasks.plan("quick")), "it would wait for hours of pretraining"
     final = {spec["system"] for _, spec in tasks.plan("full") if spec.get("test")}
     assert final == {"memgpt", *(peer for peers_of in tasks.PEERS.values() for peer in peers_of)}
 

@@ -42,7 +42,7 @@ def read(model: MemGPTForCausalLM, ids: torch.Tensor, cache, pieces: list[int], 
     """Logits of ids from `start` on, of which the cache holds what is before."""
     logits = []
     for piece in pieces:
-        context = ids[:, max(0, start - model.model.ngram_hash.context) : start]
+        context = ids[:, max(0, start - model.model.context) : start]
         part = ids[:, start : start + piece]
         logits.append(model(part, past_key_values=cache, context_ids=context, use_cache=True).logits)
         start += piece

@@ -129,7 +129,7 @@ def test_decoding_reads_what_one_pass_reads(model: MemGPTForCausalLM) -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None), whole)
     at, positions = addresses(model, {"input_ids": whole, "position_ids": torch.arange(18)[None]}), torch.arange(18)
     for place in range(1, 18):
-        context = whole[:, max(0, place - model.model.ngram_hash.context) : place]
+        context = whole[:, max(0, place - model.model.context) : place]
         hash_ = model.model.ngram_hash
         step = hash_(whole[:, place : place + 1], positions[None, place : place + 1], context)
         assert torch.equal(step[:, hash_.lead :][:, 0], at[:, place])
