@@ -44,7 +44,8 @@ class LookBack(nn.Module):
         ids, canonical, blank = ngram_hash.with_context(input_ids, context_ids, window + before)
         canonical = canonical.int()
         leads_on = ~(blank | nn.functional.pad(blank[:, 1:], (0, 1), value=True))
-        place, back = torch.arange(before + length, device=device)[:, None], torch.arange(window, device=device)
+        place = torch.arange(before + length, device=device, dtype=torch.int32)[:, None]
+        back = torch.arange(window, device=device, dtype=torch.int32)
         positions = torch.cat((position_ids[:, :1] + torch.arange(-before, 0, device=device), position_ids), dim=1)
         # same[b, t, i]: the token at t is the one `window - i` before it, in the same document.
         same = (
@@ -56,8 +57,7 @@ class LookBack(nn.Module):
             run = run & same[:, before - step : before - step + length]
             lengths = lengths + run
         best = (lengths * window + back).amax(-1)  # the longest, of these the nearest
-        found = best % window
-        at = torch.arange(length, device=device) + before + found + 1
+        at = torch.arange(length, device=device) + before + best % window + 1
         return ids.expand(at.shape[0], -1).gather(1, at), best // window
 
 
