@@ -109,12 +109,12 @@ def test_a_stream_decodes_in_constant_memory(int8: bool) -> None:
 
 
 def test_a_stream_through_local_layers_equals_a_pass_over_what_they_see() -> None:
-    """Three windows of 64 reach back 189 tokens, and the memory 5: the rest of 3,000 does not matter."""
-    model = causal([LOCAL] * 3)
+    """Three windows of 64 reach back 189 tokens, and the memories 6: the rest of 3,000 does not matter."""
+    model = causal([LOCAL] * 3, recall_window=3)
     ids = text(3000)
     streamed = read(model, ids, make_cache(model.config, stream=64), [500] * 5 + [499] + [1])[:, -1]
     with torch.no_grad():
-        fresh = model(ids[:, -195:]).logits[:, -1]
+        fresh = model(ids[:, -196:]).logits[:, -1]
     assert torch.allclose(streamed, fresh, atol=1e-3)
 
 

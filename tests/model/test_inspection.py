@@ -53,6 +53,9 @@ def test_strength_is_what_the_memory_changes(model, tokenizer) -> None:
     ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(TEXT)["input_ids"]]])
     hidden = model.model.embed_tokens(ids)
     positions = torch.arange(ids.shape[1])[None]
+    recall = model.model.recall
+    tokens, lengths = recall.look_back(model.model.ngram_hash, ids, positions)
+    hidden = hidden + recall(hidden, model.model.embed_tokens(tokens), lengths, positions)
     addresses = model.model.ngram_hash(ids, positions)
     added = model.model.layers[0].memory(hidden, model.model.read_memory(ids, positions), positions)
     expected = (added.norm(dim=-1) / hidden.norm(dim=-1))[0, 1:]
