@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labels = ["negative", "positive"] if task == "sentiment" else ["O", "B-PER", "I-PER"]
         names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         model = kind(MemGPTConfig(vocab_size=len(tokenizer), memory_rows=97, memory_dim=4, **shape, **names))
-        torch.nn.init.normal_(model.head.score.weight)  # sure of some, not of others
+        torch.nn.init.normal_(model.head.score.weight, std=0.5)  # sure of some, not of others
         model.save_pretrained(root / task)
         tokenizer.save_pretrained(root / task)
     return root
