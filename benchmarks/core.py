@@ -178,7 +178,7 @@ def weights(name: str) -> Path:
 
 
 def provide(names: set[str], jobs: int) -> None:
-    """Pretrain cells of the full plan whose weights are not here, for a benchmark that starts from them."""
+    """Pretrain cells of the plans whose weights are not here, for a benchmark that starts from them."""
     lacking = [
         (name, spec)
         for name, spec in [*plan(quick=True), *plan(quick=False)]

@@ -7,9 +7,8 @@
 
 Needs the real data sets in MEMGPT_REAL_DATA. The cells memgpt-128-4M-1 and bert-128-4M-1 of benchmarks/core.py, from
 which all start (--quick: memgpt-128-0.5M-1, bert-128-0.5M-1), are pretrained first where their weights are not here,
-which takes longest. Settings are chosen on
-validation, peers with at least as many trials as ours; a test split is read once, by the final cells. "beats": the
-paired 95 % interval of the difference is above 0; "matches": it holds 0.
+which takes longest. Settings are chosen on validation, peers with at least as many trials as ours; a test split is read
+once, by the final cells. "beats": the paired 95 % interval of the difference is above 0; "matches": it holds 0.
 """
 
 import argparse
@@ -111,7 +110,21 @@ def regularised(name: str, seeds: tuple[int, ...]) -> Cells:
 
 
 def plan(mode: str) -> Cells:
-    """Every cell of quick, compare or full, trials before what waits for them."""
+    """Every cell of quick, compare or full, trials before what waits for them. Ours hold the spec of the core that they
+    start from: what was reached from another form of it does not count."""
+    pretrained = dict([*core.plan(quick=True), *core.plan(quick=False)])
+    return [
+        (name, {**spec, "pretrained": pretrained[core_of(spec)]} if spec.get("system", "memgpt") == "memgpt" else spec)
+        for name, spec in _plan(mode)
+    ]
+
+
+def core_of(spec: dict[str, Any]) -> str:
+    """The pretrained cell that a cell starts from."""
+    return spec.get("core", BERT if spec.get("system") == "bert" else CORE)
+
+
+def _plan(mode: str) -> Cells:
     if mode == "quick":
         cells = [cell for name in TRIO.split("+") for cell in compared(name, SEEDS[:1], False, QUICK)]
         return [(f"quick-{name}", spec) for name, spec in cells]
@@ -136,7 +149,7 @@ def run(cells: Cells, jobs: int) -> None:
         raise SystemExit(f"{source}: no data sets; set MEMGPT_REAL_DATA to the folder that holds them")
     for name in sorted({spec["set"] for _, spec in cells}):
         prepare(name, source)
-    starts = {spec.get("core", BERT if spec.get("system") == "bert" else CORE) for _, spec in cells}
+    starts = {core_of(spec) for _, spec in cells}
     core.provide(starts, jobs)
     for name in starts:  # before the cells, which run side by side, ask for it
         start(name)
