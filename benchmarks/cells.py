@@ -429,7 +429,8 @@ def run(name: str, spec: dict[str, Any], source: Path) -> None:
     else:
         result = training_speed(spec) if spec["kind"] == "speed" else pretrain(name, spec)
     CELLS.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(CELLS / f"{name}.json", {"spec": spec, **result})
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    atomic.write_json(CELLS / f"{name}.json", {"spec": spec, "device": device, **result})
 
 
 if __name__ == "__main__":

@@ -62,13 +62,14 @@ class LookBack(nn.Module):
 
 
 class RecallMemory(GatedMemory):
-    """What a token is given of the one that is recalled. It starts as nothing."""
+    """What a token is given of the one that is recalled: its embedding and one of the run's length. It starts as
+    nothing."""
 
     def __init__(self, config: MemGPTConfig):
-        longest = config.recall_length or 0
-        super().__init__(config, config.hidden_size + longest, kernel=0)
-        self.longest, self.eps = longest, config.rms_norm_eps
+        super().__init__(config, config.hidden_size, kernel=0)
         self.look_back = LookBack(config)
+        self.run = nn.Embedding(self.look_back.longest + 1, config.hidden_size, padding_idx=0)
+        self.eps = config.rms_norm_eps
         self.value._starts_silent = True  # type: ignore[assignment]
 
     def forward(  # type: ignore[override]
@@ -78,6 +79,4 @@ class RecallMemory(GatedMemory):
         add to hidden."""
         # Of the size of the run's own numbers: as small as embeddings start, it would be learned slowly.
         followed = nn.functional.rms_norm(followed, followed.shape[-1:], eps=self.eps)
-        run = lengths[..., None] == torch.arange(1, self.longest + 1, device=lengths.device)
-        entry = torch.cat((followed * (lengths > 0)[..., None], run.to(followed.dtype)), dim=-1)
-        return super().forward(hidden, entry, position_ids)
+        return super().forward(hidden, followed * (lengths > 0)[..., None] + self.run(lengths), position_ids)

@@ -230,4 +230,4 @@ def test_four_training_steps_give_the_golden_losses(ids: torch.Tensor) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses == pytest.approx([4.1676, 3.9174, 3.7573, 3.5939], abs=2e-3)
+    assert losses == pytest.approx([4.1648, 3.9600, 3.7989, 3.6202], abs=2e-3)
