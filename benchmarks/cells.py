@@ -174,7 +174,7 @@ class _Masked:
         draw = torch.Generator().manual_seed(self.params.seed * 1_000_003 + step)
         ids, positions = batch["input_ids"], batch["position_ids"]
         shown, labels = mask(ids, positions, self.params.mask_fraction, 2, peers.VOCABULARY, draw)
-        return self.loss(model, shown, labels)
+        return self.loss(model, shown.to(model.device), labels.to(model.device))
 
 
 def _masked_loss(model: PreTrainedModel, shown: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

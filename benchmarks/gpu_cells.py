@@ -196,6 +196,8 @@ def _steps(model: PreTrainedModel, spec: Cell, tiny: bool) -> Cell:
     optimizer: torch.optim.Optimizer = for_pretraining(model, PARAMS)
     batch, length = BATCH[size]
     input_ids, position_ids = ids(size, batch, length), torch.arange(length, device=DEVICE).expand(batch, -1)
+    if scope == "product":  # which brings them to the device itself
+        input_ids, position_ids = input_ids.cpu(), position_ids.cpu()
     loss: Callable[..., torch.Tensor] = loss_of
     if spec["kind"] == "stock":
         optimizer, loss = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), stock_loss

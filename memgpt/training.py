@@ -55,7 +55,7 @@ def train(
     Under torchrun all processes call this alike and end with the same model: a step's batch is divided among them, so
     that its loss and gradient are those of one process up to rounding. Only the first logs and writes.
 
-    optimizer: by `params` if None. loss: of (model, batch, step); the model's own if None.
+    optimizer: by `params` if None. loss: of (model, batch as collated, step); the model's own if None.
     lengths: of the elements, to put those of similar length into a batch; None mixes them.
     whole_batches: an element of the dataset is a process's share of a batch already.
     divide_tables: give each process a part of the memory tables; only the first then ends with whole ones.
@@ -176,6 +176,9 @@ class _Trainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         return _Loader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs if self.loss else super()._prepare_inputs(inputs)  # a loss of its own brings them to the device
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         if self.loss is not None:

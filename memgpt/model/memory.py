@@ -6,6 +6,7 @@ D hidden size, R rows read per position, M width of a row.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -194,23 +195,40 @@ def make_table(config: MemGPTConfig) -> nn.Embedding:
     return table
 
 
-def look_up(table: nn.Module, addresses: torch.Tensor) -> torch.Tensor:
-    """addresses [B, T, R] → rows of the table side by side, [B, T, R·M]."""
+Readers = tuple[torch.Tensor, ...]  # which addresses name a row; of `kernels.memory.readers`
+
+
+def look_up(table: nn.Module, addresses: torch.Tensor, readers: Readers | None = None) -> torch.Tensor:
+    """addresses [B, T, R] → rows of the table side by side, [B, T, R·M]. readers: `find_readers`, if that was called
+    before."""
     if getattr(table, "sparse", False):
-        return _look_up_sparsely(table, addresses)
+        return _look_up_sparsely(table, addresses, readers)
     return table(addresses).flatten(-2)
 
 
 @torch.compiler.disable  # gradients of this kind are not compiled
-def _look_up_sparsely(table: nn.Module, addresses: torch.Tensor) -> torch.Tensor:
-    if type(table) is nn.Embedding and kernels.serve(table.weight):
+def _look_up_sparsely(table: nn.Module, addresses: torch.Tensor, readers: Readers | None) -> torch.Tensor:
+    if _served(table):
         from memgpt.model.kernels.memory import look_up
 
         device, dtype = table.weight.device.type, table.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        return look_up(table.weight, addresses, dtype)
+        return look_up(table.weight, addresses, dtype, readers)
     return table(addresses).flatten(-2)
+
+
+def find_readers(table: nn.Module, addresses: torch.Tensor) -> Readers | None:
+    """What the gradient of a look-up has to know of its addresses, if a kernel takes it; for that the host waits."""
+    if not (getattr(table, "sparse", False) and _served(table)):
+        return None
+    from memgpt.model.kernels.memory import readers
+
+    return readers(addresses.flatten())
+
+
+def _served(table: nn.Module) -> TypeGuard[nn.Embedding]:
+    return type(table) is nn.Embedding and kernels.serve(table.weight)
 
 
 def row_gradient(table: torch.Tensor) -> torch.Tensor:

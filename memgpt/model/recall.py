@@ -8,6 +8,7 @@ but only after far more text than a small one reads. Shape letters: B batch, T p
 import torch
 from torch import nn
 
+from memgpt.model import kernels
 from memgpt.model.config import MemGPTConfig
 from memgpt.model.memory import GatedMemory, NGramHash
 
@@ -42,23 +43,36 @@ class LookBack(nn.Module):
         window: int = torch.sym_min(self.window, length + given)
         before = self.longest - 1  # tokens that are compared for the run of the first position
         ids, canonical, blank = ngram_hash.with_context(input_ids, context_ids, window + before)
-        canonical = canonical.int()
         leads_on = ~(blank | nn.functional.pad(blank[:, 1:], (0, 1), value=True))
-        place = torch.arange(before + length, device=device, dtype=torch.int32)[:, None]
-        back = torch.arange(window, device=device, dtype=torch.int32)
+        tokens, earlier = canonical.int().masked_fill(blank, -2), canonical.int().masked_fill(~leads_on, -1)
         positions = torch.cat((position_ids[:, :1] + torch.arange(-before, 0, device=device), position_ids), dim=1)
-        # same[b, t, i]: the token at t is the one `window - i` before it, in the same document.
-        same = (
-            canonical.masked_fill(~leads_on, -1)[:, place + back] == canonical.masked_fill(blank, -2)[:, window:, None]
-        )
-        same = same & (window - back <= positions[..., None])
-        run, lengths = same[:, before:], same[:, before:].int()
-        for step in range(1, self.longest):
-            run = run & same[:, before - step : before - step + length]
-            lengths = lengths + run
-        best = (lengths * window + back).amax(-1)  # the longest, of these the nearest
+        if kernels.serve(tokens, fuses=False):
+            from memgpt.model.kernels import recall
+
+            best = recall.longest_run(tokens, earlier, positions, window, self.longest)
+        else:
+            best = longest_run(tokens, earlier, positions, window, self.longest)
         at = torch.arange(length, device=device) + before + best % window + 1
         return ids.expand(at.shape[0], -1).gather(1, at), best // window
+
+
+def longest_run(
+    tokens: torch.Tensor, earlier: torch.Tensor, position_ids: torch.Tensor, window: int, longest: int
+) -> torch.Tensor:
+    """tokens and earlier [B, window + longest − 1 + T], ids as they are compared: earlier ones where something may
+    follow them, else −1, and tokens that are none −2; position_ids [B or 1, longest − 1 + T] → for each of the last T
+    places the longest run, of these the nearest: its length · window + window − how far back it is, [B, T]."""
+    length = position_ids.shape[1] - longest + 1
+    place = torch.arange(position_ids.shape[1], device=tokens.device, dtype=torch.int32)[:, None]
+    back = torch.arange(window, device=tokens.device, dtype=torch.int32)
+    # same[b, t, i]: the token at t is the one `window - i` before it, in the same document.
+    same = earlier[:, place + back] == tokens[:, window:, None]
+    same = same & (window - back <= position_ids[..., None])
+    run, lengths = same[:, longest - 1 :], same[:, longest - 1 :].int()
+    for step in range(1, longest):
+        run = run & same[:, longest - 1 - step : longest - 1 - step + length]
+        lengths = lengths + run
+    return (lengths * window + back).amax(-1)
 
 
 class RecallMemory(GatedMemory):

@@ -18,11 +18,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def _serve_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "serve", lambda tensor: True)
+    monkeypatch.setattr(kernels, "serve", lambda *_, **__: True)
 
 
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "serve", lambda tensor: False)
+    monkeypatch.setattr(kernels, "serve", lambda *_, **__: False)
 
 
 def agree(ours: torch.Tensor, reference: torch.Tensor, tolerance: float) -> None:
@@ -144,6 +144,21 @@ def test_a_gradient_is_taken_as_coalesced_only_as_it_was_made() -> None:
     assert row_gradient(table.weight).values()[:, 0].tolist() == [1, 2, 1]
     read()  # adds to what is there
     assert row_gradient(table.weight).values()[:, 0].tolist() == [2, 4, 2]
+
+
+@pytest.mark.parametrize(("length", "context", "longest"), [(70, 0, 3), (1, 40, 4), (9, 600, 1)])
+def test_what_is_recalled(length: int, context: int, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and places alike, with padding and masks, several documents in a row, and tokens before it."""
+    made = model(recall_length=longest, recall_window=37).model
+    ids = torch.randint(0, 7, (3, context + length), device=DEVICE)
+    positions = (torch.arange(context, context + length, device=DEVICE) % 53)[None]
+    read = made.ngram_hash, ids[:, context:], positions, ids[:, :context] if context else None
+    ours = made.recall.look_back(*read)
+    plain(monkeypatch)
+    tokens, lengths = made.recall.look_back(*read)
+    assert torch.equal(ours[1], lengths)
+    assert torch.equal(ours[0], tokens)
+    assert lengths.any()
 
 
 def model(**changes) -> MemGPTForCausalLM:

@@ -28,6 +28,10 @@ KERNELS = {
         f"hidden_grad:*fp32 key_grad:*bf16 value_grad:*bf16 sums:*fp32 {SHAPE} tiles:i32",
         {**GATE, "SUMS": 4},
     ),
+    "_longest_run": (
+        "tokens:*i32 earlier:*i32 position_ids:*i64 best:*i32 T:i32 columns:i32 position_stride:i32 window:i32",
+        {"LONGEST": 4, "PLACES": 32, "BACK": 128},
+    ),
 }
 
 
@@ -50,10 +54,11 @@ def test_the_kernels_compile_as_they_are_launched_in_training(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from memgpt.model.kernels import memory
+    from memgpt.model.kernels import memory, recall
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     arguments, constants = KERNELS[name]
     signature = dict(argument.split(":") for argument in arguments.split()) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(getattr(memory, name.split()[0]), signature, constants)
+    kernel = getattr(recall if name == "_longest_run" else memory, name.split()[0])
+    source = ASTSource(kernel, signature, constants)
     assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]

@@ -13,10 +13,11 @@ TRITON = find_spec("triton") is not None and any(map(shutil.which, (os.environ.g
 LIGER = TRITON and find_spec("liger_kernel") is not None
 
 
-def serve(tensor: torch.Tensor) -> bool:
+def serve(tensor: torch.Tensor, fuses: bool = True) -> bool:
     """Whether the kernels take this tensor. In compiled code they do where a gradient is to come, of which Inductor
-    makes more passes; answers are few tokens, whose plain code it fuses with what is around it."""
-    return tensor.is_cuda and TRITON and (torch.is_grad_enabled() or not torch.compiler.is_compiling())
+    makes more passes; answers are few tokens, whose plain code it fuses with what is around it, unless `fuses` says
+    that it makes nothing good of it."""
+    return tensor.is_cuda and TRITON and (not fuses or torch.is_grad_enabled() or not torch.compiler.is_compiling())
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

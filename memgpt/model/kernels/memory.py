@@ -24,14 +24,16 @@ _TILE = 1024  # elements of [positions, D] that a program holds
 _PROGRAMS = 528  # of the backward pass, each with sums of its own: four on every multiprocessor of an H100
 
 
-def look_up(table: torch.Tensor, addresses: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """table [N, M], addresses [..., R] → rows side by side, [..., R·M], as `dtype`.
+def look_up(
+    table: torch.Tensor, addresses: torch.Tensor, dtype: torch.dtype, found: tuple[torch.Tensor, ...] | None = None
+) -> torch.Tensor:
+    """table [N, M], addresses [..., R] → rows side by side, [..., R·M], as `dtype`. found: `readers` of the addresses.
 
     The table's gradient is sparse: sorted distinct rows and their sums in the table's dtype; none for row 0, which is
     padding. As `nn.Embedding(sparse=True)` gives it, but already added up.
     """
     with torch.cuda.device_of(table):  # Triton launches on the current device
-        return _LookUp.apply(table, addresses, dtype)
+        return _LookUp.apply(table, addresses, dtype, found)
 
 
 # --- look-up
@@ -72,25 +74,31 @@ def _sum_reads(
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: torch.Tensor, addresses: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        table: torch.Tensor,
+        addresses: torch.Tensor,
+        dtype: torch.dtype,
+        found: tuple[torch.Tensor, ...] | None,
+    ) -> torch.Tensor:
         addresses, width = addresses.contiguous(), table.shape[1]
         out = table.new_empty(*addresses.shape, width, dtype=dtype)
         count, block = addresses.numel(), triton.next_power_of_2(width)
         _gather[(triton.cdiv(count, _LOOKED_UP),)](table, addresses, out, count, width, block, _LOOKED_UP)
         if ctx.needs_input_grad[0]:
-            # Here, where the device has least to do: the host waits for it, to learn how many rows there are.
-            ctx.save_for_backward(*readers(addresses.flatten()))
+            # Not on the way back, where the device has most to do: the host waits, to learn how many rows there are.
+            ctx.save_for_backward(*(found or readers(addresses.flatten())))
         ctx.table = table
         return out.flatten(-2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         table, rows = ctx.table, ctx.saved_tensors[0]
         values = _row_sums(gradient.reshape(-1, table.shape[1]).contiguous(), table.dtype, *ctx.saved_tensors)
         table.distinct_rows = rows
         found = torch.sparse_coo_tensor(rows[None], values, table.shape, is_coalesced=True, check_invariants=False)
-        return found, None, None
+        return found, None, None, None
 
 
 def readers(addresses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
