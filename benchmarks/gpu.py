@@ -29,6 +29,7 @@ from runner import done
 from transformers.utils import logging
 
 from memgpt.atomic import write_json
+from memgpt.model import MemGPTConfig
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
 BATCHES = (1, 16, 128)
@@ -67,6 +68,9 @@ def plan(tiny: bool) -> Cells:
             cells[f"{weights}-decode-{batch}"] = {**cells[f"decode-{batch}-memgpt"], "weights": weights}
     for size in sizes:
         cells |= _training(size, tiny, first=size == "medium") | _training(size, tiny, first=False)
+    for spec in cells.values():  # a result tells which form of the core it is of
+        if spec.get("kind", "").startswith("memgpt"):
+            spec["recall"] = MemGPTConfig(**gpu_cells.SIZES[base]).recall_length
     return cells
 
 

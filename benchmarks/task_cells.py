@@ -366,7 +366,8 @@ def settle(name: str, spec: Spec) -> Path:
     cell that it comes after."""
     source, place = WORK / "sets" / spec["set"], WORK / "places" / name
     links = {part: source / part for part in ("params.yaml", "data")}
-    links["models/base"] = start(spec.get("core", CORE))
+    if SYSTEMS.get(spec.get("system", "memgpt")) is memgpt:
+        links["models/base"] = start(spec.get("core", CORE))
     if spec.get("kind") == "forgetting":
         links["models/multitask"] = WORK / "places" / spec["after"][0] / "models/multitask"
     (place / "models").mkdir(parents=True, exist_ok=True)

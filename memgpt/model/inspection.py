@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from memgpt.model.memory import KnowledgeMemory
+from memgpt.model.memory import GatedMemory, KnowledgeMemory
 from memgpt.model.update import addresses, memories, table
 
 
@@ -15,9 +15,10 @@ from memgpt.model.update import addresses, memories, table
 def explain(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str, attention_mode: str = "causal"
 ) -> list[dict[str, Any]]:
-    """A record per token of the text and memory layer:
+    """A record per token of the text and memory layer, and one before these where something was recalled:
 
-    position, token: its place, from 0, and its text. layer: index of the block. gate: in (0, 2), what the context lets
+    position, token: its place, from 0, and its text. layer: index of the block, or "recall", whose one n-gram is the
+    run of last tokens and what followed it before ("run → token", no rows). gate: in (0, 2), what the context lets
     through. strength: norm of what the memory added over the norm of the hidden state it was added to.
     ngrams: a record per n-gram order that reaches back no further than the end token before the text, {n, text, rows,
     strength}: the rows of the table it was read from, and the strength of its part alone. Parts add up as vectors,
@@ -33,12 +34,13 @@ def explain(
     ids = [tokenizer.eos_token_id, *ids]  # as in training, the end token leads a document
     input_ids = torch.tensor([ids], device=model.device)
     rows = addresses(model, {"input_ids": input_ids})
-    heard: dict[KnowledgeMemory, tuple[torch.Tensor, ...]] = {}
+    recall = model.base_model.recall
+    heard: dict[GatedMemory, tuple[torch.Tensor, ...]] = {}
 
-    def listen(memory: KnowledgeMemory, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def listen(memory: GatedMemory, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         heard[memory] = (*inputs, output)
 
-    handles = [memory.register_forward_hook(listen) for memory in layers.values()]
+    handles = [memory.register_forward_hook(listen) for memory in [*layers.values(), *([recall] if recall else [])]]
     training = model.training
     try:
         model.eval().base_model(input_ids=input_ids, attention_mode=attention_mode, use_cache=False)
@@ -50,6 +52,24 @@ def explain(
     tokens = [tokenizer.decode([token]) for token in ids]
     hash_ = model.base_model.ngram_hash
     records = []
+    if recall is not None:
+        hidden, followed, lengths, positions, added = heard[recall]
+        gate = recall.gate(hidden, recall.entry(followed, lengths))[0, :, 0]
+        strength = (added[0].norm(dim=-1) / hidden[0].norm(dim=-1)).tolist()
+        found = recall.look_back(hash_, input_ids, positions)[0][0]
+        for place in lengths[0, 1:].nonzero()[:, 0] + 1:
+            n = int(lengths[0, place])
+            run = f"{tokenizer.decode(ids[place - n + 1 : place + 1])} → {tokenizer.decode([found[place]])}"
+            records.append(
+                {
+                    "position": int(place) - 1,
+                    "token": tokens[place],
+                    "layer": "recall",
+                    "gate": gate[place].item(),
+                    "strength": strength[place],
+                    "ngrams": [{"n": n, "text": run, "rows": [], "strength": strength[place]}],
+                }
+            )
     for layer, memory in layers.items():
         hidden, entry, _, added = heard[memory]
         entry = entry[:, hash_.lead :]
@@ -78,7 +98,7 @@ def explain(
                     ],
                 }
             )
-    return sorted(records, key=lambda record: (record["position"], record["layer"]))
+    return sorted(records, key=lambda record: record["position"])  # each layer's are in order
 
 
 def values(memory: KnowledgeMemory, entry: torch.Tensor, ngrams: tuple[int, ...]) -> Iterable[tuple[int, torch.Tensor]]:

@@ -91,6 +91,10 @@ class RecallMemory(GatedMemory):
     ) -> torch.Tensor:
         """hidden [B, T, D]; followed [B, T, D], embeddings of the recalled tokens; their run lengths [B, T] → what to
         add to hidden."""
-        # Of the size of the run's own numbers: as small as embeddings start, it would be learned slowly.
+        return super().forward(hidden, self.entry(followed, lengths), position_ids)
+
+    def entry(self, followed: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """What keys and values are made of, [B, T, D]; zero where nothing is recalled."""
+        # Normalised: as small as embeddings start, it would be learned slowly.
         followed = nn.functional.rms_norm(followed, followed.shape[-1:], eps=self.eps)
-        return super().forward(hidden, followed * (lengths > 0)[..., None] + self.run(lengths), position_ids)
+        return followed * (lengths > 0)[..., None] + self.run(lengths)

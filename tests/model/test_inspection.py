@@ -37,7 +37,7 @@ def model(tokenizer: MemGPTTokenizer) -> MemGPTForCausalLM:
 
 
 def test_every_token_is_explained_in_every_memory_layer(model, tokenizer) -> None:
-    records = explain(model, tokenizer, TEXT)
+    records = [r for r in explain(model, tokenizer, TEXT) if r["layer"] != "recall"]
     ids = tokenizer(TEXT)["input_ids"]
     assert [(r["position"], r["layer"]) for r in records] == [(p, layer) for p in range(len(ids)) for layer in (0, 2)]
     assert "".join(r["token"] for r in records if r["layer"] == 0) == TEXT.replace(" ", "")
@@ -62,6 +62,19 @@ def test_strength_is_what_the_memory_changes(model, tokenizer) -> None:
     records = [r for r in explain(model, tokenizer, TEXT) if r["layer"] == 0]
     assert torch.allclose(torch.tensor([r["strength"] for r in records]), expected, atol=1e-6)
     assert [gram["rows"] for gram in records[-1]["ngrams"]] == addresses[0, -1].reshape(2, 2).tolist()
+
+
+def test_what_is_recalled_is_explained(model, tokenizer) -> None:
+    found = [r for r in explain(model, tokenizer, TEXT) if r["layer"] == "recall"]
+    ids = tokenizer(TEXT)["input_ids"]
+    assert found
+    for record in found:
+        assert 0 < record["gate"] < 2 and record["strength"] > 0
+        (gram,) = record["ngrams"]
+        at = record["position"]
+        run, followed = gram["text"].split(" → ")
+        assert run == tokenizer.decode(ids[at - gram["n"] + 1 : at + 1])
+        assert (run + followed).replace(" ", "").lower() in TEXT.replace(" ", "").lower()
 
 
 def test_an_emptied_row_falls_silent_where_its_ngram_stands_and_nowhere_else(model, tokenizer) -> None:
