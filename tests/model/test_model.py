@@ -177,7 +177,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model: MemGPTForCausalL
 
 def test_recommendation_learns_who_reads_what_next(ids: torch.Tensor) -> None:
     """Ten items in a ring: after each comes the next. The loss must fall to that of knowing it."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = MemGPTForRecommendation(config()).train()
     items = torch.arange(10)[:, None] + torch.arange(3, 6)[None]
     history = (torch.arange(10)[:, None] + torch.arange(4)[None]) % 10
