@@ -180,6 +180,10 @@ class _Trainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs if self.loss else super()._prepare_inputs(inputs)  # a loss of its own brings them to the device
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Not counted for a loss of its own, since the host would wait for the device with it."""
+        return None if self.loss else super()._get_num_items_in_batch(batch_samples, device)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         if self.loss is not None:
             return self.loss(model, inputs, self.state.global_step)

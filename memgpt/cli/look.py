@@ -98,7 +98,8 @@ def explain(
     """Show which tokens and which memory entries moved an answer (integrated gradients).
 
     For base: which n-grams' memory spoke for each token, and what was recalled from earlier in the text. gate: what the
-    context let through, 0 to 2. strength: what the memory added, against what was there. Example: [bold]memgpt explain sentiment "Orders fell again."[/]
+    context let through, 0 to 2. strength: what the memory added, against what was there.
+    Example: [bold]memgpt explain sentiment "Orders fell again."[/]
     """
     if model == "base" and html:
         raise UserError("--html: base gives no answer to draw; leave it out, or explain a task")
