@@ -74,7 +74,7 @@ def test_int8_rows_are_within_their_bound(model, directory: Path, ids: torch.Ten
     exact = logits(model, ids)
     loaded = load(MemGPTForCausalLM, directory, "int8")
     assert loaded.model.memory_table.weight.dtype == torch.int8
-    assert 0 < (logits(loaded, ids) - exact).abs().max() / exact.std() < 0.02
+    assert 0 < (logits(loaded, ids) - exact).abs().max() / exact.std() < 0.03  # as the docs say
     placed = place(load(MemGPTForCausalLM, directory), "int8")
     assert torch.equal(logits(placed, ids), logits(loaded, ids))
 
