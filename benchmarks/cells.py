@@ -140,7 +140,9 @@ def build(spec: dict[str, Any]) -> PreTrainedModel:
     model.model.ngram_hash.canonical_ids.copy_(canonical_ids(_tokenizer()))
     if spec.get("least") and model.model.memory_table is not None:
         length = recipe(**spec.get("recipe", {})).sequence_length
-        model.model.ngram_hash.claim(DataLoader(_text(spec, length), batch_size=64), spec["least"])
+        model.model.ngram_hash.claim(
+            DataLoader(PackedTokens(WORK / "tokens", "train", length), batch_size=64), spec["least"]
+        )
     if not spec.get("gate", True):
         for layer in model.model.layers:
             if layer.memory is not None:
@@ -148,12 +150,6 @@ def build(spec: dict[str, Any]) -> PreTrainedModel:
     if spec.get("product_key"):
         model.model.layers[3].mlp = ProductKeyMemory(spec["width"])
     return model
-
-
-def _text(spec: dict[str, Any], length: int) -> Dataset:
-    """Rows to train on: all, or the first `unique` tokens, to be read several times."""
-    rows = PackedTokens(WORK / "tokens", "train", length)
-    return Subset(rows, range(min(len(rows), spec["unique"] // length))) if "unique" in spec else rows
 
 
 def _tokenizer() -> MemGPTTokenizer:
@@ -192,7 +188,7 @@ def pretrain(name: str, spec: dict[str, Any], go_on: AfterEpoch | None = None) -
     params = recipe(tokens=spec["tokens"], seed=spec["seed"], **spec.get("recipe", {}))
     steps = params.tokens // (params.batch_size * params.sequence_length)
     model = build(spec)
-    data = _text(spec, params.sequence_length)
+    data: Dataset = PackedTokens(WORK / "tokens", "train", params.sequence_length)
     if steps > (batches := len(data) // params.batch_size) > 0:
         # Several epochs: none ends with a smaller batch, for which all would be compiled again.
         data = Subset(data, range(batches * params.batch_size))
@@ -429,7 +425,8 @@ def run(name: str, spec: dict[str, Any], source: Path) -> None:
     else:
         result = training_speed(spec) if spec["kind"] == "speed" else pretrain(name, spec)
     CELLS.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.cuda.is_available() and spec["kind"] != "speed"  # which is of the CPU
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
     atomic.write_json(CELLS / f"{name}.json", {"spec": spec, "device": device, **result})
 
 
