@@ -53,6 +53,7 @@ PEERS = {
     "recommendation": ("popularity", "item_knn", "ease", "sasrec"),
 }
 SEEDED = ("memgpt", "bert", "sasrec")
+PRETRAINED = ("memgpt", "bert")
 QUICK = {"memgpt": "memgpt-128-0.5M-1", "bert": "bert-128-0.5M-1"}  # what --quick starts from
 TRIO = "wikigold+financial_phrasebank+movielens"  # one set per task, for what concerns several
 METHODS: dict[str, dict[str, Any]] = {
@@ -149,7 +150,8 @@ def run(cells: Cells, jobs: int) -> None:
         raise SystemExit(f"{source}: no data sets; set MEMGPT_REAL_DATA to the folder that holds them")
     for name in sorted({spec["set"] for _, spec in cells}):
         prepare(name, source)
-    starts = {core_of(spec) for _, spec in cells}
+    waiting = [spec for name, spec in cells if not runner.done(RESULTS, name, spec)]
+    starts = {core_of(spec) for spec in waiting if spec.get("system", "memgpt") in PRETRAINED}
     core.provide(starts, jobs)
     for name in starts:  # before the cells, which run side by side, ask for it
         start(name)

@@ -186,7 +186,8 @@ class _Trainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         if self.loss is not None:
-            return self.loss(model, inputs, self.state.global_step)
+            with self.accelerator.autocast():  # the model is in it by itself, what a loss looks up for it is not
+                return self.loss(model, inputs, self.state.global_step)
         counted = {}
         if distributed.processes() > 1:
             counted["num_items_in_batch"] = distributed.mean((inputs["labels"] != -100).sum())

@@ -33,10 +33,10 @@ def accelerate(
     weights: "float32" leaves them; "bfloat16" halves them; "int8" and "float8" also round the trunk's and the output's
     matrices to 8 bits with a scale per row. "int8" rounds less, and pays on a CPU where few tokens are computed at once
     (decoding). "float8" is multiplied in 8 bits by GPUs from Ada on; elsewhere it only saves memory. compile: translate
-    the step of `generate`, over a cache of fixed size, or the trunk of a model that does not generate; there the
-    weights become part of the code, so that changing them later has no effect. That takes 15 to 60 s at the first
-    calls, and again for another number of texts to generate, or another length of prompt and answer together unless
-    `generation_config.max_cache_len` covers it. padding: False has the trunk of a model that does not generate read
+    the step of `generate`, over a cache of fixed size, or the trunk of a model that does not generate. What is changed
+    later, weights or hooks, has no effect on it. That takes 15 to 60 s at the first calls, and again for another number
+    of texts to generate, or another length of prompt and answer together unless `generation_config.max_cache_len`
+    covers it. padding: False has the trunk of a model that does not generate read
     the texts of a batch without their padding, which is for GPUs (`memgpt.model.unpadded`).
 
     Raises:
@@ -66,13 +66,18 @@ def accelerate(
 
 
 def _compile(model: PreTrainedModel) -> None:
+    # That modules are what they were is not asked anew at each call, a tenth of a step of decoding: they are finished.
+    # Then nothing tells two models of one shape apart any more, so each has code of its own.
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     if not model.can_generate():
-        # Frozen weights are packed for the processor once instead of at every product.
-        frozen = {"freezing": True} if model.device.type == "cpu" else None
-        model.base_model.compile(dynamic=True, options=frozen)
+        if model.device.type == "cpu":  # packed for the processor once instead of at every product
+            options["freezing"] = True
+        model.base_model.compile(dynamic=True, isolate_recompiles=True, options=options)
         return
-    # On a GPU as CUDA graphs: a step there is many small kernels.
-    settings = CompileConfig(fullgraph=False, mode="reduce-overhead" if model.device.type == "cuda" else "default")
+    if model.device.type == "cuda":  # a step there is many small kernels
+        options["triton.cudagraphs"] = True
+    settings = CompileConfig(fullgraph=False, mode=None, options=options)
+    settings.isolate_recompiles = True  # reaches torch.compile as the others do
     settings._compile_all_devices = True  # transformers compiles on GPUs alone
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = settings

@@ -178,6 +178,15 @@ def test_compiled_steps_generate_the_same_tokens(length: int, padding: int) -> N
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # for all lengths
 
 
+def test_compiled_models_of_one_shape_keep_their_own_code() -> None:
+    torch.compiler.reset()
+    for eps in (1e-6, 1.0):  # a constant of the code
+        exact = made(num_hidden_layers=1, layer_types=[GLOBAL], rms_norm_eps=eps)
+        model = accelerate(copy.deepcopy(exact), "float32", compile=True)
+        model.generation_config.compile_config.backend = "eager"
+        assert torch.equal(greedy(model, tokens(1, 5)), greedy(exact, tokens(1, 5)))
+
+
 def test_compiled_encoders_answer_alike(tmp_path) -> None:
     exact = made(MemGPTForTokenClassification, num_hidden_layers=2, layer_types=[LOCAL, GLOBAL])
     exact.save_pretrained(tmp_path)
