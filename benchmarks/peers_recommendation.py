@@ -46,7 +46,7 @@ def ease(lines: Lines, items: int, penalty: float = 500, latest: int = 1_000_000
 def sasrec(
     lines: Lines,
     items: int,
-    width: int = 64,
+    width: int = 128,
     layers: int = 2,
     length: int = 50,
     epochs: int = 20,
@@ -56,7 +56,8 @@ def sasrec(
     seed: int = 1,
 ) -> Scorer:
     """Self-attentive sequential recommendation (Kang and McAuley 2018), with the softmax over the whole catalogue
-    instead of one sampled negative, which makes it a better peer (Klenitskiy and Vasilev 2023)."""
+    instead of one sampled negative, which makes it a better peer (Klenitskiy and Vasilev 2023). As wide as the core
+    that it is compared with."""
     torch.manual_seed(seed)
     model = _SASRec(items, width, layers, length, dropout).train()
     runs = [line[max(0, last - length - 1) : last] for line in lines for last in range(len(line), 1, -length)]

@@ -6,7 +6,8 @@ All weights are random, since speed does not depend on them; the shapes are thos
 turns, round by round, and a ratio is the median over the rounds of the ratio within a round, so that what else the
 machine does falls on all alike. Sentences are those of WNUT 2017 and WikiGold in MEMGPT_REAL_DATA (ner/…/test.conll),
 else the newsroom's. A width of ours stands beside the peer's width: which widths are equal in quality is what
-benchmarks/core.py measures. --quick: fewer sentences, tokens and rounds, and nothing compiled; writes no file.
+benchmarks/core.py measures. Half precision is bfloat16 where the processor multiplies it; elsewhere all stay in 32
+bits, peers too. --quick: fewer sentences, tokens and rounds, and nothing compiled; writes no file.
 """
 
 import argparse
@@ -35,13 +36,16 @@ from memgpt import predict
 from memgpt.atomic import write_json
 from memgpt.model import MemGPTForTokenClassification, MemGPTTokenizer
 from memgpt.model.config import GLOBAL, LOCAL
+from memgpt.model.kernels import multiplies_bfloat16
 from memgpt.model.serving import accelerate
 from memgpt.newsroom import generate
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 PEER, OURS = 256, (256, 192, 128)  # widths
 ROWS = 32768  # of a memory table, per hash head
-BIG = "ours 192 bf16, table x16"
+WEIGHTS = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
+MARK = {"bfloat16": "bf16", "float32": "f32"}[WEIGHTS]
+BIG = f"ours 192 {MARK}, table x16"
 LABELS = ["O", *(f"{mark}-{kind}" for kind in ("PER", "LOC", "ORG", "MISC") for mark in "BI")]
 LAYERS = {"layer_types": [LOCAL, LOCAL, GLOBAL] * (peers.LAYERS // 3), "max_position_embeddings": 2048}
 ARRIVAL = 16  # sentences in a batch of the ordinary pipeline
@@ -75,6 +79,7 @@ def main() -> None:
             "cores": os.cpu_count(),
             "threads": options.threads,
             "instructions": torch.backends.cpu.get_cpu_capability(),
+            "precision": WEIGHTS,
             "torch": torch.__version__,
         },
         "seconds per pass": medians(many),
@@ -124,11 +129,11 @@ def encode(sentences: list[list[str]], folder: Path, rounds: int, compiled: bool
     def ours(width: int, rows: int = ROWS, compile: bool = False) -> Callable[[list[str]], Any]:
         shape = peers.memgpt(width, rows, sliding_window=128, **LAYERS).config
         shape.update(names)
-        return served(accelerate(MemGPTForTokenClassification(shape), "bfloat16", compile))
+        return served(accelerate(MemGPTForTokenClassification(shape), WEIGHTS, compile))
 
     def accelerated(model: PreTrainedModel, compile: bool) -> Callable[[list[str]], Any]:
         """A peer with what `accelerate` gives ours."""
-        model = model.to(torch.bfloat16).requires_grad_(False)
+        model = model.to(getattr(torch, WEIGHTS)).requires_grad_(False)
         if compile:
             unchecked = torch.compiler.skip_guard_on_all_nn_modules_unsafe
             options = {"freezing": True, "guard_filter_fn": unchecked}
@@ -164,10 +169,10 @@ def encode(sentences: list[list[str]], folder: Path, rounds: int, compiled: bool
     }
     for compile in (False, True) if compiled else (False,):
         mark = " compiled" if compile else ""
-        variants[f"BERT {PEER} bf16{mark}"] = accelerated(bert(), compile)
-        variants[f"ModernBERT {PEER} bf16{mark}"] = accelerated(modern(), compile)
+        variants[f"BERT {PEER} {MARK}{mark}"] = accelerated(bert(), compile)
+        variants[f"ModernBERT {PEER} {MARK}{mark}"] = accelerated(modern(), compile)
         for width in OURS:
-            variants[f"ours {width} bf16{mark}"] = ours(width, compile=compile)
+            variants[f"ours {width} {MARK}{mark}"] = ours(width, compile=compile)
     variants[BIG] = ours(192, ROWS * 16)
     texts = [" ".join(words) for words in sentences]
     for run in variants.values():  # compiles, for many and for one, and warms caches
@@ -220,13 +225,15 @@ def decode(batch: int, context: int, tokens: int, rounds: int, compiled: bool) -
 
     models = {
         f"Llama {PEER}": peers.llama(PEER),
-        f"Llama {PEER} bf16": peers.llama(PEER).to(torch.bfloat16),
-        f"ours {PEER} bf16": accelerate(ours()),
+        f"ours {PEER} {MARK}": accelerate(ours(), WEIGHTS),
         f"ours {PEER} int8": accelerate(ours(), "int8"),
         f"ours {PEER} int8, without memory": accelerate(ours(0), "int8"),
     }
+    if WEIGHTS == "bfloat16":
+        models[f"Llama {PEER} bf16"] = peers.llama(PEER).to(torch.bfloat16)
     if compiled:
-        models[f"ours {PEER} int8 compiled"] = accelerate(ours(), "int8", compile=True)
+        for weights, mark in ((WEIGHTS, MARK), ("int8", "int8")):
+            models[f"ours {PEER} {mark} compiled"] = accelerate(ours(), weights, compile=True)
     prompt = torch.randint(5, peers.VOCABULARY, (batch, context))
 
     def step(model: PreTrainedModel) -> float:
@@ -271,15 +278,15 @@ def targets(many: Rounds, single: Rounds, decoded: dict[str, Rounds]) -> list[di
         met = reached >= target if least else reached <= target
         rows.append({"what": what, "target": f"{'>=' if least else '<='} {target}", "reached": reached, "met": met})
 
-    ordinary, peer = f"BERT {PEER} pipeline", fastest(many, f"BERT {PEER} bf16")
+    ordinary, peer = f"BERT {PEER} pipeline", fastest(many, f"BERT {PEER} {MARK}")
     for width in OURS:
-        best = fastest(many, f"ours {width} bf16")
+        best = fastest(many, f"ours {width} {MARK}")
         add(f"encode: {best} over {ordinary}", 5, ratio(many, ordinary, best))
         add(f"encode: {best} over {peer}", 1.3, ratio(many, peer, best))
     for width in OURS:
-        best = fastest(single, f"ours {width} bf16")
+        best = fastest(single, f"ours {width} {MARK}")
         add(f"one text: {best} against {ordinary}", 0.5, ratio(single, best, ordinary), least=False)
-    add("encode: table x16 against x1", 1.1, ratio(many, BIG, "ours 192 bf16"), least=False)
+    add("encode: table x16 against x1", 1.1, ratio(many, BIG, f"ours 192 {MARK}"), least=False)
     for (name, times), target in zip(decoded.items(), (2, 3), strict=True):
         best = fastest({n: t for n, t in times.items() if "without" not in n}, "ours")
         add(f"decode, {name}: {best} over Llama {PEER}", target, ratio(times, f"Llama {PEER}", best))

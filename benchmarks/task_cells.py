@@ -28,13 +28,13 @@ from transformers import (
 )
 
 from memgpt import atomic, config, predict
-from memgpt.config import Finetune
+from memgpt.config import TABLES, Finetune
 from memgpt.model import MemGPTForCausalLM
 from memgpt.predict import ner
 from memgpt.predict.batching import by_length, pad
 from memgpt.predict.words import best_path, joined_words, spans_from_tags
 from memgpt.stages import finetune, ingest, multitask, snapshot
-from memgpt.tasks import TABLES, judge, recommendation, rows_of
+from memgpt.tasks import judge, recommendation, rows_of
 from memgpt.training import train
 
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,9 @@ import numpy as np
 from rich.table import Table
 
 from memgpt import bootstrap, environment, gate, mistakes, registry, tracking
-from memgpt.config import MODELS, Config
+from memgpt.config import MODELS, TABLES, Config
 from memgpt.errors import UserError
-from memgpt.tasks import TABLES, judge
+from memgpt.tasks import judge
 
 WORK = Path(".memgpt/compare")
 _RESAMPLES = 200  # of metrics that are no function of summed statistics: each resample is measured anew

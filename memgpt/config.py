@@ -10,6 +10,7 @@ from ruamel.yaml.error import YAMLError
 from memgpt.errors import UserError
 
 PARAMS = Path("params.yaml")
+TABLES = Path("data/tables")  # of ingest, a folder per source
 SOURCES = ("corpus", "ner", "sentiment", "recommendation")
 TASKS = ("ner", "sentiment", "recommendation")
 MODELS = ("base", *TASKS)

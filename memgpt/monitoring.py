@@ -36,7 +36,7 @@ from memgpt import atomic, config, pictures, registry, scoring, tables, tracking
 from memgpt.errors import UserError
 
 FOLDER = Path(".memgpt/monitor")
-TRAIN, TOKENIZER = tables.TABLES / "sentiment/train.parquet", Path("models/tokenizer/tokenizer.json")
+TRAIN, TOKENIZER = config.TABLES / "sentiment/train.parquet", Path("models/tokenizer/tokenizer.json")
 REFERENCE = "reference"  # a copy of both
 WINDOWS = (1, 3)  # days: a sharp surge shows on the first, a lasting one in the sum
 LATE = 3  # days after which texts that come late are counted, and their day is not judged again

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from memgpt import atomic, config, tracking
-from memgpt.config import Finetune
+from memgpt.config import TABLES, Finetune
 from memgpt.errors import UserError, existing
 from memgpt.lineage import digest
-from memgpt.tasks import TABLES, judge
+from memgpt.tasks import judge
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

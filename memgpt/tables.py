@@ -23,7 +23,6 @@ from memgpt.sources import formats, naming
 from memgpt.sources.formats import Rows
 from memgpt.sources.naming import WHOLE, Part
 
-TABLES = Path("data/tables")
 _TIME = pa.timestamp("us")  # UTC, without a zone
 SCHEMAS = {
     "corpus": pa.schema([("id", pa.string()), ("text", pa.string()), ("source", pa.string())]),

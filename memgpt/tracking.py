@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from memgpt import environment, lineage
+from memgpt.config import TABLES
 from memgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ STAGES = "memgpt"  # the experiment of stage and flow runs
 PROMOTIONS = "promotions"  # the experiment of promotion records, one run per decision
 PARENT = "MEMGPT_PARENT_RUN"  # environment: the flow's run, under which stage runs nest
 LOCAL = Path(".memgpt")
-TABLES = Path("data/tables")
 
 PAUSES = (1, 2, 4, 8, 15, 30, 60)  # seconds to wait before something is tried again: two minutes in all
 NO_SERVER, NO_DATABASE = "no MLflow server answers", "no database there"  # it may be there again in a minute

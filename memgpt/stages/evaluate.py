@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from memgpt import atomic, bootstrap, mistakes, pictures, predict, probe, robustness
-from memgpt.config import Config
+from memgpt.config import TABLES, Config
 from memgpt.errors import existing
-from memgpt.tasks import TABLES, judge
+from memgpt.tasks import judge
 
 MODELS, METRICS, PLOTS = Path("models"), Path("reports/metrics"), Path("reports/plots")
 MISTAKES = Path("reports/mistakes")

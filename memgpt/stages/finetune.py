@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from memgpt import atomic, checkpoint, distributed, lineage, predict, tuning
-from memgpt.config import Config, Finetune, FinetuneLabels
+from memgpt.config import TABLES, Config, Finetune, FinetuneLabels
 from memgpt.errors import UserError, existing
-from memgpt.tasks import TABLES, judge
+from memgpt.tasks import judge
 from memgpt.training import Log, train
 
 MODELS = Path("models")

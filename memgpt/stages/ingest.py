@@ -13,7 +13,7 @@ def run(settings: config.Config, source: str) -> dict[str, float]:
     where: config.Source = getattr(settings.data, source)
     entry = sources.read_lock(source, where)
     built = tables.build(source, sources.fetch(source, where, entry), where, settings.ingest)
-    with atomic.replacing(tables.TABLES / source) as folder:
+    with atomic.replacing(config.TABLES / source) as folder:
         folder.mkdir()
         for name, table in built.tables.items():
             tables.write(table, folder / f"{name}.parquet")

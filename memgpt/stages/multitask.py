@@ -9,10 +9,10 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, set_seed
 
 from memgpt import atomic, checkpoint, distributed, lineage
-from memgpt.config import TASKS, Config, Multitask
+from memgpt.config import TABLES, TASKS, Config, Multitask
 from memgpt.errors import existing
 from memgpt.model import MemGPTForMultiTask
-from memgpt.tasks import TABLES, judge
+from memgpt.tasks import judge
 from memgpt.training import Log, train
 
 BASE, JOINT = Path("models/base"), Path("models/multitask")

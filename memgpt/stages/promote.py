@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from memgpt import atomic, environment, gate, registry, tracking
-from memgpt.config import MODELS, Config, Gate
+from memgpt.config import MODELS, TABLES, Config, Gate
 from memgpt.console import VERDICTS
 from memgpt.errors import UserError
 from memgpt.registry import CHAMPION, Change
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
     from mlflow import MlflowClient
 
-TABLES = Path("data/tables")
 WORK = Path(".memgpt/gate")
 _ROUNDING = 0.001  # by which a score may differ between two computations of it
 

@@ -15,12 +15,12 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memgpt import atomic
-from memgpt.config import Config
+from memgpt.config import TABLES, Config
 from memgpt.errors import UserError, existing
 from memgpt.model import MemGPTTokenizer
 from memgpt.overlap import HeldOut, clean
 
-TABLES, TOKENIZER, TOKENS = Path("data/tables"), Path("models/tokenizer"), Path("data/tokens")
+TOKENIZER, TOKENS = Path("models/tokenizer"), Path("data/tokens")
 _BATCH = 256  # documents
 
 

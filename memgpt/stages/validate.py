@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from memgpt import atomic, config, suites, tables, validation_page
+from memgpt import atomic, config, suites, validation_page
 from memgpt.errors import UserError
 
 REPORTS = Path("reports/validation")
@@ -23,7 +23,7 @@ def run(settings: config.Config, source: str) -> dict[str, float]:
     Raises:
         UserError: naming the first failing check and the page.
     """
-    folder = tables.TABLES / source
+    folder = config.TABLES / source
     manifest, read = _read(source, folder)
     frames = suites.frames(read)
     outcomes = suites.run({"schema": suites.schema_frame(source, read)}, suites.schema_checks())
@@ -62,7 +62,7 @@ def _corpus(source: str) -> list[str] | None:
     source: its items are known to the model by design."""
     if source not in ("ner", "sentiment"):
         return None
-    path = tables.TABLES / "corpus" / "train.parquet"
+    path = config.TABLES / "corpus" / "train.parquet"
     if not path.exists():
         raise UserError(f"{path}: not found; run `memgpt ingest corpus`")
     return [text for text in pq.read_table(path, columns=["text"]).column("text").to_pylist() if text]

@@ -16,8 +16,6 @@ import numpy as np
 
 from memgpt.errors import existing
 
-TABLES = Path("data/tables")
-
 
 def judge(name: str) -> ModuleType:
     """The module of `base`, `ner`, `sentiment` or `recommendation`."""

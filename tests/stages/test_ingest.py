@@ -20,11 +20,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def manifest(source: str) -> dict:
-    return json.loads((tables.TABLES / source / "manifest.json").read_text())
+    return json.loads((config.TABLES / source / "manifest.json").read_text())
 
 
 def contents(source: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((tables.TABLES / source).iterdir())}
+    return {path.name: path.read_bytes() for path in sorted((config.TABLES / source).iterdir())}
 
 
 def test_every_source_becomes_its_tables() -> None:
@@ -35,7 +35,7 @@ def test_every_source_becomes_its_tables() -> None:
     assert sum(rows["sentiment"].values()) == 400 and sum(rows["corpus"].values()) == 200
     for source in ("corpus", "ner", "sentiment"):
         for split in manifest(source)["rows"]:
-            found = pq.read_table(tables.TABLES / source / f"{split}.parquet")
+            found = pq.read_table(config.TABLES / source / f"{split}.parquet")
             assert found.schema.equals(tables.SCHEMAS[source]) and found.num_rows == manifest(source)["rows"][split]
     assert manifest("ner")["labels"] == ["LOC", "PER"] and manifest("corpus")["labels"] is None
     assert manifest("sentiment") == {
@@ -55,7 +55,7 @@ def test_the_same_content_gives_the_same_bytes(source: str) -> None:
     settings = data_place.configured()
     ingest.run(settings, source)
     before = contents(source)
-    (tables.TABLES / source / "stale.parquet").write_bytes(b"of an older run")
+    (config.TABLES / source / "stale.parquet").write_bytes(b"of an older run")
     ingest.run(settings, source)
     assert contents(source) == before
 
@@ -82,7 +82,7 @@ def test_a_bad_row_is_named_and_nothing_is_written() -> None:
     snapshot.run(data_place.configured())
     with pytest.raises(UserError, match=r"src/ner/train.conll line 3: broken BIO: I-LOC follows O") as caught:
         ingest.run(data_place.configured(), "ner")
-    assert "Rome" not in str(caught.value) and not (tables.TABLES / "ner").exists()
+    assert "Rome" not in str(caught.value) and not (config.TABLES / "ner").exists()
 
 
 def test_the_licence_comes_from_the_configuration_the_folder_or_the_rows() -> None:

@@ -41,7 +41,7 @@ def failed(source: str) -> set[tuple[str, str]]:
 
 
 def change(source: str, table: str, edit: Edit) -> None:
-    path = tables.TABLES / source / f"{table}.parquet"
+    path = config.TABLES / source / f"{table}.parquet"
     before = pq.read_table(path)
     tables.write(pa.Table.from_pylist(edit(before.to_pylist()), schema=before.schema), path)
 
@@ -166,7 +166,7 @@ def test_what_blocks_is_told_with_its_fix(place: config.Config, source: str, tab
 
 
 def test_one_label_alone_blocks(place: config.Config) -> None:
-    path = tables.TABLES / "sentiment" / "manifest.json"
+    path = config.TABLES / "sentiment" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "labels": ["good"]}))
     with pytest.raises(UserError):
@@ -176,7 +176,7 @@ def test_one_label_alone_blocks(place: config.Config) -> None:
 
 @pytest.mark.parametrize("source", config.SOURCES)
 def test_wrong_columns_block_before_the_rest(place: config.Config, source: str) -> None:
-    path = tables.TABLES / source / "train.parquet"
+    path = config.TABLES / source / "train.parquet"
     found = pq.read_table(path)
     tables.write(found.rename_columns(["other", *found.column_names[1:]]), path)
     with pytest.raises(UserError, match=f"{source}: 1 of 1 checks failed, first columns and types of schema"):
@@ -206,10 +206,10 @@ def test_a_threshold_of_the_configuration_decides(place: config.Config) -> None:
 
 
 def test_missing_or_damaged_tables_say_what_to_run(place: config.Config) -> None:
-    (tables.TABLES / "corpus" / "train.parquet").unlink()
+    (config.TABLES / "corpus" / "train.parquet").unlink()
     with pytest.raises(UserError, match=r"corpus/train.parquet: not found; run `memgpt ingest corpus`"):
         validate.run(place, "ner")
-    (tables.TABLES / "ner" / "test.parquet").write_bytes(b"PAR1")
+    (config.TABLES / "ner" / "test.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="data/tables/ner: damaged; run `memgpt ingest ner` again"):
         validate.run(place, "ner")
 
