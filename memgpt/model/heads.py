@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from memgpt.model.config import MemGPTConfig
+from memgpt.model.memory import hide
 from memgpt.model.model import Block, MemGPTModel, MemGPTPreTrainedModel, RotaryEmbedding
 from memgpt.model.word_votes import TextVotes, TokenVotes
 
@@ -30,11 +31,17 @@ def _topic_loss(logits: torch.Tensor, labels: torch.Tensor, items: torch.Tensor 
     return _cross_entropy(logits, labels, len(labels) if items is None else items)
 
 
+def _by_position(attention_mask: object) -> torch.Tensor:
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        raise ValueError("attention_mask: to pool a text takes one of [texts, tokens], of no other form")
+    return attention_mask
+
+
 def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Mean of hidden [B, T, D] over the positions that attention_mask [B, T] keeps → [B, D]."""
     if attention_mask is None:
         return hidden.mean(dim=1)
-    weights = attention_mask[..., None].to(hidden.dtype)
+    weights = _by_position(attention_mask)[..., None].to(hidden.dtype)
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
@@ -67,7 +74,7 @@ class SequenceClassificationHead(nn.Module):
         self, hidden: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if attention_mask is not None:
-            shown = attention_mask[:, -hidden.shape[1] :, None]  # without a prefix before the text
+            shown = _by_position(attention_mask)[:, -hidden.shape[1] :, None]  # without a prefix before the text
             hidden = hidden.masked_fill(shown == 0, torch.finfo(hidden.dtype).min)
         pooled = self.dropout(hidden.amax(dim=1))
         return self.score(pooled), None if self.topic is None else self.topic(pooled)
@@ -169,7 +176,8 @@ class MemGPTForTokenClassification(MemGPTPreTrainedModel):
         )
         logits = self.head(outputs.last_hidden_state)
         if self.word_votes is not None and input_ids is not None and not self.training:
-            votes = self.word_votes(input_ids, self.model.ngram_hash.canonical_ids)
+            shown = hide(input_ids, attention_mask, self.word_votes.pad)
+            votes = self.word_votes(shown, self.model.ngram_hash.canonical_ids)
             logits = logits + self.config.word_vote_weight * votes
         loss = None if labels is None else _cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         return TokenClassifierOutput(
@@ -220,7 +228,8 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
         )
         logits, topic_logits = self.head(outputs.last_hidden_state, attention_mask)
         if self.word_votes is not None and input_ids is not None and not self.training:
-            votes = self.word_votes(input_ids, self.model.ngram_hash.canonical_ids)
+            shown = hide(input_ids, attention_mask, self.word_votes.pad)
+            votes = self.word_votes(shown, self.model.ngram_hash.canonical_ids)
             logits = logits + self.config.word_vote_weight * votes
         loss, items = None, kwargs.get("num_items_in_batch")
         if labels is not None and label_weights is not None:

@@ -32,6 +32,7 @@ def _multiplier(*key: int) -> int:
 
 
 FREE = -1  # in `NGramHash.owners`
+HIDDEN = -1  # in place of the id of a token that no n-gram may contain
 
 
 def _fingerprint(mixed: torch.Tensor) -> torch.Tensor:
@@ -123,11 +124,11 @@ class NGramHash(nn.Module):
         """The `reach` tokens before input_ids [B, T] and these, [B, reach + T] each: ids, canonical ids, and which are
         none, a mask or padding."""
         ids = input_ids if context_ids is None else torch.cat((context_ids, input_ids), dim=1)
-        blank = torch.zeros_like(ids, dtype=torch.bool)
+        blank = ids == HIDDEN
         for token in self.blanks:
             blank |= ids == token
         missing = reach + input_ids.shape[1] - ids.shape[1]
-        ids = nn.functional.pad(ids, (missing, 0))
+        ids = nn.functional.pad(ids.clamp(min=0), (missing, 0))
         return ids, self.canonical_ids[ids], nn.functional.pad(blank, (missing, 0), value=True)
 
     @torch.no_grad()
@@ -156,6 +157,13 @@ class NGramHash(nn.Module):
             owners[open_] = FREE
             given = open_ & (last >= 0)
             owners[given] = _fingerprint(mixed[last[given]])
+
+
+def hide(input_ids: torch.Tensor, attention_mask: object, token: int = HIDDEN) -> torch.Tensor:
+    """input_ids [B, T] with `token` where an attention_mask [B, ≥ T] hides them; masks of other forms hide none."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return input_ids
+    return input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, token)
 
 
 class _Counts:

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -35,10 +35,12 @@ from memgpt.model import paged
 from memgpt.model.cache import StaticWindowLayer, visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
 from memgpt.model.masks import make_masks
-from memgpt.model.memory import GatedMemory, KnowledgeMemory, NGramHash, RMSNorm, look_up, make_table
+from memgpt.model.memory import GatedMemory, KnowledgeMemory, NGramHash, RMSNorm, hide, look_up, make_table
 from memgpt.model.prefix import Prefix
 from memgpt.model.recall import RecallMemory
 from memgpt.model.word_votes import VoteTable, WordTable
+
+logger = logging.get_logger(__name__)
 
 
 class RotaryEmbedding(nn.Module):
@@ -322,15 +324,17 @@ class MemGPTModel(MemGPTPreTrainedModel):
         attention_mode: str = "causal",
         prefix_mask: torch.Tensor | None = None,
         context_ids: torch.Tensor | None = None,
+        memory_ids: torch.Tensor | None = None,
         memory_entry: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, T], or inputs_embeds [B, T, D] (then the memories are not read) → last_hidden_state [B, T, D].
+        """input_ids [B, T], or inputs_embeds [B, T, D] → last_hidden_state [B, T, D].
 
         attention_mode: "causal", "bidirectional", or "prefix": the tokens that prefix_mask [B, T] marks read each
         other in both directions, the rest causally. position_ids [B, T] that start again at 0 mark the documents of a
         packed row: attention and n-grams stay within them, in every mode. context_ids [B, n]: the tokens before
         `input_ids` when decoding with a cache. `generate` passes them; else those that the cache was last used with.
+        memory_ids [B, T]: what inputs_embeds stand for, −1 where for no token; without, the memories are silent.
         memory_entry: what `read_memory` gave for these ids, if it was called before.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -339,26 +343,29 @@ class MemGPTModel(MemGPTPreTrainedModel):
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
         if inputs_embeds is None:
             self._check_ids(given)
+            memory_ids = input_ids
         # Of texts that stand in one row, each for itself.
         self._check_length(kwargs.get("max_length_q") or given.shape[1], past_key_values, position_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(given.shape[1], device=given.device)[None] + past
-        recalled = None
-        if inputs_embeds is None:
-            read = given, position_ids, context_ids
-            if self.memory_table is not None or self.recall is not None:
-                if "cache" in kwargs:  # of continuous batching: every token is a row of its own to the memories
-                    before = paged.context_ids(input_ids=given, count=self.context, **kwargs)
-                    read = given.T, position_ids.T, before
-                elif context_ids is None and past_key_values is not None:
-                    context_ids = _noted_ids(past_key_values)
-                    read = given, position_ids, context_ids
+        recalled, remembers = None, self.memory_table is not None or self.recall is not None
+        if memory_ids is None and remembers and not torch.compiler.is_compiling():
+            logger.warning_once("inputs_embeds without memory_ids, the tokens that they stand for: no memory is read")
+        if memory_ids is not None and remembers:
+            memory_ids = hide(memory_ids, attention_mask)
+            if context_ids is None and past_key_values is not None:
+                context_ids = _noted_ids(past_key_values)
+            read = memory_ids, position_ids, context_ids
+            if "cache" in kwargs:  # of continuous batching: every token is a row of its own to the memories
+                before = paged.context_ids(input_ids=memory_ids, count=self.context, **kwargs)
+                read = memory_ids.T, position_ids.T, before
             if self.memory_table is not None and memory_entry is None:
                 memory_entry = self.read_memory(*read)
             if self.recall is not None:
-                tokens, lengths = (found.view_as(given) for found in self.recall.look_back(self.ngram_hash, *read))
+                tokens, lengths = (found.view_as(memory_ids) for found in self.recall.look_back(self.ngram_hash, *read))
                 recalled = self.embed_tokens(tokens), lengths
+        if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(given)
         masks = make_masks(
             attention_mode,
@@ -396,7 +403,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 **{"is_causal": not bidirectional, **kwargs},  # continuous batching says it itself
             )
         if past_key_values is not None:
-            _note_ids(past_key_values, input_ids, context_ids, self.context)
+            _note_ids(past_key_values, memory_ids, context_ids, self.context)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
         )
@@ -448,11 +455,10 @@ class MemGPTModel(MemGPTPreTrainedModel):
             )
 
 
-def _note_ids(cache: Cache, input_ids: torch.Tensor | None, context_ids: torch.Tensor | None, count: int) -> None:
+def _note_ids(cache: Cache, ids: torch.Tensor | None, context_ids: torch.Tensor | None, count: int) -> None:
     """Note on a cache the last ids that went into it, with a tensor that tells whether it was changed since."""
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # what is exported has the cache's state
         return
-    ids = input_ids
     if ids is not None:
         ids = ids if context_ids is None else torch.cat((context_ids, ids), dim=1)
         ids = ids[:, max(0, ids.shape[1] - count) :]
@@ -494,6 +500,9 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         cache = inputs.get("past_key_values")
+        embedded = inputs.get("inputs_embeds")
+        if embedded is not None and embedded.shape[1] == input_ids.shape[1]:  # else there are vectors of no token
+            inputs["memory_ids"] = input_ids
         if inputs.get("input_ids") is not None and cache is not None:
             past, count = input_ids.shape[1] - inputs["input_ids"].shape[1], self.model.context
             before = input_ids[:, max(0, past - count) : past]

@@ -96,9 +96,10 @@ class WordTable(nn.Module):
 
     def words(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[B, T]: which word of its row a token is in, from 0. A padding token is one by itself."""
-        starts = self.spelling[input_ids] >= _STARTS
+        starts, blank = self.spelling[input_ids] >= _STARTS, input_ids == self.pad
         starts[:, 0] = True
-        return (starts | (input_ids == self.pad)).cumsum(1) - 1
+        starts[:, 1:] |= blank[:, :-1]
+        return (starts | blank).cumsum(1) - 1
 
     def addresses(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
         """Rows [B, T, F] of the table; 0 for padding."""
@@ -171,9 +172,9 @@ class TextVotes(WordTable):
         self.idf[known] = torch.log((1 + sum(map(len, texts))) / (1 + having[known])) + 1
 
     def words(self, input_ids: torch.Tensor) -> torch.Tensor:
-        marks = self.spelling[input_ids] % _STARTS == _KINDS.index("marks")
-        starts = (self.spelling[input_ids] >= _STARTS) | marks | (input_ids == self.pad)
-        starts[:, 1:] |= marks[:, :-1]
+        alone = (self.spelling[input_ids] % _STARTS == _KINDS.index("marks")) | (input_ids == self.pad)
+        starts = (self.spelling[input_ids] >= _STARTS) | alone
+        starts[:, 1:] |= alone[:, :-1]
         starts[:, 0] = True
         return starts.cumsum(1) - 1
 

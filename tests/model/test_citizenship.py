@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from memories import give_memory
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, StaticCache, Trainer, TrainingArguments, pipeline
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from memgpt.model import (
     MemGPTConfig,
@@ -142,12 +145,15 @@ def test_lora_trains_saves_and_merges(kind, ids: torch.Tensor, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_every_class_takes_vectors_and_gives_hidden_states_and_attentions(kind, ids: torch.Tensor) -> None:
-    model = made(kind, memory_layers=[])
+    model = made(kind)
+    give_memory(model)
     model.set_attn_implementation("eager")
     task = dict(task="ner") if kind is MemGPTForMultiTask else {}
     output = model(input_ids=ids, output_hidden_states=True, output_attentions=True, **task)
-    vectors = model(inputs_embeds=model.get_input_embeddings()(ids), **task)
+    vectors = model(inputs_embeds=model.get_input_embeddings()(ids), memory_ids=ids, **task)
     assert torch.allclose(output[0], vectors[0], atol=1e-6)
+    silent = model(inputs_embeds=model.get_input_embeddings()(ids), memory_ids=torch.full_like(ids, -1), **task)
+    assert not torch.allclose(output[0], silent[0], atol=1e-2)
     assert [h.shape for h in output.hidden_states] == [(2, 12, 16)] * 4
     assert [a.shape for a in output.attentions] == [(2, 4, 12, 12)] * 3
     near = (torch.arange(12)[:, None] - torch.arange(12)).abs() <= 4
@@ -157,14 +163,20 @@ def test_every_class_takes_vectors_and_gives_hidden_states_and_attentions(kind, 
 
 @pytest.mark.parametrize("mode", ["causal", "bidirectional", "prefix"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_on_either_side_changes_nothing(mode: str, side: str, ids: torch.Tensor) -> None:
+@pytest.mark.parametrize(("token", "known"), [(0, True), (5, True), (5, False)])
+def test_padding_on_either_side_changes_nothing(
+    mode: str, side: str, token: int, known: bool, ids: torch.Tensor
+) -> None:
+    """Of the padding token with positions, or of any that attention_mask hides, the end token say."""
     pad = (5, 0) if side == "left" else (0, 5)
     inside = slice(5, None) if side == "left" else slice(12)
-    padded, mask = torch.nn.functional.pad(ids, pad), torch.nn.functional.pad(torch.ones_like(ids), pad)
+    ids[:, 7] = ids[:, 2]
+    padded, mask = torch.nn.functional.pad(ids, pad, value=token), torch.nn.functional.pad(torch.ones_like(ids), pad)
     prefix = (torch.arange(12) < 6).long().expand(2, -1)
-    model = made(MemGPTForCausalLM)
+    model = made(MemGPTForCausalLM, **({} if known else {"pad_token_id": None, "mask_token_id": None}))
+    give_memory(model)
     plain = model(ids, attention_mode=mode, prefix_mask=prefix).logits
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = None if token else (mask.cumsum(1) - 1).clamp(min=0)
     wide = torch.nn.functional.pad(prefix, pad)
     logits = model(padded, mask, positions, attention_mode=mode, prefix_mask=wide).logits
     assert torch.allclose(logits[:, inside], plain, atol=1e-5)
@@ -306,10 +318,26 @@ def test_generation_from_a_prefix_equals_the_full_pass(settings: dict, ids: torc
 
 
 def test_generation_goes_on_from_vectors(ids: torch.Tensor) -> None:
-    model = made(MemGPTForCausalLM, memory_layers=[])
+    """What they stand for, if `generate` is told; else the memories know what comes after alone, and a line says so."""
+    model = made(MemGPTForCausalLM)
+    give_memory(model)
     common = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
     vectors = model.get_input_embeddings()(ids)
+    plain = model.generate(ids, **common)
+    assert torch.equal(model.generate(ids, inputs_embeds=vectors, **common), plain)
+    with CaptureLogger(logging.get_logger("memgpt.model.model")) as said:
+        logging.get_logger("memgpt.model.model").warning_once.cache_clear()
+        model.generate(inputs_embeds=vectors, **common)
+    assert "inputs_embeds without memory_ids" in said.out
+    model = made(MemGPTForCausalLM, memory_layers=[], recall_length=0)
+    vectors = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=vectors, **common), model.generate(ids, **common)[:, 12:])
+
+
+def test_a_mask_that_pools_no_text_is_refused(ids: torch.Tensor) -> None:
+    for kind in (MemGPTForSequenceClassification, MemGPTForRecommendation):
+        with pytest.raises(ValueError, match=r"to pool a text takes one of \[texts, tokens\]"):
+            made(kind)(ids, attention_mask=torch.ones(2, 1, 12, 12, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("problem, shape", [("regression", (2, 3)), ("multi_label_classification", (2, 3))])
