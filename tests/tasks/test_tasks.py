@@ -380,6 +380,7 @@ def trained(shop: Path) -> Path:
     for split, rows in splits.items():
         put(shop, "recommendation", split, rows)
     tokenizer = MemGPTTokenizer.train(["Song"], 300, 1)
+    torch.manual_seed(0)
     shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, memory_rows=31)
     model = MemGPTForRecommendation(MemGPTConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape)).eval()
     directory = shop / "model"
