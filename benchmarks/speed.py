@@ -40,11 +40,11 @@ from memgpt.model.kernels import multiplies_bfloat16
 from memgpt.model.serving import accelerate
 from memgpt.newsroom import generate
 
-RESULTS = Path(__file__).parent / "results" / "speed.json"
 PEER, OURS = 256, (256, 192, 128)  # widths
 ROWS = 32768  # of a memory table, per hash head
 WEIGHTS = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
 MARK = {"bfloat16": "bf16", "float32": "f32"}[WEIGHTS]
+RESULTS = Path(__file__).parent / "results" / f"speed_{MARK}.json"
 BIG = f"ours 192 {MARK}, table x16"
 LABELS = ["O", *(f"{mark}-{kind}" for kind in ("PER", "LOC", "ORG", "MISC") for mark in "BI")]
 LAYERS = {"layer_types": [LOCAL, LOCAL, GLOBAL] * (peers.LAYERS // 3), "max_position_embeddings": 2048}
