@@ -34,7 +34,7 @@ def accelerate(
     matrices to 8 bits with a scale per row. "int8" rounds less, and pays on a CPU where few tokens are computed at once
     (decoding). "float8" is multiplied in 8 bits by GPUs from Ada on; elsewhere it only saves memory. compile: translate
     the step of `generate`, over a cache of fixed size, or the trunk of a model that does not generate. What is changed
-    later, weights or hooks, has no effect on it. That takes 15 to 60 s at the first calls, and again for another number
+    later, weights or hooks, may have no effect. That takes 15 to 60 s at the first calls, and again for another number
     of texts to generate, or another length of prompt and answer together unless `generation_config.max_cache_len`
     covers it. padding: False has the trunk of a model that does not generate read
     the texts of a batch without their padding, which is for GPUs (`memgpt.model.unpadded`).
