@@ -231,3 +231,28 @@ def test_four_training_steps_give_the_golden_losses(ids: torch.Tensor) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses == pytest.approx([4.1648, 3.9600, 3.7989, 3.6202], abs=2e-3)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_training_in_bfloat16_on_a_cpu_attends_in_float32(
+    implementation: str, model: MemGPTForCausalLM, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's backward pass of attention in bfloat16 is several times slower there; answers stay in bfloat16."""
+    seen: list[torch.dtype] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, *rest, **kwargs) -> torch.Tensor:
+        seen.append(query.dtype)
+        return attend(query, *rest, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model.set_attn_implementation(implementation)
+    exact = torch.autograd.grad(model(ids, labels=ids).loss, model.model.embed_tokens.weight)[0]
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+        with torch.no_grad():
+            model(ids)
+    assert seen == ([torch.float32] * 3 + [torch.bfloat16] * 3 if implementation == "sdpa" else [])
+    rounded = torch.autograd.grad(loss, model.model.embed_tokens.weight)[0]
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
