@@ -270,7 +270,20 @@ def test_entities_are_told_from_the_probability_on_that_f1_pays_for(tmp_path: Pa
     assert f1(bias) > max(f1(other) for other in np.linspace(0, 3, 13)) - 0.02
     sure = [np.log(np.eye(3)[[tags.index(tag) for tag in row]] + 1e-9) for row in gold]
     assert ner.fit_outside_bias(sure, gold, tags) == 0
-    assert ner.fit_outside_bias(scores, [["O"] * 30] * 400, tags) == 3  # nothing to find
+    assert ner.fit_outside_bias(scores, [["O"] * 30] * 400, tags) == 0  # nothing to find, nothing to gain
+
+
+def test_outside_is_held_back_only_where_that_surely_gains() -> None:
+    """Entities told for sure, missed for sure, and doubted: with a bias, two of three doubted ones are right."""
+    tags = ["O", "B-PER", "I-PER"]
+
+    def bias(doubted: int) -> float:
+        probable = [0.999] * 50 + [0.001] * 50 + [0.4] * 3 * doubted
+        gold = [["B-PER"]] * (100 + 2 * doubted) + [["O"]] * doubted
+        return ner.fit_outside_bias([np.log([[0.9995 - p, p, 0.0005]]) for p in probable], gold, tags)
+
+    assert bias(doubted=1) == 0  # F1 0.658 → 0.671: may be chance
+    assert bias(doubted=20) > 0.5
 
 
 def test_texts_of_one_label_leave_the_votes_empty(tmp_path: Path, tokenizer) -> None:
