@@ -20,7 +20,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import Crashed
 
-from memgpt import atomic, provenance
+from memgpt import atomic, processes, provenance
 from memgpt.errors import UserError
 from memgpt.housekeeping import RETRAIN, WORKSPACE
 
@@ -36,8 +36,8 @@ def create(checkout: Path, commit: str) -> Path:
         provenance.add_worktree(folder, commit)
     local = checkout / ".dvc/config.local"  # this machine's remotes and credentials
     atomic.write_text(folder / ".dvc/config.local", local.read_text(encoding="utf-8") if local.exists() else "")
-    cache = _said([sys.executable, "-m", "dvc", "--cd", str(checkout), "cache", "dir"])
-    _said([sys.executable, "-m", "dvc", "--cd", str(folder), "cache", "dir", "--local", cache])
+    cache = processes.said([sys.executable, "-m", "dvc", "--cd", str(checkout), "cache", "dir"])
+    processes.said([sys.executable, "-m", "dvc", "--cd", str(folder), "cache", "dir", "--local", cache])
     return folder
 
 
@@ -138,11 +138,4 @@ def _changed(stages: Sequence[str]) -> bool:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    return _said(["git", "-C", str(folder), *arguments])
-
-
-def _said(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
-    return done.stdout.strip()
+    return processes.said(["git", "-C", str(folder), *arguments])

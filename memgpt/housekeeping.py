@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from memgpt import atomic, checkpoint, provenance
+from memgpt import atomic, checkpoint, processes, provenance
 from memgpt.errors import UserError
 
 BACKUPS = Path(".memgpt/backups")
@@ -114,14 +114,14 @@ def _cache(dry_run: bool) -> Item:
     """With a stage at work the cache is left alone: what it has read or written is not yet in dvc.lock."""
     if busy := running():
         return Item("DVC's cache", 0, f"{busy} works here")
-    where = _run([sys.executable, "-m", "dvc", "cache", "dir"], "DVC's cache").strip()
+    where = processes.said([sys.executable, "-m", "dvc", "cache", "dir"], "DVC's cache")
     before = _size(Path(where))
     named = ["--workspace", "--all-commits", "--all-experiments", "--skip-failed"]  # some old dvc.yaml may not parse
     named += ["--projects", str(WORKSPACE)] if WORKSPACE.is_dir() else []
     command = [sys.executable, "-m", "dvc", "gc", *named, "--force"]
     if dry_run:
-        return Item(where, before, _run([*command, "--dry"], "DVC's cache").strip().splitlines()[-1])
-    _run(command, "DVC's cache")
+        return Item(where, before, processes.said([*command, "--dry"], "DVC's cache").splitlines()[-1])
+    processes.said(command, "DVC's cache")
     return Item(f"{where} (unused objects)", before - _size(Path(where)))
 
 
@@ -194,13 +194,5 @@ def upgrade() -> tuple[list[Path], list[Path]]:
             command = [sys.executable, "-m", "mlflow", "db", "upgrade", uri]
         else:
             command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
-        _run(command, f"{path}: not upgraded; the backup is {saved[0].parent}")
+        processes.said(command, f"{path}: not upgraded; the backup is {saved[0].parent}")
     return saved, list(found.values())
-
-
-def _run(command: list[str], what: str) -> str:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        told = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()[-1]
-        raise UserError(f"{what}: {told.removeprefix('ERROR: ')}")
-    return done.stdout

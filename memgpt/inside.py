@@ -146,6 +146,8 @@ def _load(directory: Path) -> PreTrainedModel:
 
 def _batches(directory: Path, split: str, limit: int, vocabulary: int) -> Iterator[dict[str, torch.Tensor]]:
     """The first `limit` tokens of a split as one row after the other, [1, T], with each document's positions."""
+    from memgpt.stages.pretrain import positions  # a second's import, with all that trains
+
     path = directory / f"{split}.npy"
     if not path.is_file():
         raise UserError(f"{path}: not found; `memgpt tokenize` makes it, `dvc checkout` restores it")
@@ -156,11 +158,9 @@ def _batches(directory: Path, split: str, limit: int, vocabulary: int) -> Iterat
             raise UserError(
                 f"{path}: token {piece.max()}, the model's vocabulary has {vocabulary}; tokenize with its own"
             )
-        where = np.arange(first, first + len(piece))
-        document = starts[np.searchsorted(starts, where, side="right") - 1]
         yield {
             "input_ids": torch.from_numpy(piece)[None],
-            "position_ids": torch.from_numpy(where - np.maximum(document, first))[None],
+            "position_ids": torch.from_numpy(positions(starts, first, len(piece)))[None],
         }
 
 

@@ -38,6 +38,21 @@ def start(
     )
 
 
+def said(command: Sequence[str], what: str | None = None) -> str:
+    """The standard output of a command that takes no time.
+
+    Raises:
+        UserError: if it fails: `what` it was for, or the command, and the last line that it said.
+    """
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        from memgpt.errors import UserError  # not where this file runs as the guard, which sees no package
+
+        told = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()[-1]
+        raise UserError(f"{what or ' '.join(command)}: {told.removeprefix('ERROR: ')}")
+    return done.stdout.strip()
+
+
 class Children:
     """Commands that run now, from any thread; `stop` ends them all and refuses more."""
 

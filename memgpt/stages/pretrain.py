@@ -27,6 +27,14 @@ VALIDATION_ROWS = 512  # read for the held-out loss; more would not change its t
 TOKENIZER, TOKENS, BASE = Path("models/tokenizer"), Path("data/tokens"), Path("models/base")
 
 
+def positions(starts: np.ndarray, first: int, count: int) -> np.ndarray:
+    """Of `count` tokens of a split from number `first` on, read as one row: they start again at 0 with each document.
+    starts: where each document begins."""
+    where = np.arange(first, first + count)
+    document = starts[np.searchsorted(starts, where, side="right") - 1]
+    return where - np.maximum(document, first)
+
+
 class PackedTokens(Dataset):
     """Rows of `length` tokens cut from a split of data/tokens.
 
@@ -49,12 +57,10 @@ class PackedTokens(Dataset):
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         first = row * self.length
-        where = np.arange(first, first + self.length)
-        document = self.starts[np.searchsorted(self.starts, where, side="right") - 1]
         ids = torch.from_numpy(self.ids[first : first + self.length].astype(np.int64))
         return {
             "input_ids": ids,
-            "position_ids": torch.from_numpy(where - np.maximum(document, first)),
+            "position_ids": torch.from_numpy(positions(self.starts, first, self.length)),
             "labels": ids,
         }
 
