@@ -184,6 +184,20 @@ def test_starts_are_pretrained_again_where_their_weights_are_not(
     assert len(asked) == 3
 
 
+def test_peers_without_pretraining_wait_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[str]] = []
+    (tmp_path / "ner").mkdir()
+    monkeypatch.setenv("MEMGPT_REAL_DATA", str(tmp_path))
+    monkeypatch.setattr(tasks, "prepare", lambda name, source: None)
+    monkeypatch.setattr(tasks, "start", lambda name: None)
+    monkeypatch.setattr(tasks, "RESULTS", tmp_path)
+    monkeypatch.setattr(core, "provide", lambda names, jobs: asked.append(names))
+    monkeypatch.setattr(runner, "run", lambda *arguments: None)
+    for system in ("crf", "bert", "memgpt"):
+        tasks.run([("cell", {"set": "wikigold", "system": system, "seed": 1})], jobs=1)
+    assert asked == [set(), {"bert-128-4M-1"}, {"memgpt-128-4M-1"}]
+
+
 def test_flops_count_every_matrix_and_what_attention_sees() -> None:
     model = gpu_cells.llama("tiny")
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)

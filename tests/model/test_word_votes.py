@@ -146,6 +146,21 @@ def test_votes_count_in_answers_and_not_in_training(voting, tokenizer: MemGPTTok
     assert not untouched  # DistributedDataParallel would wait for their gradients
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_the_attention_mask_hides_does_not_vote(voting, side: str, tokenizer: MemGPTTokenizer) -> None:
+    """Padding with another token than the model's own."""
+    text = encoded(tokenizer, "so Mr Ada left")
+    blank, rows = torch.full((1, 2), int(text[0, 1])), (text, torch.ones_like(text))
+    padded, mask = (
+        torch.cat((added, row) if side == "left" else (row, added), dim=1)
+        for row, added in zip(rows, (blank, torch.zeros_like(blank)), strict=True)
+    )
+    answer = voting(padded, attention_mask=mask).logits
+    if answer.dim() == 3:
+        answer = answer[:, mask[0].bool()]
+    torch.testing.assert_close(answer, voting(text).logits)
+
+
 @pytest.mark.parametrize("more", [3, -1])
 def test_the_vocabulary_may_change(voting, more: int, tokenizer: MemGPTTokenizer, tmp_path: Path) -> None:
     text = encoded(tokenizer, "Mr Ada left")
