@@ -42,12 +42,16 @@ distributed.leave()
 """
 KILLED = """
 import os
+import time
 from memgpt import sharding
 from memgpt.distributed import rank
 from memgpt.stages import pretrain
 write = sharding.write
 def killed(model, optimizer, directory):
     if rank() and directory.name == "checkpoint-14":
+        until = time.monotonic() + 60  # torchrun ends the other with it
+        while not (directory / "rows-00001-of-00002.safetensors").exists() and time.monotonic() < until:
+            time.sleep(0.02)
         os._exit(9)
     write(model, optimizer, directory)
 sharding.write = killed
