@@ -101,12 +101,21 @@ def eager_attention_forward(
 
 
 def _in_float32(attend: Callable) -> Callable:
-    """An attention for training on a CPU that multiplies bfloat16: torch's backward pass of sdpa takes two to eight
+    """An attention for training on a CPU that multiplies bfloat16: torch's backward pass of sdpa takes up to eight
     times as long in it as in float32 there, most for short texts."""
 
-    def widened(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest, **kwargs) -> Any:
+    def widened(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()  # sdpa takes none of another precision than the queries'
         with torch.autocast("cpu", enabled=False):
-            output, weights = attend(module, query.float(), key.float(), value.float(), *rest, **kwargs)
+            output, weights = attend(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)
         return output.to(query.dtype), weights
 
     return widened

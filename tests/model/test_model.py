@@ -256,3 +256,12 @@ def test_training_in_bfloat16_on_a_cpu_attends_in_float32(
     assert seen == ([torch.float32] * 3 + [torch.bfloat16] * 3 if implementation == "sdpa" else [])
     rounded = torch.autograd.grad(loss, model.model.embed_tokens.weight)[0]
     assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_model_in_bfloat16_learns_under_a_mask_of_numbers(model: MemGPTForCausalLM, ids: torch.Tensor) -> None:
+    model = model.to(torch.bfloat16)
+    causal = torch.full((12, 12), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16).triu(1)
+    model.config.memory_layers, model.model.recall = [], None  # which take no such mask
+    told = model(ids, attention_mask=causal.expand(2, 1, 12, 12), labels=ids)
+    told.loss.backward()
+    assert told.loss.item() == pytest.approx(model(ids, labels=ids).loss.item(), abs=0.02)
