@@ -17,9 +17,11 @@ from typing import Any
 import cells
 import numpy as np
 import peers_recommendation
+import runner
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -27,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from memgpt import atomic, config, predict
+from memgpt import atomic, config, predict, tuning
 from memgpt.config import TABLES, Finetune
 from memgpt.model import MemGPTForCausalLM
 from memgpt.predict import ner
@@ -44,6 +46,8 @@ RESULTS = Path(__file__).parent / "results" / "tasks"
 STATISTICS = Path(__file__).parent / "results" / "statistics"  # what each test example adds to a metric, for pairs
 CORE, BERT = "memgpt-128-4M-1", "bert-128-4M-1"  # cells of benchmarks/core.py; a spec may name another `core`
 Spec = dict[str, Any]
+# Where trunks are compared: a ranking's other signals are learnt anew on top of any.
+TRUNK: dict[str, Spec] = {"ner": {}, "sentiment": {}, "recommendation": {"rerank": False}}
 Answers = list[Any]
 Ask = Callable[[list[Any]], Answers]
 SETS = {
@@ -279,12 +283,26 @@ def compare(name: str, spec: Spec, target: Path) -> Spec:
         tried = [json.loads((RESULTS / f"{trial}.json").read_text()) for trial in spec["after"]]
         best = max(tried, key=lambda trial: trial["validation"])
         spec = {**spec, "changes": {**best["spec"].get("changes", {}), **spec.get("changes", {})}}
+        if found := _untried(name, spec):
+            return found
     ask, told = SYSTEMS[spec["system"]](task, spec, target)
     test = bool(spec.get("test"))
     found = {"changes": spec.get("changes", {}), **told, **judged(task, ask, name, test)}
     if task == "recommendation" and SYSTEMS[spec["system"]] is memgpt:  # the same model, by the texts alone
         found["text"] = judged(task, lambda rows: ask([{**row, "rerank": False} for row in rows]), f"{name}-text", test)
     return found
+
+
+def _untried(name: str, spec: Spec) -> Spec | None:
+    """What the same settings reached without trials: a test split need not be read again."""
+    twin = f"{spec['set']}-{spec['system']}-{spec['seed']}"
+    found = runner.done(RESULTS, twin, {key: value for key, value in spec.items() if key != "after"})
+    if not found:
+        return None
+    for part in ("", "-text"):
+        if (kept := STATISTICS / f"{twin}{part}.npz").exists():
+            shutil.copyfile(kept, STATISTICS / f"{name}{part}.npz")
+    return {key: value for key, value in found.items() if key != "spec"}
 
 
 def judged(task: str, ask: Ask, name: str, test: bool) -> Spec:
@@ -303,60 +321,83 @@ def judged(task: str, ask: Ask, name: str, test: bool) -> Spec:
 
 
 def joint(name: str, spec: Spec, target: Path) -> Spec:
-    """The multi-task stage; then each task as it is there, tuned from there, and tuned from the core alone."""
+    """The multi-task stage; then each task as it is there, and tuned from there. Recommendation by the texts alone: the
+    rest of a ranking is learnt anew on top of any trunk. `NAME_trunk`, without the votes of words either, and
+    `text_loss`, the core's own loss on held-out text, are what tuning may spoil."""
     document = config.read("params.yaml")
     assignments = [f"multitask.{key}={json.dumps(value)}" for key, value in spec["changes"].items()]
     config.override(document, [*assignments, f"multitask.seed={spec['seed']}"])
+    began = time.perf_counter()
     multitask.run(config.parse(document))
-    found: Spec = {}
+    source = Path("models/multitask")
+    found: Spec = {"minutes": (time.perf_counter() - began) / 60}
+    found["text_loss_base"], found["text_loss"] = _text_loss(), _text_loss(source)
     for part in spec["set"].split("+"):
         task = SETS[part][0]
-        directory = target / task
-        _from_joint(task, Path("models/multitask"), directory, settings(task, {**spec, "set": part, "changes": {}}))
-        found[f"{task}_joint"] = finetune.validate(task, directory)[judge(task).PRIMARY]
-        for start, label in (("base", "single"), ("multitask", "joint_then_tuned")):
-            params = settings(task, {**spec, "set": part, "changes": {"start": start}})
-            metrics = finetune.fit(params, task, target / f"{task}-{label}")
-            found[f"{task}_{label}"] = metrics[f"validation_{judge(task).PRIMARY}"]
+        params = settings(task, {**spec, "set": part, "changes": {"start": "multitask", **TRUNK[task]}})
+        found[f"{task}_joint"] = _on_trunk(task, params, source, target / f"{task}-joint")
+        found[f"{task}_trunk"] = _on_trunk(task, _without_votes(params), source, target / f"{task}-trunk")
+        metrics = finetune.fit(params, task, target / f"{task}-tuned")
+        found[f"{task}_joint_then_tuned"] = metrics[f"validation_{judge(task).PRIMARY}"]
     return {key: round(value, 4) for key, value in found.items()}
 
 
 def forgetting(name: str, spec: Spec, target: Path) -> Spec:
     """A task tuned from the joint model in one way; then the other tasks, whose heads stayed, and the core's own loss
-    on held-out text, both on the changed trunk."""
-    part = spec["part"]
+    on held-out text, both on the changed trunk. What they were before is what `joint` found."""
+    part, before = spec["part"], json.loads((RESULTS / f"{spec['after'][0]}.json").read_text())
     task = SETS[part][0]
-    params = settings(task, {**spec, "set": part, "changes": {**spec["changes"], "start": "multitask"}})
+    params = settings(task, {**spec, "set": part, "changes": {**spec["changes"], "start": "multitask", **TRUNK[task]}})
     began = time.perf_counter()
     metrics = finetune.fit(params, task, target)
     found = {
-        "minutes": round((time.perf_counter() - began) / 60, 2),
+        "minutes": (time.perf_counter() - began) / 60,
         "trainable_parameters": metrics["trainable_parameters"],
         "validation": metrics[f"validation_{judge(task).PRIMARY}"],
+        "text_loss_before": before["text_loss"],
+        "text_loss_after": _text_loss(target),
     }
-    trunk = {key: value for key, value in load_file(target / "model.safetensors").items() if key.startswith("model.")}
-    core = MemGPTForCausalLM.from_pretrained("models/base")
-    found["text_loss_before"] = cells.held_out(core, "validation", False, 1)
-    core.load_state_dict(trunk, strict=False)
-    found["text_loss_after"] = cells.held_out(core, "validation", False, 1)
     for other in spec["set"].split("+"):
-        if other == part:
-            continue
         their = SETS[other][0]
-        theirs = settings(their, {**spec, "set": other, "changes": {}})
-        for label, state in (("before", None), ("after", trunk)):
-            directory = target / f"{their}-{label}"
-            _from_joint(their, Path("models/multitask"), directory, theirs, state)
-            found[f"{their}_{label}"] = finetune.validate(their, directory)[judge(their).PRIMARY]
+        if other != part:
+            theirs = _without_votes(settings(their, {**spec, "set": other, "changes": {"start": "multitask"}}))
+            found[f"{their}_before"] = before[f"{their}_trunk"]
+            found[f"{their}_after"] = _on_trunk(their, theirs, Path("models/multitask"), target / their, target)
     return {key: round(value, 4) for key, value in found.items()}
 
 
-def _from_joint(task: str, source: Path, directory: Path, params: Finetune, trunk: Any = None) -> None:
-    """A task's model directory from the joint model's trunk, or another, and its head."""
-    model = judge(task).model(source, TABLES, **params.model_dump()).eval()
-    if trunk is not None:
-        model.load_state_dict(trunk, strict=False)
+def _without_votes(params: Finetune) -> Finetune:
+    """Nothing beside the deep model, which would hide what it forgets."""
+    beside = {"word_votes": 0, "rerank": False}
+    return params.model_copy(update={key: value for key, value in beside.items() if hasattr(params, key)})
+
+
+def _on_trunk(task: str, params: Finetune, source: Path, directory: Path, trunk: Path | None = None) -> float:
+    """What a task's head of the joint model in `source` reaches on validation, there or on another model's trunk."""
+    model = judge(task).model(source, TABLES, **params.model_dump())
+    model = _with_trunk(model, trunk).eval() if trunk else model.eval()
     finetune.save(model, task, params, AutoTokenizer.from_pretrained(source), directory)
+    return finetune.validate(task, directory)[judge(task).PRIMARY]
+
+
+def _text_loss(trunk: Path | None = None) -> float:
+    """Of the core on held-out text, as it is or on another model's trunk."""
+    core = MemGPTForCausalLM.from_pretrained("models/base")
+    return cells.held_out(_with_trunk(core, trunk) if trunk else core, "validation", False, 1)
+
+
+def _with_trunk(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """A model on the trunk of another, which may be wider by an adapter that was merged: then so is this, by one that
+    adds nothing. A prefix does not come along: it is a weight of the other's task."""
+    wider = AutoConfig.from_pretrained(directory).intermediate_size - model.config.intermediate_size
+    if wider:
+        adapter = config.load(ROOT / "params.yaml").finetune.ner.model_copy(update={"tune": "adapter", "rank": wider})
+        model = tuning.whole(tuning.prepare(model, adapter, steps=1))
+    trunk = load_file(directory / "model.safetensors")
+    trunk = {name: value for name, value in trunk.items() if name.startswith("model.") and ".prefix." not in name}
+    lacking = model.load_state_dict(trunk, strict=False)
+    assert not lacking.unexpected_keys, lacking
+    return model
 
 
 KINDS = {"compare": compare, "joint": joint, "forgetting": forgetting}

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import core
 import numpy as np
 import runner
-from task_cells import BERT, CORE, RESULTS, SETS, STATISTICS, WORK, prepare, start
+from task_cells import BERT, CORE, RESULTS, SETS, STATISTICS, TRUNK, WORK, prepare, start
 
 from memgpt import bootstrap
 from memgpt.atomic import write_json
@@ -76,6 +76,16 @@ REGULARISERS: dict[str, dict[str, Any]] = {
     "ensemble of three": {"ensemble": 3},
 }
 
+# Readers' histories have no words to change, and the one epoch of them no earlier one to stop at.
+WORDS = ("synonyms", "word edits", "letter case", "recombination", "mention replacement")
+NOT_FOR = {
+    "ner": (),
+    "sentiment": ("mention replacement",),
+    "recommendation": (*WORDS, "early stopping", "ensemble of three"),
+}
+# As many examples as the three tasks see one by one, and texts as long.
+JOINT = {"steps": 3130, "item_length": 16}
+
 
 def compared(name: str, seeds: tuple[int, ...], trials: bool, starts: dict[str, str] | None = None) -> Cells:
     """All systems on a set: trials on validation, then the final ones on test. starts: system → pretrained cell, where
@@ -99,13 +109,14 @@ def compared(name: str, seeds: tuple[int, ...], trials: bool, starts: dict[str, 
 
 
 def regularised(name: str, seeds: tuple[int, ...]) -> Cells:
+    task = SETS[name][0]
     return [
         (
             f"{name}-{label.replace(' ', '_')}-{seed}",
-            {"set": name, "system": "memgpt", "seed": seed, "changes": changes},
+            {"set": name, "system": "memgpt", "seed": seed, "changes": {**TRUNK[task], **changes}},
         )
         for label, changes in REGULARISERS.items()
-        if label != "mention replacement" or SETS[name][0] == "ner"
+        if label not in NOT_FOR[task]
         for seed in seeds
     ]
 
@@ -133,13 +144,13 @@ def _plan(mode: str) -> Cells:
         return [cell for name in SETS for cell in compared(name, SEEDS, False)]
     cells = [cell for name in SETS for cell in compared(name, SEEDS, True)]
     for seed in SEEDS:
-        spec = {"kind": "joint", "set": TRIO, "seed": seed, "changes": {"steps": 600}}
+        spec = {"kind": "joint", "set": TRIO, "seed": seed, "changes": JOINT}
         cells.append((f"joint-plain-{seed}", spec))
         cells.append((f"joint-balanced-{seed}", {**spec, "changes": {**spec["changes"], "balancing": "uncertainty"}}))
     for part in TRIO.split("+"):
         spec = {"kind": "forgetting", "set": TRIO, "part": part, "seed": 1, "after": ["joint-plain-1"]}
         cells += [(f"tune-{part}-{method}", {**spec, "changes": changes}) for method, changes in METHODS.items()]
-    for name in ("wikigold", "financial_phrasebank"):
+    for name in TRIO.split("+"):
         cells += regularised(name, SEEDS[:2])
     return cells
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from memgpt.config import Finetune
 from memgpt.errors import UserError
-from memgpt.model.model import FeedForward, Prefix
+from memgpt.model.model import Block, FeedForward, Prefix
 
 
 def prepare(model: PreTrainedModel, params: Finetune, steps: int) -> PreTrainedModel:
@@ -28,8 +28,8 @@ def prepare(model: PreTrainedModel, params: Finetune, steps: int) -> PreTrainedM
     if params.tune in ("lora", "adalora"):
         return _low_rank(model, params, steps)
     if params.tune == "adapter":
-        for layer in trunk.layers:
-            layer.mlp = Widened(layer.mlp, params.rank)
+        for block in _blocks(model):
+            block.mlp = Widened(block.mlp, params.rank)  # type: ignore[assignment]
     if params.tune == "prefix":
         model.config.prefix_length = params.rank
         trunk.prefix = Prefix(model.config)
@@ -51,13 +51,19 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
     """The model as it is saved: itself, or a copy with what was added merged into its matrices."""
     if hasattr(model, "merge_and_unload"):
         return copy.deepcopy(model).merge_and_unload()
-    if not isinstance(model.base_model.layers[0].mlp, Widened):
+    if not any(isinstance(module, Widened) for module in model.modules()):
         return model
     merged = copy.deepcopy(model)
-    for layer in merged.base_model.layers:
-        layer.mlp = layer.mlp.merged()
+    for block in _blocks(merged):
+        if isinstance(block.mlp, Widened):
+            block.mlp = block.mlp.merged()
     merged.config.intermediate_size = merged.base_model.layers[0].mlp.up_proj.out_features
     return merged
+
+
+def _blocks(model: PreTrainedModel) -> list[Block]:
+    """Of the trunk, and of a head that reads with one: the configuration knows one width for all."""
+    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 class Widened(torch.nn.Module):

@@ -244,6 +244,38 @@ def test_a_base_is_pretrained_in_pieces_tuned_and_handed_on(
     assert stored["files"] >= stored["total_bytes"] / 600_000 and stored["largest_bytes"] < 600_000
 
 
+def test_what_a_way_to_tune_forgets_is_told_for_the_other_tasks_and_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (cells, task_cells):
+        monkeypatch.setattr(module, "WORK", tmp_path)  # which toy() changes, for this test alone
+    for module in (task_cells, tasks):
+        monkeypatch.setattr(module, "STATISTICS", tmp_path)
+    monkeypatch.setattr(peers, "VOCABULARY", 512)
+    monkeypatch.setattr(task_cells, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(task_cells, "SETTINGS", {name: {"epochs": 1} for name in tasks.TRIO.split("+")})
+    monkeypatch.setattr(cells, "VALIDATION_ROWS", 32)
+    base.toy(tmp_path)
+    cells.prepare(tmp_path)
+    peers.preset("tiny").save_pretrained(cells.WORK / "cells/toy/model")
+    task_cells.prepare(tasks.TRIO, tmp_path)
+    shared = {"set": tasks.TRIO, "seed": 1, "core": "toy"}
+    task_cells.run("joint", {**shared, "kind": "joint", "changes": {"steps": 4}})
+    joint = json.loads((tmp_path / "results/joint.json").read_text())
+    assert joint["text_loss"] != joint["text_loss_base"]
+    assert {f"{task}_{stage}" for task in tasks.PEERS for stage in ("joint", "joint_then_tuned")} <= joint.keys()
+    spec = {**shared, "kind": "forgetting", "part": "financial_phrasebank", "after": ["joint"]}
+    found = {}
+    for tune in ("prefix", "adapter"):
+        found[tune] = task_cells.measure(tune, {**spec, "changes": {"tune": tune, "learning_rate": 0.01}})
+        assert found[tune]["ner_before"] == joint["ner_trunk"]
+        assert found[tune]["recommendation_before"] == joint["recommendation_trunk"]
+    kept = found["prefix"]  # the trunk is as it was, so all else is
+    assert kept["text_loss_after"] == joint["text_loss"]
+    assert (kept["ner_after"], kept["recommendation_after"]) == (joint["ner_trunk"], joint["recommendation_trunk"])
+    assert found["adapter"]["text_loss_after"] != joint["text_loss"]  # it was merged
+
+
 def test_shards_that_answer_otherwise_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "VOCABULARY", 512)
     peers.preset("tiny").save_pretrained(tmp_path / "core/model")

@@ -137,6 +137,15 @@ def test_a_merged_adapter_computes_the_same() -> None:
         torch.testing.assert_close(merged(input_ids=ids).logits, changed, rtol=1e-4, atol=1e-5)
 
 
+def test_a_recommender_with_merged_adapters_can_be_loaded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its head reads histories with a layer of the trunk's kind, of the width that the configuration tells."""
+    monkeypatch.chdir(place)
+    changes = ["tune=adapter", "epochs=1", "max_length=8", "taste_epochs=1"]
+    finetune.run(write(place, [f"finetune.recommendation.{change}" for change in changes]), "recommendation")
+    predictor = predict.load("recommendation", place / "models/recommendation")
+    assert len(predictor.predict([{"history": [], "k": 3}])[0]) == 3
+
+
 def test_a_low_rank_change_has_that_rank(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     weights = tuned(place, "tune=lora", "rank=2")
