@@ -12,7 +12,6 @@ once, by the final cells. "beats": the paired 95 % interval of the difference is
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -212,30 +211,63 @@ def report(cells: Cells, mode: str) -> None:
     done = results(cells)
     summary: dict[str, Any] = {"cells": {"done": len(done), "planned": len(cells)}}
     summary["compared"] = {name: table for name in SETS if (table := compare(done, name))}
-    for key, kind in (("joint", "joint"), ("tuning", "forgetting")):
-        summary[key] = {
-            name: {key: value for key, value in cell.items() if key != "spec"}
-            for name, cell in done.items()
-            if cell["spec"].get("kind") == kind
-        }
-    summary["regularisers"] = {}
-    for name in ("wikigold", "financial_phrasebank"):
-        for label, changes in REGULARISERS.items():
-            same = [
-                done[cell]["validation"]
-                for cell, spec in regularised(name, SEEDS)
-                if spec["changes"] == changes and cell in done
-            ]
-            if same:
-                summary["regularisers"][f"{name}, {label}"] = {
-                    "validation": round(float(np.mean(same)), 4),
-                    "seeds": len(same),
-                }
+    summary |= {"joint": joint(done), "tuning": tuned(done), "regularisers": regularisers(done)}
     write_json(HERE / "results" / f"tasks_{mode}.json", summary)
     print("\n".join(lines(summary["compared"])))
     for key in ("joint", "tuning", "regularisers"):
         for name, row in summary[key].items():
-            print(f"{key:12} {name:40} {json.dumps(row)}")
+            print(f"{key:12} {name:48} {', '.join(f'{column} {value}' for column, value in row.items())}")
+
+
+Row = dict[str, Any]
+
+
+def joint(done: dict[str, Any]) -> dict[str, Row]:
+    """Each task alone, jointly, and tuned from there: mean primary metric on validation, and of how many seeds."""
+    table: dict[str, Row] = {}
+    for part in TRIO.split("+"):
+        task = SETS[part][0]
+        singles = [f"{part}-as_it_is-{seed}" for seed in SEEDS]
+        table[part] = _mean(done, singles, {"single": "validation"}, "seeds (single)")
+        for kind in ("plain", "balanced"):
+            columns = {f"{stage} ({kind})": f"{task}_{stage}" for stage in ("joint", "joint_then_tuned")}
+            table[part] |= _mean(done, [f"joint-{kind}-{seed}" for seed in SEEDS], columns, f"seeds ({kind})")
+    return {part: row for part, row in table.items() if row}
+
+
+def tuned(done: dict[str, Any]) -> dict[str, Row]:
+    """Each way to tune: trained parameters, minutes, the task itself, and what all else loses, in nats per token of
+    text and in the other tasks' metrics."""
+    table = {}
+    for cell in done.values():
+        if cell["spec"].get("kind") == "forgetting":
+            row = {key: cell[key] for key in ("trainable_parameters", "minutes", "validation")}
+            row["text"] = round(cell["text_loss_before"] - cell["text_loss_after"], 4)
+            others = [key.removesuffix("_after") for key in cell if key.endswith("_after") and "text" not in key]
+            row |= {task: round(cell[f"{task}_after"] - cell[f"{task}_before"], 4) for task in others}
+            table[f"{cell['spec']['part']}, {cell['spec']['changes']['tune']}"] = row
+    return table
+
+
+def regularisers(done: dict[str, Any]) -> dict[str, Row]:
+    """Primary metric on validation with each of them, and minutes."""
+    columns = {"validation": "validation", "minutes": "minutes"}
+    table = {}
+    for name in TRIO.split("+"):
+        for label in REGULARISERS:
+            cells = [f"{name}-{label.replace(' ', '_')}-{seed}" for seed in SEEDS]
+            if row := _mean(done, cells, columns):
+                table[f"{name}, {label}"] = row
+    return table
+
+
+def _mean(done: dict[str, Any], cells: list[str], columns: dict[str, str], number: str = "seeds") -> Row:
+    """Column → mean of what the cells hold under that key, and the number of cells that are done; empty if none is."""
+    there = [done[cell] for cell in cells if cell in done]
+    if not there:
+        return {}
+    means = {column: round(float(np.mean([cell[key] for cell in there])), 4) for column, key in columns.items()}
+    return {**means, number: len(there)}
 
 
 def lines(compared: dict[str, Any]) -> Iterator[str]:

@@ -274,6 +274,15 @@ def test_what_a_way_to_tune_forgets_is_told_for_the_other_tasks_and_the_text(
     assert kept["text_loss_after"] == joint["text_loss"]
     assert (kept["ner_after"], kept["recommendation_after"]) == (joint["ner_trunk"], joint["recommendation_trunk"])
     assert found["adapter"]["text_loss_after"] != joint["text_loss"]  # it was merged
+    told = tasks.tuned({tune: {"spec": {**spec, "changes": {"tune": tune}}, **found[tune]} for tune in found})
+    assert told["financial_phrasebank, prefix"].items() >= {"text": 0, "ner": 0, "recommendation": 0}.items()
+    assert told["financial_phrasebank, adapter"]["text"] == round(
+        joint["text_loss"] - found["adapter"]["text_loss_after"], 4
+    )
+    alone = {"wikigold-as_it_is-2": {"validation": 0.5}, "wikigold-as_it_is-3": {"validation": 0.6}}
+    row = tasks.joint({**alone, "joint-plain-1": joint})["wikigold"]
+    assert (row["single"], row["seeds (single)"], row["seeds (plain)"]) == (0.55, 2, 1)
+    assert row["joint_then_tuned (plain)"] == joint["ner_joint_then_tuned"]
 
 
 def test_shards_that_answer_otherwise_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
