@@ -117,7 +117,8 @@ def check_slices(model: str, gate: Gate, known: Mapping[str, np.ndarray]) -> Non
 class Version:
     """One registered version, loading and predicting in a child process of its own.
 
-    uri: `models:/name/version`. The child's noise goes to `<folder>/v<version>.log`, its predictions beside it.
+    uri: `models:/name/version`. The child's noise goes to `<folder>/v<version>.log`, inputs and predictions through a
+    folder beside it.
     timeout: seconds to wait for an answer; None for as long as it takes.
     """
 
@@ -128,7 +129,9 @@ class Version:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.label = "v" + uri.rpartition("/")[2]
         self.log = self.folder / f"{self.label}.log"
-        self.inputs, self.out = self.folder / f"{self.label}.inputs.json", self.folder / f"{self.label}.json"
+        # Of this process alone: another may ask the same version, and what is asked may be somebody's texts.
+        self._exchange = tempfile.TemporaryDirectory(prefix=f"{self.label}.", dir=self.folder)
+        self.inputs, self.out = Path(self._exchange.name, "inputs.json"), Path(self._exchange.name, "answers.json")
         threaded = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -151,8 +154,7 @@ class Version:
     ) -> None:
         self.process.kill()
         self.process.communicate()
-        for path in (self.inputs, self.out):  # what was asked may be somebody's texts
-            path.unlink(missing_ok=True)
+        self._exchange.cleanup()
 
     def ask(self, inputs: list[Any], params: dict[str, Any] | None = None) -> None:
         """Have the inputs predicted as soon as the model is loaded; `answer` waits for it."""

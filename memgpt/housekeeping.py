@@ -77,11 +77,12 @@ def _running(root: Path) -> str | None:
         with _unused(root / RETRAIN) as unused:
             if not unused:
                 return f"memgpt retrain (process {(root / RETRAIN).read_text(encoding='utf-8').partition(' ')[0]})"
-    with suppress(OSError, json.JSONDecodeError):  # none there, or being written
-        for held in json.loads((root / ".dvc/tmp/rwlock").read_text(encoding="utf-8")).values():
-            for holder in (held.get("write"), *held.get("read", [])):
-                if holder and psutil.pid_exists(holder["pid"]):
-                    return f"{holder['cmd']} (process {holder['pid']})"
+    for lock in (root / ".dvc/tmp").glob("**/rwlock"):  # of experiments in folders of their own too
+        with suppress(OSError, json.JSONDecodeError):  # gone, or being written
+            for held in json.loads(lock.read_text(encoding="utf-8")).values():
+                for holder in (held.get("write"), *held.get("read", [])):
+                    if holder and psutil.pid_exists(holder["pid"]):
+                        return f"{holder['cmd']} (process {holder['pid']})"
     return None
 
 

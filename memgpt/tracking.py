@@ -321,7 +321,7 @@ def _take_turns(uri: str) -> None:
 
 def shown(uri: str) -> str:
     """Without a password or a token."""
-    uri = re.sub(r"//([^/@:]*):[^/@]*@", r"//\1:***@", uri)
+    uri = re.sub(r"//([^/@:]*):.*@", r"//\1:***@", uri)  # to the last @: a password may have one, or a slash
     uri = re.sub(r"^(https?)://[^/@:]+@", r"\1://***@", uri)
     return re.sub(r"([?&]password=)[^&]*", r"\1***", uri)
 

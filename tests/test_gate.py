@@ -143,6 +143,17 @@ def test_a_process_that_cannot_load_says_why(tmp_path: Path, monkeypatch: pytest
     assert version.process.returncode is not None
 
 
+def test_two_that_ask_one_version_do_not_read_each_others_texts(tmp_path: Path) -> None:
+    with (
+        gate.Version("models:/m/3", tmp_path, threads=1) as one,
+        gate.Version("models:/m/3", tmp_path, threads=1) as two,
+    ):
+        one.ask(["ours"])
+        two.ask(["theirs"])
+        assert "ours" in one.inputs.read_text() and one.inputs.parent.stat().st_mode & 0o077 == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["v3.log"]
+
+
 def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     with gate.Version("file:///loads/for/ever", tmp_path, threads=1, timeout=0.1) as version:
         version.ask(["text"])

@@ -95,11 +95,15 @@ def test_gc_removes_what_no_commit_names_from_the_cache_unless_a_stage_runs(plac
     (workspace / "file").write_text("deployed" * 1000, encoding="utf-8")
     for command in (["cache", "dir", "--local", str(place.root / ".dvc/cache")], ["add", "--quiet", "file"]):
         subprocess.run([*dvc, "--cd", str(workspace), *command], check=True)
-    rwlock = place.root / ".dvc/tmp/rwlock"
     holder = {"pid": os.getpid(), "cmd": "dvc repro pretrain"}
-    rwlock.write_text(json.dumps({"models/base": {"write": holder}}), encoding="utf-8")
-    [item] = housekeeping.gc(0, False)
-    assert "dvc repro pretrain" in item.kept
+    for experiment in ("exps/standalone/tmp1/.dvc/tmp", ""):  # `dvc exp run --temp` works in a folder of its own
+        rwlock = place.root / ".dvc/tmp" / experiment / "rwlock"
+        rwlock.parent.mkdir(parents=True, exist_ok=True)
+        rwlock.write_text(json.dumps({"models/base": {"write": holder}}), encoding="utf-8")
+        [item] = housekeeping.gc(0, False)
+        assert "dvc repro pretrain" in item.kept
+        if experiment:
+            rwlock.unlink()
     assert "dvc repro pretrain" in state("runs")[1]
     with pytest.raises(UserError, match="dvc repro pretrain"):
         housekeeping.upgrade()

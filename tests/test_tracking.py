@@ -162,6 +162,7 @@ def test_looking_for_decisions_makes_no_experiment(tmp_path: Path) -> None:
     ("uri", "shown"),
     [
         ("http://user:secret@host/path", "http://user:***@host/path"),
+        ("postgresql://user:ab/c@d+1@db/mlflow", "postgresql://user:***@db/mlflow"),
         ("https://token@host:5000", "https://***@host:5000"),
         ("postgresql://h/db?user=u&password=secret&x=1", "postgresql://h/db?user=u&password=***&x=1"),
         ("postgresql://user@h/db", "postgresql://user@h/db"),

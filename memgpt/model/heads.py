@@ -75,7 +75,8 @@ class SequenceClassificationHead(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if attention_mask is not None:
             shown = _by_position(attention_mask)[:, -hidden.shape[1] :, None]  # without a prefix before the text
-            hidden = hidden.masked_fill(shown == 0, torch.finfo(hidden.dtype).min)
+            shown = shown.bool() | ~shown.bool().any(1, keepdim=True)  # of an empty text, its padding
+            hidden = hidden.masked_fill(~shown, torch.finfo(hidden.dtype).min)
         pooled = self.dropout(hidden.amax(dim=1))
         return self.score(pooled), None if self.topic is None else self.topic(pooled)
 

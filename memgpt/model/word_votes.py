@@ -103,6 +103,7 @@ class WordTable(nn.Module):
 
     def addresses(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
         """Rows [B, T, F] of the table; 0 for padding."""
+        input_ids = input_ids.long()  # what is mixed from fewer bits is another row
         word, blank = self.words(input_ids), input_ids == self.pad
         starts = torch.diff(word, dim=1, prepend=torch.full_like(word[:, :1], -1)) > 0
         ends = torch.diff(word, dim=1, append=torch.full_like(word[:, :1], word.shape[1])) > 0

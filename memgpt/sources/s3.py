@@ -26,7 +26,7 @@ from memgpt.sources.naming import Part
 CACHE = Path(".memgpt/sources/s3")
 PAGE = 1000  # keys per listing request, S3's own limit
 _BLOCK = 1 << 20
-_MD5 = re.compile(r"[0-9a-f]{32}")  # the ETag of an object uploaded in one piece and not encrypted with a KMS key
+_MD5 = re.compile(r"[0-9a-f]{32}")  # the ETag of an object uploaded in one piece, unless `_hidden_sum`
 
 
 class _Damaged(Exception):
@@ -117,6 +117,12 @@ def _licence(client: Any, bucket: str, keys: list[str]) -> tuple[str | None, boo
     return None, False
 
 
+def _hidden_sum(answer: dict[str, Any]) -> bool:
+    """Whether the ETag is no checksum of what is read, though it looks like one: encrypted with a key of KMS's or of
+    the client's."""
+    return answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
+
+
 def _download(name: str, file: dict[str, Any], path: Path) -> None:
     """One object, as locked, to `path`.
 
@@ -135,8 +141,8 @@ def _download(name: str, file: dict[str, Any], path: Path) -> None:
         reraise=True,
     )
     def attempt() -> None:
-        body = client.get_object(Bucket=bucket, Key=key, **locked)["Body"]
-        digest, size = hashlib.md5(usedforsecurity=False), 0
+        answer = client.get_object(Bucket=bucket, Key=key, **locked)
+        body, digest, size = answer["Body"], hashlib.md5(usedforsecurity=False), 0
         with atomic.replacing(path) as aside:
             try:
                 with aside.open("wb") as stream:
@@ -146,7 +152,8 @@ def _download(name: str, file: dict[str, Any], path: Path) -> None:
                         size += len(block)
             except exceptions.BotoCoreError as error:
                 raise _Damaged from error
-            if size != file["size"] or (_MD5.fullmatch(file["etag"]) and digest.hexdigest() != file["etag"]):
+            summed = _MD5.fullmatch(file["etag"]) and not _hidden_sum(answer)
+            if size != file["size"] or (summed and digest.hexdigest() != file["etag"]):
                 raise _Damaged
 
     try:

@@ -149,13 +149,16 @@ def write_index(
     **_: Any,
 ) -> None:
     """Encode the catalogue into a model directory; with `rerank`, learn there how to rank by more than the texts."""
+    import torch
+
     from memgpt.predict.recommendation import Index, Predictor, build_index
 
     items = rows_of(tables, "recommendation", "items")
     build_index(model, tokenizer, items, counts(tables), directory, behaviour(tables))
     if rerank:
         index = Index.read(directory)
-        learn_tastes(model, index, list(histories(tables, "train").values()), directory, taste_epochs, seed)
+        with torch.random.fork_rng(devices=[]):  # early stopping asks for this between epochs, which draw as without
+            learn_tastes(model, index, list(histories(tables, "train").values()), directory, taste_epochs, seed)
         index.write(directory)
         index.weights = fit_weights(Predictor(directory), test_rows(tables, "validation"))
         index.write(directory)

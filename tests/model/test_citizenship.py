@@ -496,3 +496,18 @@ def test_what_is_exported_answers_with_the_same_cache(ids: torch.Tensor) -> None
         got, wanted = (run(input_ids=ids, use_cache=True) for run in (exported.module(), model))
     torch.testing.assert_close(got.logits, wanted.logits)
     assert torch.equal(got.past_key_values.last_ids[0], wanted.past_key_values.last_ids[0])
+
+
+def test_an_empty_text_in_a_batch_spoils_nothing() -> None:
+    """transformers' collator hides all of it."""
+    torch.manual_seed(0)
+    model = MemGPTForSequenceClassification(
+        MemGPTConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_labels=2)
+    )
+    ids, mask = torch.tensor([[5, 6], [0, 0]]), torch.tensor([[1, 1], [0, 0]])
+    loss = model(ids, attention_mask=mask, labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    assert loss < 10
+    assert all(p.grad is None or (p.grad.isfinite().all() and p.grad.abs().max() < 100) for p in model.parameters())
+    alone = model.eval()(ids[:1], attention_mask=mask[:1]).logits
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[:1], alone)

@@ -146,6 +146,11 @@ def test_votes_count_in_answers_and_not_in_training(voting, tokenizer: MemGPTTok
     assert not untouched  # DistributedDataParallel would wait for their gradients
 
 
+def test_ids_of_fewer_bits_have_the_same_votes(voting, tokenizer: MemGPTTokenizer) -> None:
+    text = encoded(tokenizer, "so Mr Ada left")
+    assert torch.equal(voting(text.int()).logits, voting(text).logits)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_what_the_attention_mask_hides_does_not_vote(voting, side: str, tokenizer: MemGPTTokenizer) -> None:
     """Padding with another token than the model's own."""
