@@ -154,7 +154,8 @@ def score(sums: np.ndarray) -> np.ndarray:
     matrix = sums.reshape(*sums.shape[:-1], size, size + 1)
     right = np.diagonal(matrix, axis1=-2, axis2=-1)
     total = matrix.sum(-1) + matrix[..., :size].sum(-2)
-    return (2 * right / np.maximum(total, 1)).mean(-1)
+    # A slice, or a resample, may lack a label that the whole has.
+    return (2 * right / np.maximum(total, 1)).sum(-1) / np.maximum((total > 0).sum(-1), 1)
 
 
 def metrics(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> dict[str, float]:

@@ -255,6 +255,10 @@ def test_a_killed_flow_leaves_no_process_and_the_next_run_ends_as_if_undisturbed
         second = place.run("memgpt", "retrain")
         assert second.returncode == 1
         assert f"retrain already runs here (process {flow.pid})" in second.stderr
+        settings = (place.root / "params.yaml").read_text(encoding="utf-8")
+        third = place.run("memgpt", "retrain", "--set", "finetune.ner.epochs=9")
+        assert third.returncode == 1 and f"(process {flow.pid}) works here" in third.stderr
+        assert (place.root / "params.yaml").read_text(encoding="utf-8") == settings, "the run goes on by them"
         flow.kill()  # SIGTERM and deeper nesting: tests/test_processes.py
         flow.wait(60)
     finally:

@@ -509,3 +509,12 @@ def test_readers_of_one_item_each_give_nothing_to_learn_from(shop: Path) -> None
 def test_every_label_has_a_metric_of_its_own() -> None:
     labels = ["+1", "-1", "Positive", "positive", "non-commercial", "C++"]
     assert metric_names(labels) == ["plus1", "minus1", "positive", "positive_2", "non_commercial", "cplusplus"]
+
+
+def test_a_label_that_a_slice_lacks_does_not_lower_its_score() -> None:
+    rows = [{"label": label} for label in ("good", "bad", "good", "mixed")]
+    cells = sentiment.statistics(rows, rows)
+    assert sentiment.score(cells[:3].sum(0)) == 1
+    assert sentiment.score(cells[:0].sum(0)) == 0
+    missed = sentiment.statistics(rows, [{"label": "good"}] * 4)
+    assert sentiment.score(missed[:3].sum(0)) == pytest.approx((0.8 + 0) / 2)  # what scikit-learn gives
