@@ -215,16 +215,22 @@ def test_without_its_memory_the_base_costs_the_same() -> None:
     assert peer.config.memory_layers == []
 
 
-def test_a_base_is_pretrained_in_pieces_tuned_and_handed_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up text and tables below tmp_path, where the benchmarks work."""
     for module in (cells, task_cells):
-        monkeypatch.setattr(module, "WORK", tmp_path)  # which toy() changes, for this test alone
+        monkeypatch.setattr(module, "WORK", tmp_path)  # which toy() changes, for one test alone
     for module in (task_cells, tasks):
         monkeypatch.setattr(module, "STATISTICS", tmp_path)
     monkeypatch.setattr(peers, "VOCABULARY", 512)
-    monkeypatch.setattr(base, "SHARD", 500_000)
     base.toy(tmp_path)
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_base_is_pretrained_in_pieces_tuned_and_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(base, "SHARD", 500_000)
     planned, results = base.plan(tiny=True), tmp_path / "results"
     del planned["base-wikigold-plain"], planned["base-movielens-memgpt"], planned["base-movielens-plain"]
     cells.prepare(tmp_path)
@@ -244,18 +250,13 @@ def test_a_base_is_pretrained_in_pieces_tuned_and_handed_on(
     assert stored["files"] >= stored["total_bytes"] / 600_000 and stored["largest_bytes"] < 600_000
 
 
+@pytest.mark.usefixtures("toy")
 def test_what_a_way_to_tune_forgets_is_told_for_the_other_tasks_and_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (cells, task_cells):
-        monkeypatch.setattr(module, "WORK", tmp_path)  # which toy() changes, for this test alone
-    for module in (task_cells, tasks):
-        monkeypatch.setattr(module, "STATISTICS", tmp_path)
-    monkeypatch.setattr(peers, "VOCABULARY", 512)
     monkeypatch.setattr(task_cells, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(task_cells, "SETTINGS", {name: {"epochs": 1} for name in tasks.TRIO.split("+")})
     monkeypatch.setattr(cells, "VALIDATION_ROWS", 32)
-    base.toy(tmp_path)
     cells.prepare(tmp_path)
     peers.preset("tiny").save_pretrained(cells.WORK / "cells/toy/model")
     task_cells.prepare(tasks.TRIO, tmp_path)
