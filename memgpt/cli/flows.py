@@ -36,13 +36,13 @@ def retrain(
     for model in replace or []:
         if model not in config.MODELS:
             raise UserError(f"--replace {model}: no such model; one of {', '.join(config.MODELS)}")
-    if not Path("flows/retrain.py").is_file():
-        raise UserError("flows/retrain.py: not found; run the command in the root of the checkout")
     if assignments:
         if busy := housekeeping.running():
             raise UserError(f"{busy} works here, by params.yaml as it is; wait for it, or end it")
         _edit(assignments)
     config.load()  # a broken file is told in one line, before anything starts
+    if not Path("flows/retrain.py").is_file():
+        raise UserError("flows/retrain.py: not found; run the command in the root of the checkout")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the flow speaks for itself
     flags = [f"--replace={model}" for model in replace or []]
     flags += [*(["--force"] if force else []), *(["--ask"] if ask else [])]
