@@ -118,7 +118,7 @@ class Version:
     """One registered version, loading and predicting in a child process of its own.
 
     uri: `models:/name/version`. The child's noise goes to `<folder>/v<version>.log`, inputs and predictions through a
-    folder beside it.
+    temporary folder.
     timeout: seconds to wait for an answer; None for as long as it takes.
     """
 
@@ -130,7 +130,7 @@ class Version:
         self.label = "v" + uri.rpartition("/")[2]
         self.log = self.folder / f"{self.label}.log"
         # Of this process alone: another may ask the same version, and what is asked may be somebody's texts.
-        self._exchange = tempfile.TemporaryDirectory(prefix=f"{self.label}.", dir=self.folder)
+        self._exchange = tempfile.TemporaryDirectory(prefix="memgpt-")
         self.inputs, self.out = Path(self._exchange.name, "inputs.json"), Path(self._exchange.name, "answers.json")
         threaded = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with self.log.open("w") as log:

@@ -69,17 +69,19 @@ def service(name: str) -> psutil.Process | None:
 
 def running() -> str | None:
     """The flow or stage that works here or in the workspace now, if any."""
-    return _running(Path()) or _running(WORKSPACE)
+    return works_in(Path()) or works_in(WORKSPACE)
 
 
-def _running(root: Path) -> str | None:
+def works_in(root: Path) -> str | None:
+    """The flow or stage that works in a checkout now, if any."""
     if (root / RETRAIN).exists():
         with _unused(root / RETRAIN) as unused:
             if not unused:
                 return f"memgpt retrain (process {(root / RETRAIN).read_text(encoding='utf-8').partition(' ')[0]})"
-    for lock in (root / ".dvc/tmp").glob("**/rwlock"):  # of experiments in folders of their own too
+    for folder, _, files in os.walk(root / ".dvc/tmp"):  # experiments may have a folder and a lock of their own there
         with suppress(OSError, json.JSONDecodeError):  # gone, or being written
-            for held in json.loads(lock.read_text(encoding="utf-8")).values():
+            text = Path(folder, "rwlock").read_text(encoding="utf-8") if "rwlock" in files else "{}"
+            for held in json.loads(text).values():
                 for holder in (held.get("write"), *held.get("read", [])):
                     if holder and psutil.pid_exists(holder["pid"]):
                         return f"{holder['cmd']} (process {holder['pid']})"

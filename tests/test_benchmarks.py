@@ -98,6 +98,28 @@ def test_tasks_are_compared_fairly_and_with_settings_that_exist() -> None:
     assert final == {"memgpt", *(peer for peers_of in tasks.PEERS.values() for peer in peers_of)}
 
 
+def test_settings_that_trials_choose_and_a_final_cell_had_are_not_asked_of_the_test_split_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RESULTS", "STATISTICS"):
+        monkeypatch.setattr(task_cells, name, tmp_path)
+    final = {"set": "wnut17", "system": "crf", "seed": 1, "test": True}
+    asked: list[str] = []
+    monkeypatch.setitem(task_cells.SYSTEMS, "crf", lambda task, spec, target: asked.append(spec["changes"]["c1"]))
+    for c1, validation in ((0.1, 0.5), (0.5, 0.4)):
+        tried = {"spec": {"changes": {"c1": c1}}, "validation": validation}
+        (tmp_path / f"trial-{c1}.json").write_text(json.dumps(tried))
+    twin = {"spec": {**final, "changes": {"c1": 0.1}}, "test": 0.3}
+    (tmp_path / "wnut17-crf-1.json").write_text(json.dumps(twin))
+    np.savez(tmp_path / "wnut17-crf-1.npz", np.ones(2))
+    chosen = {**final, "after": ["trial-0.1", "trial-0.5"]}
+    assert task_cells.compare("wnut17-crf-chosen-1", chosen, tmp_path) == {"test": 0.3}
+    assert (tmp_path / "wnut17-crf-chosen-1.npz").exists() and not asked
+    with pytest.raises(TypeError):  # of another seed it is asked, which here answers nothing
+        task_cells.compare("wnut17-crf-chosen-2", {**chosen, "seed": 2}, tmp_path)
+    assert asked == [0.1]
+
+
 def test_a_verdict_needs_the_whole_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "STATISTICS", tmp_path)
     random = np.random.default_rng(0)

@@ -37,7 +37,7 @@ def retrain(
         if model not in config.MODELS:
             raise UserError(f"--replace {model}: no such model; one of {', '.join(config.MODELS)}")
     if assignments:
-        if busy := housekeeping.running():
+        if busy := housekeeping.works_in(Path()):
             raise UserError(f"{busy} works here, by params.yaml as it is; wait for it, or end it")
         _edit(assignments)
     config.load()  # a broken file is told in one line, before anything starts

@@ -146,6 +146,17 @@ def test_a_recommender_with_merged_adapters_can_be_loaded(place: Path, monkeypat
     assert len(predictor.predict([{"history": [], "k": 3}])[0]) == 3
 
 
+def test_watching_a_recommender_between_epochs_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learnt for the re-ranking draws numbers of its own."""
+    monkeypatch.chdir(place)
+    changes = ["epochs=2", "max_length=8", "taste_epochs=1"]
+    params = write(place, [f"finetune.recommendation.{change}" for change in changes]).finetune.recommendation
+    finetune.fit(params, "recommendation", place / "alone")
+    finetune.fit(params, "recommendation", place / "watched", watch=lambda score, epoch: None)
+    alone, watched = (load_file(place / name / "model.safetensors") for name in ("alone", "watched"))
+    assert all(torch.equal(alone[name], watched[name]) for name in alone)
+
+
 def test_a_low_rank_change_has_that_rank(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     weights = tuned(place, "tune=lora", "rank=2")
