@@ -24,6 +24,7 @@ _REACH = 30  # items of a reader that are this far apart are still co-visited
 _NEIGHBOURS = 300  # of an item that are kept
 _SHRINKAGE = 3  # choices: how many it takes until two items' nearness is believed
 _COMPETING = 20_000  # items that compete in learning tastes
+_PIECE = 256  # readers' steps whose scores are held at once there
 _CELLS = 20_000_000  # of readers × items, on which the weights are learned
 
 
@@ -253,9 +254,13 @@ def learn_tastes(
         competing = torch.arange(len(place))
         if len(place) > _COMPETING:
             competing = torch.cat([wanted, torch.randint(len(place), (_COMPETING,))]).unique()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # nearly all of a step's time
-            logits = (interest / head.temperature) @ vectors[competing].T
-        loss = cross_entropy(logits.float(), torch.searchsorted(competing, wanted))
+        candidates, places = vectors[competing], torch.searchsorted(competing, wanted)
+        loss = torch.zeros(())
+        # In pieces: the logits of all at once would be fresh pages from the system in each step.
+        for part, right in zip((interest / head.temperature).split(_PIECE), places.split(_PIECE), strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = part @ candidates.T
+            loss = loss + cross_entropy(logits.float(), right, reduction="sum") / len(wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
