@@ -121,6 +121,14 @@ class Pretrain(Training):
             raise ValueError("memory_rows is of a model that is made anew; the one in pretrain.init has its own")
         return self
 
+    @model_validator(mode="after")
+    def _start_is_not_the_output(self) -> "Pretrain":
+        """DVC deletes a stage's output before it runs the stage."""
+        output = Path("models/base")
+        if self.init is not None and Path(self.init).resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"init={self.init} is what pretrain writes anew; copy it to another name first")
+        return self
+
 
 class Tuning(Training):
     """Training on labelled data. ema_decay: 0, or of the moving average of the weights that is kept in place of the

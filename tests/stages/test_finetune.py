@@ -275,7 +275,7 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
     document = config.read(ROOT / "params.yaml")
     with pytest.raises(UserError, match=r"pretrain: update=memory needs pretrain\.init"):
         config.override(document, ["pretrain.update=memory"])
-    assert config.override(document, ["pretrain.update=memory", "pretrain.init=models/base"])
+    assert config.override(document, ["pretrain.update=memory", "pretrain.init=models/base-2026"])
 
 
 def test_tuning_a_memory_that_is_not_there_is_refused() -> None:

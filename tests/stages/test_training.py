@@ -132,7 +132,17 @@ def test_the_memory_has_as_many_rows_as_asked_for(place: Path, monkeypatch: pyte
     made = MemGPTForCausalLM.from_pretrained("models/base")
     assert made.config.memory_rows == 50 and made.model.memory_table.weight.shape[0] == 1 + 6 * 50
     with pytest.raises(ValueError, match=r"memory_rows is of a model that is made anew"):
-        config.parse(config.override(config.read(), ["pretrain.memory_rows=50", "pretrain.init=models/base"]))
+        config.parse(config.override(config.read(), ["pretrain.memory_rows=50", "pretrain.init=start"]))
+
+
+def test_its_own_output_is_no_start(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC would have deleted it before it is read."""
+    monkeypatch.chdir(place)
+    for path in ("models/base", "./models/base/", "models/../models/base", place / "models/base"):
+        with pytest.raises(UserError, match=r"pretrain: init=.* copy it to another name first"):
+            config.override(config.read(), [f"pretrain.init={path}"])
+    for name in ("models/base-2026", "someone/base"):
+        assert config.override(config.read(), [f"pretrain.init={name}"])
 
 
 def test_an_update_of_the_memory_changes_nothing_else(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
