@@ -4,11 +4,13 @@ A study is kept in SQLite and goes on where it was stopped, the fine-tuning of a
 decides; the test split is never read.
 """
 
+import copy
 import hashlib
 import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from memgpt.tasks import judge
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
 
 MODELS, STUDIES = Path("models"), Path(".memgpt/studies")
 DEFAULT_SPACE = [
@@ -31,7 +34,7 @@ DEFAULT_SPACE = [
     "batch_size=16,32",
 ]
 Space = dict[str, tuple[float, float] | list[Any]]
-Told = Callable[[int, float | None, dict[str, Any]], None]
+Told = Callable[[int, float | None, dict[str, Any], str], None]
 
 
 def parse_space(task: str, assignments: list[str]) -> Space:
@@ -44,14 +47,15 @@ def parse_space(task: str, assignments: list[str]) -> Space:
     document = config.read()
     for assignment in assignments:
         key, _, text = assignment.partition("=")
+        key = key.strip()
         values: list[Any] = []
         for value in text.split("..") if ".." in text else text.split(","):
-            config.override(document, [f"finetune.{task}.{key}={value}"], source=f"--space {assignment}")
-            values.append(document["finetune"][task][key])
+            tried = _settings(task, document, [f"{key}={value}"], f"--space {assignment}")
+            values.append(reduce(getattr, key.split("."), tried))
         if ".." not in text:
             space[key] = values
-        elif len(values) == 2 and all(isinstance(value, float) for value in values) and values[0] < values[1]:
-            space[key] = (float(values[0]), float(values[1]))
+        elif [type(value) for value in values] == [float, float] and values[0] < values[1] < math.inf:
+            space[key] = (values[0], values[1])
         else:
             raise UserError(
                 f"--space {assignment}: a range is low..high of a rate or fraction; else list the values: a,b,c"
@@ -59,22 +63,35 @@ def parse_space(task: str, assignments: list[str]) -> Space:
     return space
 
 
-def search(task: str, params: Finetune, space: Space, trials: int, told: Told) -> "Study":
-    """Go on until the study has `trials` trials that were finished or pruned (worse than the median after an epoch).
+def _settings(task: str, document: Any, assignments: list[str], source: str) -> Finetune:
+    """finetune.<task> of the document, with values as `--set` takes them; the document stays as it is."""
+    changed = config.override(copy.deepcopy(document), [f"finetune.{task}.{each}" for each in assignments], source)
+    return getattr(config.parse(changed).finetune, task)
+
+
+def search(task: str, space: Space, trials: int, told: Told) -> "Study":
+    """Go on until the study has `trials` trials that were finished or pruned: worse than the median after an epoch, or
+    of values that do not go together or cannot be trained with.
 
     One study for each question: another space, other settings, data or core begin a new one. told: after each trial,
-    its number, its validation score (None: pruned) and its values.
+    its number, its validation score (None: pruned), its values, and why those could not be trained with.
+
+    Raises:
+        UserError: if none of the trials could be finished. The study is forgotten then, and the next call begins anew.
     """
     import optuna
     from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    document = config.read()
+    params = _settings(task, document, [], "")
     question = [params.model_dump(), space, digest(existing(MODELS / params.start)), digest(TABLES / task)]
     name = f"{task}-{hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]}"
     with tracking.locked(STUDIES / f"{name}.lock"), tracking.stage_run("tune", task, _named(task, space)) as parent:
         parent.inputs([task], "training")
+        storage, why = f"sqlite:///{STUDIES / 'studies.db'}", ""
         study = optuna.create_study(
-            storage=f"sqlite:///{STUDIES / 'studies.db'}",
+            storage=storage,
             study_name=name,
             load_if_exists=True,
             direction="maximize",
@@ -87,18 +104,29 @@ def search(task: str, params: Finetune, space: Space, trials: int, told: Told) -
             study.enqueue_trial(left.params)
         while len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))) < trials:
             trial = study.ask()
-            values = {key: _suggest(trial, key, choice) for key, choice in space.items()}
-            tried = type(params)(**{**params.model_dump(), **values})
+            for key, choice in space.items():
+                _suggest(trial, key, choice)
+            values, why = _tried(trial), ""
             with tracking.stage_run("trial", task, _named(task, values), parent=parent.id) as run:
-                score = _score(trial, task, tried)
+                try:
+                    assignments = [f"{key}={value}" for key, value in values.items()]
+                    score = _score(trial, task, _settings(task, document, assignments, "--space"))
+                except UserError as error:  # what another trial's values may not run into
+                    score, why = None, str(error)
+                except Exception:  # a trial that is killed stays open, and is tried again
+                    study.tell(trial, state=TrialState.FAIL)
+                    raise
                 if score is None:
                     study.tell(trial, state=TrialState.PRUNED)
                 else:
                     study.tell(trial, score)
                     run.metrics({f"validation_{judge(task).PRIMARY}": score})
-            told(trial.number, score, values)
+            told(trial.number, score, values, why)
+        if not study.get_trials(states=(TrialState.COMPLETE,)):
+            optuna.delete_study(study_name=name, storage=storage)
+            raise UserError(f"tune {task}: no trial could be finished; the last: {why}")
         parent.metrics({f"best_validation_{judge(task).PRIMARY}": study.best_value})
-        parent.params({"best": _rounded(study.best_params)})
+        parent.params({"best": _tried(study.best_trial)})
     return study
 
 
@@ -109,7 +137,7 @@ def _named(task: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def as_settings(task: str, study: "Study") -> str:
     """The best values as options of `memgpt retrain`."""
-    return " ".join(f"--set finetune.{task}.{key}={value}" for key, value in _rounded(study.best_params).items())
+    return " ".join(f"--set finetune.{task}.{key}={value}" for key, value in _tried(study.best_trial).items())
 
 
 def draw(study: "Study", target: Path) -> None:
@@ -210,20 +238,23 @@ def draw_range(points: list[tuple[float, float]], suggestion: float | None, targ
     plt.close(figure)
 
 
-def _suggest(trial: "Trial", key: str, choice: tuple[float, float] | list[Any]) -> Any:
+def _suggest(trial: "Trial", key: str, choice: tuple[float, float] | list[Any]) -> None:
     if isinstance(choice, list):
-        return trial.suggest_categorical(key, choice)
-    low, high = choice
-    return _round(trial.suggest_float(key, low, high, log=low > 0 and high / low >= 10))
+        trial.suggest_categorical(key, choice)
+    else:
+        low, high = choice
+        trial.suggest_float(key, low, high, log=low > 0 and high / low >= 10)
 
 
-def _round(value: Any) -> Any:
-    """Three digits: what is tried is what is printed."""
-    return float(f"{value:.3g}") if isinstance(value, float) else value
+def _tried(trial: "Trial | FrozenTrial") -> dict[str, Any]:
+    """A trial's values, of a range with three digits, but not beyond its ends: what is tried is what is printed."""
+    from optuna.distributions import FloatDistribution
 
-
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: _round(value) for key, value in values.items()}
+    values = dict(trial.params)
+    for key, scale in trial.distributions.items():
+        if isinstance(scale, FloatDistribution):
+            values[key] = min(max(float(f"{values[key]:.3g}"), scale.low), scale.high)
+    return values
 
 
 def _score(trial: "Trial", task: str, params: Finetune) -> float | None:

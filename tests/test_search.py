@@ -35,10 +35,15 @@ def test_a_space_is_read_and_a_wrong_one_named(place: Path) -> None:
     space = search.parse_space("ner", ["learning_rate=1e-4..0.01", "batch_size=16,32", "tune=all,lora"])
     assert space == {"learning_rate": (1e-4, 0.01), "batch_size": [16, 32], "tune": ["all", "lora"]}
     assert search.parse_space("ner", search.DEFAULT_SPACE)
+    nested = search.parse_space("ner", ["augment.letter_case=0..1", "dropout=0..0.3"])
+    assert nested == {"augment.letter_case": (0.0, 1.0), "dropout": (0.0, 0.3)}
+    apart = {"ensemble": [1, 3], "soup": [1, 2]}  # each goes with what params.yaml has, if not with the other
+    assert search.parse_space("ner", ["ensemble=1,3", "soup=1,2"]) == apart
     for wrong, said in {
         "learning_rat=0.1..0.2": "did you mean 'learning_rate'",
         "batch_size=16..32": "list the values",
         "dropout=0.3..0.1": "low..high",
+        "learning_rate=0.1...inf": "low..high",
         "tune=all,none": "finetune.ner.tune",
     }.items():
         with pytest.raises(UserError, match=said):
@@ -55,10 +60,10 @@ def test_it_finds_the_peak_prunes_and_goes_on(place: Path, monkeypatch: pytest.M
         return {"validation_f1": score}
 
     monkeypatch.setattr(finetune, "fit", fit)
-    params, space = config.load().finetune.ner, search.parse_space("ner", ["dropout=0.0..0.9"])
+    space = search.parse_space("ner", ["dropout=0.0..0.9"])
     seen: list[tuple[int, float | None]] = []
-    search.search("ner", params, space, 6, lambda number, score, values: seen.append((number, score)))
-    study = search.search("ner", params, space, 25, lambda number, score, values: seen.append((number, score)))
+    search.search("ner", space, 6, lambda number, score, *_: seen.append((number, score)))
+    study = search.search("ner", space, 25, lambda number, score, *_: seen.append((number, score)))
     assert [number for number, _ in seen] == list(range(25)), "the second call went on with the first one's study"
     tried = [trial.params["dropout"] for trial in study.get_trials()]
     assert not set(tried[:6]) & set(tried[6:12]), "and did not draw the same values again"
@@ -74,12 +79,57 @@ def test_it_finds_the_peak_prunes_and_goes_on(place: Path, monkeypatch: pytest.M
     assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {run.info.run_id for run in parents}
 
 
+def test_a_trial_that_fails_does_not_end_the_study(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of values that cannot be trained with it is pruned; by a bug it fails, and the next call goes on."""
+    told: list[tuple[float | None, dict[str, Any], str]] = []
+    bugs = [RuntimeError("a bug")]
+
+    def fit(params: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if params.augment.letter_case == 2:
+            raise UserError("out of GPU memory")
+        if bugs:
+            raise bugs.pop()
+        return {"validation_f1": 0.5}
+
+    monkeypatch.setattr(finetune, "fit", fit)
+    space = search.parse_space("ner", ["augment.letter_case=0,2", "ensemble=1,3", "soup=1,2"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        search.search("ner", space, 12, lambda _, *rest: told.append(rest))
+    study = search.search("ner", space, 12, lambda _, *rest: told.append(rest))
+    states = [trial.state.name for trial in study.get_trials()]
+    assert states.count("FAIL") == 1 and "RUNNING" not in states and len(states) == 13
+    for score, values, why in told:
+        if values.get("augment.letter_case") == 2 and 1 in (values["ensemble"], values["soup"]):
+            assert (score, why) == (None, "out of GPU memory")
+        elif (values.get("ensemble"), values.get("soup")) == (3, 2):
+            assert score is None and "both take several seeds" in why
+        else:
+            assert (score, why) == (0.5, "")
+    assert {why[:10] for _, _, why in told} == {"", "out of GPU", "--space: f"}
+    nothing = search.parse_space("ner", ["augment.letter_case=2"])
+    for _ in range(2):  # the second call tries again
+        seen = len(told)
+        with pytest.raises(UserError, match="tune ner: no trial could be finished; the last: out of GPU memory"):
+            search.search("ner", nothing, 2, lambda _, *rest: told.append(rest))
+        assert len(told) == seen + 2
+
+
+def test_rounding_stays_within_the_range() -> None:
+    study = optuna.create_study()
+    drawn = {"dropout": 0.99986, "learning_rate": 0.0012342, "batch_size": 16}
+    study.enqueue_trial(drawn)
+    trial = study.ask()
+    for key, choice in {"dropout": (0.1, 0.9999), "learning_rate": (0.0012341, 1.0), "batch_size": [16]}.items():
+        search._suggest(trial, key, choice)
+    assert search._tried(trial) == {"dropout": 0.9999, "learning_rate": 0.0012341, "batch_size": 16}
+
+
 def test_other_data_begin_another_study(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "fit", lambda *args, **kwargs: {"validation_f1": 0.5})
-    params, space = config.load().finetune.ner, search.parse_space("ner", ["batch_size=16,32"])
-    first = search.search("ner", params, space, 1, lambda *told: None)
+    space = search.parse_space("ner", ["batch_size=16,32"])
+    first = search.search("ner", space, 1, lambda *told: None)
     (place / "data/tables/ner/content").write_text("y")
-    assert search.search("ner", params, space, 1, lambda *told: None).study_name != first.study_name
+    assert search.search("ner", space, 1, lambda *told: None).study_name != first.study_name
 
 
 def test_killed_in_a_trial_it_goes_on_with_its_values(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -96,9 +96,9 @@ def tune(
     compute_with(config)
     from memgpt import search
 
-    params, plots = getattr(config.finetune, task), Path("reports/plots")
+    plots = Path("reports/plots")
     if range_test:
-        points, rate = search.range_test(task, params)
+        points, rate = search.range_test(task, getattr(config.finetune, task))
         search.draw_range(points, rate, plots / f"range_test_{task}.png")
         found = "the loss falls at none by more than batches differ"
         if rate is not None:
@@ -107,11 +107,12 @@ def tune(
         return
     ranges = search.parse_space(task, space or search.DEFAULT_SPACE)
 
-    def told(number: int, score: float | None, values: dict[str, Any]) -> None:
+    def told(number: int, score: float | None, values: dict[str, Any], why: str) -> None:
         shown = ", ".join(f"{key} {value}" for key, value in values.items())
-        print(f"trial {number}: {'pruned' if score is None else f'{score:.4f}'}; {shown}", flush=True)
+        reason = f"; {why}" if why else ""
+        print(f"trial {number}: {'pruned' if score is None else f'{score:.4f}'}; {shown}{reason}", flush=True)
 
-    study = search.search(task, params, ranges, trials, told)
+    study = search.search(task, ranges, trials, told)
     search.draw(study, plots / f"tune_{task}.png")
     print(f"best on validation: {study.best_value:.4f}, trial {study.best_trial.number}; see {plots}/tune_{task}.png")
     print(f"memgpt retrain {search.as_settings(task, study)}")
