@@ -44,6 +44,7 @@ def train(
     lengths: list[int] | None = None,
     epoch_steps: int = 0,
     after_epoch: AfterEpoch | None = None,
+    over: bool = False,
     whole_batches: bool = False,
     divide_tables: bool = False,
 ) -> PreTrainedModel:
@@ -60,6 +61,7 @@ def train(
     whole_batches: an element of the dataset is a process's share of a batch already.
     divide_tables: give each process a part of the memory tables; only the first then ends with whole ones.
     after_epoch: asked after every `epoch_steps` steps, with the model and the step, whether to go on.
+    over: it has answered no already, in a run that was killed after that: nothing more is trained.
     """
     section = title.replace(" ", ".")
     distributed.divides(params.batch_size, f"{section}.batch_size")
@@ -114,7 +116,8 @@ def train(
         distributed.wait()
         resume = checkpoint.latest(checkpoints)
         set_seed(params.seed + distributed.rank())  # dropout of its own in each process
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if not distributed.agreed(over):
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     sharding.join(model, checkpoints)
     for module in model.modules():
         module._compiled_call_impl = None  # what a loss had compiled in place, for the shapes of its steps

@@ -77,6 +77,7 @@ def fit(
         lengths=data.lengths if params.batch_by_length else None,
         epoch_steps=epoch_steps,
         after_epoch=epochs if params.patience or watch else None,
+        over=epochs.over,
         log=log,
     )
     if not distributed.first():
@@ -220,8 +221,13 @@ class _EarlyStopping:
             except Exception:  # ended for good: nothing to go on from
                 checkpoint.discard(self.scores.parent.parent)
                 raise
-        since = len(scores) - 1 - list(scores.values()).index(max(scores.values()))
-        return not self.params.patience or since < self.params.patience
+        return not self.over
+
+    @property
+    def over(self) -> bool:
+        """Whether the last `patience` epochs were no better than one before them."""
+        scores = list(self._read().values())
+        return bool(scores) and 0 < self.params.patience < len(scores) - scores.index(max(scores))
 
     @property
     def step(self) -> int:

@@ -1,7 +1,10 @@
 """From tables to a model's answers: what fine-tuning and joint training leave in models/."""
 
 import json
+from collections.abc import Callable
+from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -88,6 +91,35 @@ def test_a_prefix_is_learnt_for_every_task(settings: config.Config, task: str, s
     assert all(torch.equal(weight, before[name]) for name, weight in trunk.items())
     inputs = {"ner": "Ada Brandt fell", "sentiment": "good profits", "recommendation": {"history": ["i0"], "k": 2}}
     assert len(predict.load(task, Path("models") / task).predict([inputs[task]])) == 1
+
+
+def test_early_stopping_that_was_killed_at_its_end_stays_stopped(
+    settings: config.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a checkpoint was written at that very step, from which more could be trained."""
+    changes = {"patience": 1, "checkpoint_steps": 3, "batch_size": 16, "epochs": 4}
+    params, whole = settings.finetune.sentiment.model_copy(update=changes), finetune.train
+
+    def run(train: Callable[..., object]) -> dict[str, float]:
+        monkeypatch.setattr(finetune, "train", train)
+        return finetune.fit(params, "sentiment", Path("models/sentiment"))
+
+    def killed(*given: Any, **named: Any) -> None:
+        whole(*given, **named)
+        raise KeyboardInterrupt
+
+    def score_by_turns() -> None:
+        scores = chain([0.5, 0.4], repeat(0.9))
+        monkeypatch.setattr(finetune, "validate", lambda *_: {"macro_f1": next(scores)})
+
+    score_by_turns()
+    undisturbed, weights = run(whole), Path("models/sentiment/model.safetensors").read_bytes()
+    assert undisturbed["steps"] == 3, "the first epoch"
+    score_by_turns()
+    with pytest.raises(KeyboardInterrupt):
+        run(killed)
+    assert run(whole) == undisturbed
+    assert Path("models/sentiment/model.safetensors").read_bytes() == weights
 
 
 def test_an_ensemble_finds_names(settings: config.Config) -> None:
