@@ -49,7 +49,8 @@ def fit(
             "among processes; run it without torchrun"
         )
     tokenizer = AutoTokenizer.from_pretrained(parent)
-    set_seed(params.seed if head_seed is None else head_seed)
+    head_seed = params.seed if head_seed is None else head_seed
+    set_seed(head_seed)
     model = module.model(parent, TABLES, **settings)
     data = module.Training(TABLES, tokenizer, **settings)
     if not len(data):
@@ -64,7 +65,7 @@ def fit(
     model = tuning.prepare(model, params, steps)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     table = model.base_model.memory_table.weight.detach().clone() if params.tune == "memory" else None
-    checkpoints = checkpoint.directory(f"finetune-{task}", settings, [parent, tables])
+    checkpoints = checkpoint.directory(f"finetune-{task}", settings | {"head_seed": head_seed}, [parent, tables])
     epochs = _EarlyStopping(task, params, tokenizer, checkpoints / "epochs", watch)
     model = train(
         model,

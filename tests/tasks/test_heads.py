@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from memgpt import config, predict
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, MemGPTTokenizer
 from memgpt.stages import finetune, multitask
+from memgpt.training import train
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {
@@ -93,33 +94,49 @@ def test_a_prefix_is_learnt_for_every_task(settings: config.Config, task: str, s
     assert len(predict.load(task, Path("models") / task).predict([inputs[task]])) == 1
 
 
+def killed(*given: Any, **named: Any) -> None:
+    """Training, and the end of the process right after it."""
+    train(*given, **named)
+    raise KeyboardInterrupt
+
+
 def test_early_stopping_that_was_killed_at_its_end_stays_stopped(
     settings: config.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a checkpoint was written at that very step, from which more could be trained."""
     changes = {"patience": 1, "checkpoint_steps": 3, "batch_size": 16, "epochs": 4}
-    params, whole = settings.finetune.sentiment.model_copy(update=changes), finetune.train
+    params = settings.finetune.sentiment.model_copy(update=changes)
 
-    def run(train: Callable[..., object]) -> dict[str, float]:
-        monkeypatch.setattr(finetune, "train", train)
+    def run(training: Callable[..., object]) -> dict[str, float]:
+        monkeypatch.setattr(finetune, "train", training)
         return finetune.fit(params, "sentiment", Path("models/sentiment"))
-
-    def killed(*given: Any, **named: Any) -> None:
-        whole(*given, **named)
-        raise KeyboardInterrupt
 
     def score_by_turns() -> None:
         scores = chain([0.5, 0.4], repeat(0.9))
         monkeypatch.setattr(finetune, "validate", lambda *_: {"macro_f1": next(scores)})
 
     score_by_turns()
-    undisturbed, weights = run(whole), Path("models/sentiment/model.safetensors").read_bytes()
+    undisturbed, weights = run(train), Path("models/sentiment/model.safetensors").read_bytes()
     assert undisturbed["steps"] == 3, "the first epoch"
     score_by_turns()
     with pytest.raises(KeyboardInterrupt):
         run(killed)
-    assert run(whole) == undisturbed
+    assert run(train) == undisturbed
     assert Path("models/sentiment/model.safetensors").read_bytes() == weights
+
+
+def test_a_member_of_a_soup_does_not_resume_a_fine_tuning_with_a_head_of_its_own(
+    settings: config.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = settings.finetune.sentiment.model_copy(update={"checkpoint_steps": 1})
+    finetune.fit(params, "sentiment", Path("models/undisturbed"), head_seed=7)
+    monkeypatch.setattr(finetune, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.fit(params, "sentiment", Path("models/sentiment"))
+    monkeypatch.setattr(finetune, "train", train)
+    finetune.fit(params, "sentiment", Path("models/sentiment"), head_seed=7)
+    first, second = (Path("models") / name / "model.safetensors" for name in ("undisturbed", "sentiment"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_an_ensemble_finds_names(settings: config.Config) -> None:
