@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -418,8 +419,15 @@ def _recommendation(read: list[Rows], source: config.Source) -> Built:
         raise UserError(
             f"data.recommendation.columns.{lost[0]}: no column {source.columns[lost[0]]!r} in items or interactions"
         )
+    splits = leave_last_out(records["interactions"])
+    if again := len(records["interactions"]) - sum(map(len, splits.values())):
+        print(
+            f"data.recommendation.uri: left out, with items that the user had interacted with before: {again} of "
+            f"{len(records['interactions'])} interactions",
+            file=sys.stderr,
+        )
     tables = {"items": _table("items", records["items"])}
-    tables |= {split: _table("interactions", rows) for split, rows in leave_last_out(records["interactions"]).items()}
+    tables |= {split: _table("interactions", rows) for split, rows in splits.items()}
     return Built(tables, None, columns, sorted(licences))
 
 
@@ -528,8 +536,15 @@ def _seconds(value: Any, rows: Rows, index: int, column: str) -> int:
 
 def leave_last_out(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """A user's last interaction → test, the one before → validation, the rest → train; ties go by item id. A user with
-    fewer than three stays in train. Sorted by user, time and item."""
-    ordered = sorted(rows, key=lambda row: (row["user_id"], row["timestamp"], row["item_id"]))
+    fewer than three stays in train. Sorted by user, time and item.
+
+    Of a user's interactions with one item the first counts: what was read is not offered again, so that the next item
+    could never be found if it had been read before.
+    """
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: (row["user_id"], row["timestamp"], row["item_id"])):
+        first.setdefault((row["user_id"], row["item_id"]), row)
+    ordered = list(first.values())
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
     counts: dict[str, int] = {}
     for row in ordered:

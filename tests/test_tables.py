@@ -346,6 +346,17 @@ def test_the_last_of_each_user_is_left_out_ties_by_item() -> None:
     assert tables.leave_last_out(rows[::-1]) == found
 
 
+def test_an_item_that_was_read_before_is_never_the_next_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not offered again, so that a test row with it could not be answered."""
+    items = part("items.csv", "item_id,title\n" + "".join(f"{n},Toy {n}\n" for n in range(1, 5)), "items")
+    read = "".join(f"ann,{item},{100 + time}\n" for time, item in enumerate("12131432"))
+    clicks = part("interactions.csv", f"user_id,item_id,timestamp\n{read}", "interactions")
+    built = build("recommendation", items, clicks).tables
+    found = {split: "".join(built[split]["item_id"].to_pylist()) for split in ("train", "validation", "test")}
+    assert found == {"train": "12", "validation": "3", "test": "4"}
+    assert "had interacted with before: 4 of 8 interactions" in capsys.readouterr().err
+
+
 # ---- writing
 
 

@@ -186,7 +186,7 @@ def behaviour(tables: Path) -> "dict[str, torch.Tensor]":
     reader = np.repeat(np.arange(len(lines)), [len(read) for read in lines])
     pairs, weights = [], []
     for distance in range(1, _REACH + 1):
-        same = (reader[:-distance] == reader[distance:]) & (line[:-distance] != line[distance:])
+        same = reader[:-distance] == reader[distance:]
         before, after = line[:-distance][same], line[distance:][same]
         pairs += [before * len(items) + after, after * len(items) + before]
         weights += [np.full(len(before), 1 / distance), np.full(len(before), 0.5 / distance)]
@@ -276,7 +276,7 @@ def fit_weights(predictor: "Predictor", rows: list[dict[str, Any]]) -> dict[str,
 
     from memgpt.predict.recommendation import SIGNALS
 
-    rows = [row for row in rows if row["input"]["history"] and row["item_id"] not in row["input"]["history"]]
+    rows = [row for row in rows if row["input"]["history"]]
     rows = rows[: max(100, _CELLS // len(predictor.place))]
     if not rows:
         return {name: float(name == "match") for name in SIGNALS}
