@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from memgpt.errors import UserError
 from memgpt.model import MemGPTForMultiTask
 from memgpt.model.word_votes import spelling
 
@@ -17,8 +18,19 @@ def start(kind: type[Model], task: str, parent: Path, **settings: Any) -> Model:
 
     settings override the parent's configuration (labels, dropout, window, …). The weights become float32, whatever a
     converted parent has: small steps would be lost in fewer bits.
+
+    Raises:
+        UserError: if a multi-task parent's head was made for other labels or topics, or has them in another order.
     """
-    if AutoConfig.from_pretrained(parent).task_labels:
+    made_for = AutoConfig.from_pretrained(parent)
+    if made_for.task_labels:
+        had = {"id2label": dict(enumerate(made_for.task_labels.get(task, ()))), "topics": made_for.topics}
+        for setting, name in (("id2label", "labels"), ("topics", "topics")):
+            if setting in settings and settings[setting] != had[setting]:
+                raise UserError(
+                    f"{parent}: its {task} head was made for other {name} than those of data/tables/{task}; "
+                    f"run `memgpt multitask` first, or set finetune.{task}.start=base"
+                )
         joint = MemGPTForMultiTask.from_pretrained(parent, dtype=torch.float32)
         model = kind(AutoConfig.from_pretrained(parent, **{"task_labels": None, "topics": None, **settings}))
         model.model.load_state_dict(joint.model.state_dict())

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from memgpt import config, predict
+from memgpt.errors import UserError
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, MemGPTTokenizer
 from memgpt.stages import finetune, multitask
 from memgpt.training import train
@@ -161,3 +162,17 @@ def test_joint_training_has_the_topics_too_and_its_heads_go_on(settings: config.
     assert finetune.run(joint, "sentiment")["validation_topic_accuracy"] == 1
     finetune.run(joint, "ner")
     assert json.loads(Path("models/ner/config.json").read_text()).get("topics") is None
+
+
+def test_a_joint_head_of_other_labels_or_topics_is_refused(settings: config.Config) -> None:
+    multitask.run(settings)
+    joint = settings.finetune.sentiment.model_copy(update={"start": "multitask"})
+    manifest = Path("data/tables/sentiment/manifest.json")
+    manifest.write_text(json.dumps({"labels": ["up", "down"]}))
+    with pytest.raises(UserError, match=r"its sentiment head was made for other labels .* run `memgpt multitask`"):
+        finetune.fit(joint, "sentiment", Path("models/sentiment"))
+    manifest.write_text(json.dumps({"labels": ["down", "up"]}))
+    rows = [{"id": "", "text": text, "label": label, "topic": None} for (label, _), text in TEXTS.items()]
+    put("sentiment", "train", rows)
+    with pytest.raises(UserError, match="its sentiment head was made for other topics than"):
+        finetune.fit(joint, "sentiment", Path("models/sentiment"))
