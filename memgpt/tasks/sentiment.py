@@ -183,17 +183,21 @@ def metrics(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> di
 
 
 def baseline(tables: Path, rows: list[dict[str, Any]], strength: float = 10.0) -> list[dict[str, Any]]:
-    """A bag of words and word pairs with logistic regression, of inverse regularisation `strength`."""
+    """A bag of words and word pairs with logistic regression, of inverse regularisation `strength`; where train has one
+    label alone, that."""
+    from sklearn.dummy import DummyClassifier
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
     train = rows_of(tables, "sentiment", "train")
+    labels = [row["label"] for row in train]
+    several = len(set(labels)) > 1
     classifier = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]"),
-        LogisticRegression(C=strength, max_iter=1000),
+        LogisticRegression(C=strength, max_iter=1000) if several else DummyClassifier(),
     )
-    classifier.fit([row["text"] for row in train], [row["label"] for row in train])
+    classifier.fit([row["text"] for row in train], labels)
     names = [str(name) for name in classifier.classes_]
     return [
         {

@@ -337,6 +337,9 @@ def test_bag_of_words_learns_words(tmp_path: Path) -> None:
     rows = [{"input": {"text": "a good one", "topic": "t"}, "label": "up"}]
     (prediction,) = sentiment.baseline(tmp_path, rows)
     assert (prediction["label"], prediction["topic"]) == ("up", "t")
+    put(tmp_path, "sentiment", "train", [row for row in train if row["label"] == "down"])
+    (prediction,) = sentiment.baseline(tmp_path, rows)
+    assert (prediction["label"], prediction["scores"]) == ("down", {"down": 1.0}), "all that train knows"
 
 
 @pytest.fixture
