@@ -4,6 +4,7 @@ Everything is decided on prediction files: each version reads the same frozen te
 own packaged code (`isolated.py`), and `decide` compares what they answered.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ from memgpt.errors import UserError
 
 Outcome = Literal["promote", "reject", "hold", "unchanged"]
 SEPARATOR = "\x1f"  # between pre-split words on their way through the served model: ASCII's unit separator
+EXCHANGE = "memgpt-version-"  # how the temporary folders of versions' processes begin
 _TIMED_ROWS, _TIMED_SECONDS, _ROUNDS = 32, 2.0, 5
 
 
@@ -117,8 +119,8 @@ def check_slices(model: str, gate: Gate, known: Mapping[str, np.ndarray]) -> Non
 class Version:
     """One registered version, loading and predicting in a child process of its own.
 
-    uri: `models:/name/version`. The child's noise goes to `<folder>/v<version>.log`, inputs and predictions through a
-    temporary folder.
+    uri: `models:/name/version`. The child's noise goes to `<folder>/v<version>.log`; inputs, predictions and the
+    version's files, as downloaded, are in a temporary folder that ends with the `with`.
     timeout: seconds to wait for an answer; None for as long as it takes.
     """
 
@@ -130,12 +132,16 @@ class Version:
         self.label = "v" + uri.rpartition("/")[2]
         self.log = self.folder / f"{self.label}.log"
         # Of this process alone: another may ask the same version, and what is asked may be somebody's texts.
-        self._exchange = tempfile.TemporaryDirectory(prefix="memgpt-")
+        self._exchange = tempfile.TemporaryDirectory(prefix=EXCHANGE)
+        self._lock = os.open(self._exchange.name, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)  # what a kill leaves is not locked, and gc's
         self.inputs, self.out = Path(self._exchange.name, "inputs.json"), Path(self._exchange.name, "answers.json")
+        files = Path(self._exchange.name, "version")
+        files.mkdir()
         threaded = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", str(Path(__file__).with_name("isolated.py").resolve()), uri],
+                [sys.executable, "-I", str(Path(__file__).with_name("isolated.py").resolve()), uri, str(files)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -155,6 +161,7 @@ class Version:
         self.process.kill()
         self.process.communicate()
         self._exchange.cleanup()
+        os.close(self._lock)
 
     def ask(self, inputs: list[Any], params: dict[str, Any] | None = None) -> None:
         """Have the inputs predicted as soon as the model is loaded; `answer` waits for it."""

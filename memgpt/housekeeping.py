@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from memgpt import atomic, checkpoint, processes, provenance
+from memgpt import atomic, checkpoint, gate, processes, provenance
 from memgpt.errors import UserError
 
 BACKUPS = Path(".memgpt/backups")
@@ -36,14 +37,14 @@ class Item:
 
 
 def gc(days: float, dry_run: bool) -> Iterator[Item]:
-    """Remove checkpoints and worktrees that no process works in and that are older than `days`, then what no commit,
-    experiment or present file names from DVC's cache.
+    """Remove checkpoints, worktrees and versions' temporary folders that no process works in and that are older than
+    `days`, then what no commit, experiment or present file names from DVC's cache.
 
     A lock tells what is in use, not a file with a process id: it ends with its process.
     """
     checkpoints = [*checkpoint.ROOT.glob("*"), *(WORKSPACE / checkpoint.ROOT).glob("*")]
-    for place in sorted(path for path in checkpoints if path.is_dir()):
-        with _unused(place) as unused:
+    for place in sorted(path for path in (*checkpoints, *_downloads()) if path.is_dir()):
+        with suppress(FileNotFoundError), _unused(place) as unused:  # versions' processes come and go meanwhile
             yield _dispose(place, unused, days, dry_run)
     for place in sorted(path for path in provenance.WORKTREES.glob("*") if path.is_dir()):
         lock = place.with_name(f"{place.name}.lock")
@@ -86,6 +87,14 @@ def works_in(root: Path) -> str | None:
                     if holder and psutil.pid_exists(holder["pid"]):
                         return f"{holder['cmd']} (process {holder['pid']})"
     return None
+
+
+def _downloads() -> Iterator[Path]:
+    """This user's temporary folders of versions' processes: a kill of the one that asks leaves them."""
+    for path in Path(tempfile.gettempdir()).glob(f"{gate.EXCHANGE}*"):
+        with suppress(FileNotFoundError):
+            if path.lstat().st_uid == os.getuid():
+                yield path
 
 
 def _dispose(place: Path, unused: bool, days: float, dry_run: bool) -> Item:

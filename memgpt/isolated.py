@@ -1,4 +1,5 @@
-"""One registered version in a process of its own: `python -I isolated.py models:/memgpt-ner/3`, for gate.Version.
+"""One registered version in a process of its own: `python -I isolated.py models:/memgpt-ner/3 FOLDER`, for
+gate.Version. FOLDER: where its files are downloaded to; MLflow's own choice would stay for ever.
 
 Run as a file, isolated (-I), so that nothing of the checkout is imported first: two versions' code in one process mix
 silently, and an imported checkout wins over both. Standard library and MLflow only.
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 
-def main(uri: str) -> None:
+def main(uri: str, folder: str) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the gate, not even mid-prediction
     gc.set_threshold(10_000)  # as in memgpt/environment.py, which is out of reach
@@ -32,7 +33,7 @@ def main(uri: str) -> None:
     try:
         import mlflow.pyfunc
 
-        model = mlflow.pyfunc.load_model(uri)
+        model = mlflow.pyfunc.load_model(uri, dst_path=folder)
         home = packaged_home()
         answer({"bytes": sum(file.stat().st_size for file in home.rglob("*.safetensors"))})
         inputs: list[Any] = []
@@ -66,4 +67,4 @@ def packaged_home() -> Path:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

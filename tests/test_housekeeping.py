@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from conftest import ROOT
 from judged_place import Place, settle
 from typer.testing import CliRunner
 
-from memgpt import atomic, checkpoint, cli, doctor, housekeeping, registry, tracking
+from memgpt import atomic, checkpoint, cli, doctor, gate, housekeeping, registry, tracking
 from memgpt.errors import UserError
 from memgpt.registry import Change
 
@@ -26,6 +27,14 @@ from memgpt import checkpoint
 print(checkpoint.directory("pretrain", {}, []), flush=True)
 sys.stdin.read()
 """
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's temporary folder, which gc looks into, without other tests' files."""
+    (tmp_path / "system").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system"))
+    return tmp_path / "system"
 
 
 @pytest.fixture
@@ -77,6 +86,19 @@ def test_a_discarded_checkpoint_can_be_taken_again(tmp_path: Path, monkeypatch: 
         assert [item.kept for item in housekeeping.gc(0, False)] == ["in use"]
         checkpoint.discard(place)
         assert list(housekeeping.gc(0, False)) == []
+
+
+def test_gc_removes_what_a_killed_gate_left_of_a_version(
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (temporary / "memgpt-version-killed" / "version").mkdir(parents=True)
+    (temporary / "memgpt-data").mkdir()  # a person's
+    with gate.Version("models:/m/1", tmp_path / "work", threads=1):
+        found = list(housekeeping.gc(0, False))
+        assert sorted(item.kept for item in found) == ["", "in use"]
+        assert len(list(temporary.iterdir())) == 2
+    assert [path.name for path in temporary.iterdir()] == ["memgpt-data"]
 
 
 def test_gc_removes_what_no_commit_names_from_the_cache_unless_a_stage_runs(place: Place) -> None:

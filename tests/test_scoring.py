@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -231,9 +232,14 @@ def test_from_s3_to_s3(place: Place, at_hand: None, monkeypatch: pytest.MonkeyPa
         server.stop()
 
 
-def test_the_command_says_what_it_did(place: Place) -> None:
+def test_the_command_says_what_it_did_and_leaves_no_copy_of_the_version(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     write("a.jsonl", [{"id": "1", "body_text": "text 1"}])
     ran = CliRunner().invoke(cli.app, ["score", "sentiment@champion", "in", "out", "--text", "body_text"])
     assert ran.exit_code == 0, ran.output
     assert "score models:/memgpt-sentiment/1: 1 rows in out, 1 parts" in ran.output
     assert pq.read_table("out/part-00000.parquet")["label"].to_pylist() == [gold("text 1")]
+    assert list(tmp_path.iterdir()) == []

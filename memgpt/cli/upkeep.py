@@ -33,7 +33,7 @@ def gc(
     days: Annotated[float, typer.Option(help="Keep checkpoints and worktrees that are younger.", min=0)] = 7.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
 ) -> None:
-    """Remove old checkpoints and worktrees that nothing works in, and unused objects of DVC's cache.
+    """Remove old checkpoints, worktrees and copies of versions that nothing uses, and unused objects of DVC's cache.
 
     Safe while stages run. Example: [bold]memgpt gc --dry-run[/]
     """
