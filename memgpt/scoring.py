@@ -16,6 +16,7 @@ a run began with, so that another version or other content never mixes in; `_man
 import hashlib
 import io
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,8 +127,14 @@ def find(key: str, uri: str) -> list[dict[str, Any]]:
 def read(file: dict[str, Any], column: str | None = None, history: bool = False) -> list[Row]:
     """The rows of a file that `find` found, as `tables.read_texts` gives them."""
     entry = {"uri": file["uri"], "scheme": file["scheme"], "files": [file]}
-    (part,) = sources.fetch(file["key"], Source(uri=file["uri"]), entry)
-    return tables.read_texts(part, column, history)
+    with tempfile.TemporaryDirectory() as folder:
+        if file["scheme"] == "s3":
+            from memgpt.sources import s3  # boto3 is slow to import
+
+            (part,) = s3.fetch(file["key"], entry, Path(folder))  # not to the cache: somebody's texts would stay there
+        else:
+            (part,) = sources.fetch(file["key"], Source(uri=file["uri"]), entry)
+        return tables.read_texts(part, column, history)
 
 
 @contextmanager

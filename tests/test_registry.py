@@ -103,7 +103,8 @@ def files(root: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     tracking.use(root)
-    return Path(mlflow.artifacts.download_artifacts(f"models:/{registry.name(model)}@champion"))
+    target = str(root / "downloaded" / model)
+    return Path(mlflow.artifacts.download_artifacts(f"models:/{registry.name(model)}@champion", dst_path=target))
 
 
 @pytest.mark.parametrize("artifact", MODELS, indirect=True)

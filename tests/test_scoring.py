@@ -220,6 +220,7 @@ def test_from_s3_to_s3(place: Place, at_hand: None, monkeypatch: pytest.MonkeyPa
             f"scored/today/{name}"
             for name in ("_plan.json", "_manifest.json", "part-00000.parquet", "part-00001.parquet")
         }
+        assert not list(place.root.rglob("*.jsonl"))  # the texts, which may be private, stay in the bucket
         client.delete_object(Bucket=bucket, Key="scored/today/_manifest.json")
         client.delete_object(Bucket=bucket, Key="scored/today/part-00001.parquet")
         assert score(place, **where).skipped == 1

@@ -49,13 +49,13 @@ def resolve(name: str, uri: str) -> dict[str, Any]:
     }
 
 
-def fetch(name: str, entry: dict[str, Any]) -> list[Part]:
+def fetch(name: str, entry: dict[str, Any], cache: Path = CACHE) -> list[Part]:
     """Download what is not in the cache yet; the cache is keyed by version, so that it never serves other content."""
     parts = []
     for file in entry["files"]:
         identity = f"{file['path']} {file['etag']} {file['version']} {file['size']}"
         base = PurePosixPath(file["path"]).name
-        path = CACHE / hashlib.sha256(identity.encode()).hexdigest()[:16] / base
+        path = cache / hashlib.sha256(identity.encode()).hexdigest()[:16] / base
         if not path.exists():
             with explained(name, file["path"]):
                 _download(name, file, path)
