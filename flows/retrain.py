@@ -109,7 +109,7 @@ def _run(order: Order, only_if_changed: bool) -> State[Any]:
             first.wait()
             stages = [name for name in plan if not name.startswith("promote@")]
             if only_if_changed and not crew.failures and workspace.settled(order.tasks, stages):
-                return Completed(name="Nothing to do", message="data, params and code are as they were")
+                return Completed(name="Nothing to do", message="data, params, code and registry are as they were")
             _reach_registry(board)
             with tracking.flow_run("retrain", settings.model_dump(by_alias=True)) as run:
                 for step in plan.values():

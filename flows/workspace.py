@@ -20,7 +20,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import Crashed
 
-from memgpt import atomic, processes, provenance
+from memgpt import atomic, console, processes, provenance
 from memgpt.errors import UserError
 from memgpt.housekeeping import RETRAIN, WORKSPACE
 
@@ -125,8 +125,9 @@ def lasting(name: str, where: str) -> str:
 
 
 def _fingerprint() -> str:
-    """Of what decides on a run's result: commit, params, locked data and what DVC made of them."""
+    """Of what decides on a run's result: commit, params, locked data, what DVC made of them, and which registry."""
     digest = hashlib.sha256(_git(Path(), "rev-parse", "HEAD").encode())
+    digest.update(console.tracking_uri().encode())  # a new one has nothing yet
     for path in (Path("params.yaml"), Path("dvc.lock"), Path("data/sources.lock.json")):
         digest.update(path.read_bytes() if path.exists() else b"")
     return digest.hexdigest()

@@ -72,5 +72,9 @@ def test_it_is_settled_until_something_changes(commit: str, monkeypatch: pytest.
     changed[0] = True
     assert not workspace.settled(["ner"], [])
     changed[0] = False
+    with monkeypatch.context() as patch:  # a registry in which nothing is
+        patch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@elsewhere/mlflow")
+        assert not workspace.settled(["ner"], [])
+    assert workspace.settled(["ner"], [])
     Path("params.yaml").write_text("other")
     assert not workspace.settled(["ner"], [])
