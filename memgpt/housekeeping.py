@@ -25,6 +25,7 @@ WORKSPACE = Path(".memgpt/workspace")  # where deployed runs work; it shares DVC
 UP = Path(".memgpt/up")  # what `make up` started, and its logs
 RETRAIN = Path(".memgpt/retrain.lock")  # held by a running flow
 _DAY = 86400.0
+_MLFLOW = "sqlite:///mlflow.db"
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,25 @@ def _size(path: Path) -> int:
 # --- databases ----------------------------------------------------------------
 
 
+def theirs() -> dict[str, str]:
+    """The operator's own databases, which he backs up and upgrades: the file that one stands for → how, in a line."""
+    told = "{} names what is yours to back up and to upgrade: {}"
+    found = {}
+    if not os.environ.get("MLFLOW_TRACKING_URI", _MLFLOW).startswith("sqlite:///"):
+        found["mlflow.db"] = told.format("MLFLOW_TRACKING_URI", "pg_dump, `mlflow db upgrade URI`")
+    for key in ("CONNECTION_URL", "DRIVER"):
+        for variable in (f"PREFECT_API_DATABASE_{key}", f"PREFECT_SERVER_DATABASE_{key}"):  # the latter since 3.1
+            if os.environ.get(variable):
+                found["prefect.db"] = told.format(variable, "pg_dump, `prefect server database upgrade`")
+    return found
+
+
 def databases() -> dict[str, Path]:
-    """The SQLite files of MLflow and of the local Prefect server, those that are there; a server has its own."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    """The SQLite files of MLflow and of the local Prefect server, those that are there and in use."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", _MLFLOW)
     home = Path(os.environ.get("PREFECT_HOME", ".prefect"))
-    found = {"prefect.db": home / "prefect.db"}
-    if uri.startswith("sqlite:///"):
-        found["mlflow.db"] = Path(uri.removeprefix("sqlite:///"))
-    return {name: path for name, path in sorted(found.items()) if path.is_file()}
+    found = {"mlflow.db": Path(uri.removeprefix("sqlite:///")), "prefect.db": home / "prefect.db"}
+    return {name: path for name, path in found.items() if name not in theirs() and path.is_file()}
 
 
 def backup(folder: Path) -> list[Path]:
@@ -170,7 +182,8 @@ def backup(folder: Path) -> list[Path]:
     """
     found = databases()
     if not found:
-        raise UserError("mlflow.db: not here, nor .prefect/prefect.db; run the command in the root of the checkout")
+        why = "; ".join(theirs().values()) or "run the command in the root of the checkout"
+        raise UserError(f"mlflow.db: not here, nor .prefect/prefect.db; {why}")
     target = folder / datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     with atomic.replacing(target) as aside:
         aside.mkdir()

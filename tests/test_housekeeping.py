@@ -208,6 +208,21 @@ def test_an_upgrade_saves_first_and_a_failed_one_names_the_backup(place: Place) 
         housekeeping.upgrade()
 
 
+def test_a_database_of_ones_own_is_neither_upgraded_nor_mistaken_for_the_local_one(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place.root / ".prefect").mkdir()
+    sqlite3.connect(place.root / ".prefect/prefect.db").close()
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql+asyncpg://me:secret@127.0.0.1:9/prefect")
+    told = CliRunner().invoke(cli.app, ["upgrade"], catch_exceptions=False).output
+    assert "upgraded: mlflow.db" in told.replace(f"{place.root}/", "")
+    assert "prefect.db" not in told and "secret" not in told
+    assert "PREFECT_API_DATABASE_CONNECTION_URL names what is yours to back up" in told
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI names what is yours.*; PREFECT_API_DATABASE"):
+        housekeeping.upgrade()
+
+
 def test_doctor_finds_what_is_broken_and_makes_nothing(
     tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,8 @@ def backup(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where:
 
     for path in housekeeping.backup(directory):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    for line in housekeeping.theirs().values():
+        print(f"note: {line}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -72,3 +74,5 @@ def upgrade() -> None:
 
     saved, upgraded = housekeeping.upgrade()
     print(f"backup in {saved[0].parent}; upgraded: {', '.join(map(str, upgraded))}")
+    for line in housekeeping.theirs().values():
+        print(f"note: {line}")
