@@ -142,7 +142,7 @@ def run(
         model, number = registry.resolve(tracking.client(), monitor.model)
         if model != "sentiment":
             raise UserError(f"monitor.model: {monitor.model} gives no sentiment; name a version of sentiment")
-        labels = json.loads(registry.version_tags(tracking.client(), model, number)["labels"])
+        labels = scoring.labels(tracking.client(), model, number)
         if monitor.negative not in labels:
             raise UserError(
                 f"monitor.negative: {monitor.negative!r} is no label of {registry.uri(model, number)}; "

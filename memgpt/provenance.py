@@ -27,9 +27,9 @@ def of(client: "MlflowClient", model: str, version: str) -> dict[str, Any]:
     """All that a version says about where it came from, with its parents and children among the registered versions.
 
     Raises:
-        UserError: if its files are gone from the artifact store.
+        UserError: if it has no lineage, or its files are gone from the artifact store.
     """
-    tags = registry.version_tags(client, model, version)
+    tags = registry.lineage_tags(client, model, version)
     story = _story(tags["mlflow_run"], model, version)
     known = [(name, each) for name in MODELS for each in registry.versions(client, name)]
     parent = story["parent"]
@@ -134,9 +134,9 @@ def reproduce(
     stage up to its evaluation; with data_only, no further than its tables.
 
     Raises:
-        UserError: if the commit is unknown here, or a stage fails, in its own words.
+        UserError: if it has no lineage, the commit is unknown here, or a stage fails, in its own words.
     """
-    tags = registry.version_tags(client, model, version)
+    tags = registry.lineage_tags(client, model, version)
     notes = ["its commit had uncommitted changes, which are lost"] if tags["dirty"] == "true" else []
     pinned = _pinned(client, tags["mlflow_run"])
     folder = WORKTREES / f"{model}-{version}"

@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -206,6 +206,20 @@ def version_tags(client: "MlflowClient", model: str, version: str) -> dict[str, 
     return dict(client.get_model_version(name(model), version).tags)
 
 
+def lineage_tags(
+    client: "MlflowClient", model: str, version: str, required: Sequence[str] = REQUIRED
+) -> dict[str, str]:
+    """A version's tags, with those that are `required`.
+
+    Raises:
+        UserError: if it lacks one, as a version does that something else than `memgpt promote` registered.
+    """
+    tags = version_tags(client, model, version)
+    if missing := missing_lineage(tags, required):
+        raise UserError(f"{uri(model, version)}: lacks lineage ({', '.join(missing)}); choose another version")
+    return tags
+
+
 def intact(model: str, version: str) -> bool:
     """Whether the version's files are still where the registry says; loading them is the gate's business."""
     from mlflow.artifacts import list_artifacts
@@ -217,8 +231,8 @@ def intact(model: str, version: str) -> bool:
         return False
 
 
-def missing_lineage(tags: Mapping[str, str]) -> list[str]:
-    return [key for key in REQUIRED if not tags.get(key)]
+def missing_lineage(tags: Mapping[str, str], required: Sequence[str] = REQUIRED) -> list[str]:
+    return [key for key in required if not tags.get(key)]
 
 
 def versions(client: "MlflowClient", model: str) -> "list[ModelVersion]":

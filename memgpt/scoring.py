@@ -22,13 +22,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
 from memgpt import atomic, environment, gate, registry, sources, tables, tracking
 from memgpt.config import Config, Source
 from memgpt.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 CHUNK = 2000  # rows
 PLAN, MANIFEST = "_plan.json", "_manifest.json"
@@ -78,7 +81,7 @@ def score(
     tracking.use()
     client = tracking.client()
     model, number = registry.resolve(client, reference)
-    names = json.loads(registry.version_tags(client, model, number)["labels"]) if model == "sentiment" else []
+    names = labels(client, model, number) if model == "sentiment" else []
     files = find("input", uri)
     out = _open(target)
     version = registry.uri(model, number)
@@ -110,6 +113,15 @@ def score(
         whole = {"rows": done, "parts": parts, "columns": columns, "version": version, "inputs": plan["inputs"]}
         out.write(MANIFEST, _json(whole))
     return Scored(version, done, parts, skipped)
+
+
+def labels(client: "MlflowClient", model: str, number: str) -> list[str]:
+    """What a version of sentiment answers with.
+
+    Raises:
+        UserError: if it does not say so.
+    """
+    return json.loads(registry.lineage_tags(client, model, number, ["labels"])["labels"])
 
 
 def find(key: str, uri: str) -> list[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from judged_place import Place, settle
 from typer.testing import CliRunner
 
@@ -132,6 +134,16 @@ def test_parents_and_children_know_each_other(place: Place) -> None:
     assert provenance.of(tracking.client(), MODEL, "1")["children"] == ["sentiment/2"]
     child = provenance.of(tracking.client(), MODEL, "2")
     assert (child["parent"], child["parent_versions"]) == (mother, ["sentiment/1"])
+
+
+def test_a_version_that_something_else_registered_is_told(place: Place) -> None:
+    client = tracking.client()
+    client.create_registered_model("memgpt-sentiment")
+    client.create_model_version("memgpt-sentiment", (place.root / "elsewhere").as_uri())
+    shutil.copy(ROOT / "params.yaml", place.root)
+    for command in (["lineage", "sentiment/1"], ["reproduce", "sentiment/1"], ["score", "sentiment/1", "in", "out"]):
+        with pytest.raises(UserError, match=r"sentiment/1: lacks lineage \(.*labels.*\); choose another"):
+            told(*command)
 
 
 STAGES = """
