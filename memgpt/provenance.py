@@ -245,6 +245,7 @@ def _story(run: str, model: str, version: str) -> dict[str, Any]:
     try:
         return json.loads(load_text(f"runs:/{run}/model/artifacts/model/{lineage.FILE}"))
     except (MlflowException, OSError):
+        registry.intact(model, version)  # raises if the store is only away: of a download MLflow does not say why
         raise UserError(
             f"{registry.uri(model, version)}: its files are gone from the artifact store; restore them from a backup"
         ) from None

@@ -221,14 +221,22 @@ def lineage_tags(
 
 
 def intact(model: str, version: str) -> bool:
-    """Whether the version's files are still where the registry says; loading them is the gate's business."""
+    """Whether the version's files are still where the registry says; loading them is the gate's business.
+
+    Raises:
+        Away: if the store of the artifacts does not answer.
+    """
     from mlflow.artifacts import list_artifacts
     from mlflow.exceptions import MlflowException
 
     try:
         return any(file.path == "MLmodel" for file in list_artifacts(artifact_uri=uri(model, version)))
-    except (MlflowException, OSError):
-        return False
+    except Exception as error:
+        if gone := tracking.away(error):
+            raise gone from None
+        if isinstance(error, MlflowException | OSError):
+            return False
+        raise
 
 
 def missing_lineage(tags: Mapping[str, str], required: Sequence[str] = REQUIRED) -> list[str]:

@@ -47,11 +47,11 @@ _NAME = re.compile(r"[^\w.\- /]")  # what MLflow refuses in a metric's name
 
 
 class Away(UserError):
-    """The tracking server does not answer."""
+    """The tracking server does not answer, or the store of the artifacts."""
 
 
 def patiently(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call MLflow; again, for two minutes, while its server is away.
+    """Call MLflow; again, for two minutes, while its server or its store is away.
 
     Raises:
         Away: if it stays away.
@@ -70,9 +70,12 @@ def patiently(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def away(error: Exception) -> Away | None:
-    """What an error of MLflow means, if it is that its server does not answer."""
+    """What an error of MLflow means, if it is that its server or the store of the artifacts does not answer."""
     if isinstance(error, Away):
         return error
+    if type(error).__module__.startswith(("botocore.", "boto3.")):
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        return Away(f"the artifact store: {told}; check AWS_ENDPOINT_URL, its credentials and the network")
     if type(error).__name__ != "MlflowException" or " failed with exception " not in str(error):
         return None
     return _no_answer(os.environ.get("MLFLOW_TRACKING_URI", ""), "lost on the way")

@@ -13,7 +13,7 @@ from conftest import ROOT
 from judged_place import Place, settle
 from typer.testing import CliRunner
 
-from memgpt import cli, history, lineage, provenance, registry, tracking
+from memgpt import cli, doctor, history, lineage, provenance, registry, tracking
 from memgpt.errors import UserError
 from memgpt.registry import Change
 
@@ -144,6 +144,24 @@ def test_a_version_that_something_else_registered_is_told(place: Place) -> None:
     for command in (["lineage", "sentiment/1"], ["reproduce", "sentiment/1"], ["score", "sentiment/1", "in", "out"]):
         with pytest.raises(UserError, match=r"sentiment/1: lacks lineage \(.*labels.*\); choose another"):
             told(*command)
+
+
+def test_a_store_of_artifacts_that_is_away_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "test")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    client = tracking.client()
+    run = client.create_run(client.create_experiment("remote", "s3://bucket/remote")).info
+    client.create_registered_model("memgpt-sentiment")
+    tags = {**dict.fromkeys(registry.REQUIRED, "x"), "mlflow_run": run.run_id}
+    client.create_model_version("memgpt-sentiment", f"{run.artifact_uri}/model", run.run_id, tags=tags)
+    client.set_registered_model_alias("memgpt-sentiment", "champion", "1")
+    for command in (["lineage", "sentiment"], ["reproduce", "sentiment"]):
+        monkeypatch.setattr("sys.argv", ["memgpt", *command])
+        with pytest.raises(SystemExit, match=r"error: the artifact store: .*127\.0\.0\.1:9.*; check AWS_ENDPOINT_URL"):
+            cli.main()
+    assert "broken  registry       the artifact store: Could not connect" in "\n".join(doctor.lines(doctor.examine()))
 
 
 STAGES = """

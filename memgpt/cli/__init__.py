@@ -36,7 +36,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except Exception as error:
-        if type(error).__name__ == "MlflowException":
+        if type(error).__module__.startswith(("mlflow.", "botocore.", "boto3.")):
             from memgpt import tracking
 
             if gone := tracking.away(error):
