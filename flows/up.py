@@ -10,6 +10,8 @@ without a successful retrain.
 """
 
 import argparse
+import fcntl
+import json
 import os
 import signal
 import socket
@@ -69,7 +71,9 @@ class Service:
         if self.port:
             _free(self.name, *self.port)
         UP.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, (UP / f"{self.name}.json").open("a", encoding="utf-8") as note:
+            fcntl.flock(note, fcntl.LOCK_SH)  # the process has it from now on: see `service`
+            note.truncate(0)
             process = subprocess.Popen(
                 [sys.executable, "-m", *self.command],
                 env=self.env,
@@ -78,9 +82,9 @@ class Service:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                pass_fds=[note.fileno()],
             )
-        began = psutil.Process(process.pid).create_time()
-        atomic.write_json(UP / f"{self.name}.json", {"pid": process.pid, "began": began})
+            json.dump({"pid": process.pid}, note)
         return "started"
 
     def wait(self) -> None:

@@ -58,14 +58,13 @@ def gc(days: float, dry_run: bool) -> Iterator[Item]:
 
 
 def service(name: str) -> psutil.Process | None:
-    """A process that `make up` started, if it still runs and is that one: a process id may be used again."""
-    try:
-        noted = json.loads((UP / f"{name}.json").read_text(encoding="utf-8"))
-        process = psutil.Process(noted["pid"])
-        if process.create_time() == noted["began"] and process.status() != psutil.STATUS_ZOMBIE:
-            return process
-    except (FileNotFoundError, psutil.NoSuchProcess):
-        pass
+    """A process that `make up` started, if it still runs: it holds a lock on the note of its id, which ends with it. An
+    id may be used again, and when a process began looks different once the clock was set.
+    """
+    note = UP / f"{name}.json"
+    with suppress(FileNotFoundError, json.JSONDecodeError, psutil.NoSuchProcess), _unused(note) as unused:
+        if not unused:
+            return psutil.Process(json.loads(note.read_text(encoding="utf-8"))["pid"])
     return None
 
 

@@ -1,5 +1,6 @@
 """doctor, gc, backup and upgrade: what is in use stays, what is broken is told, what is copied can be used."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import ROOT
 from judged_place import Place, settle
@@ -42,6 +44,16 @@ def place(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.delenv("PREFECT_HOME", raising=False)
     return settle(tmp_path / "root", database, monkeypatch)
+
+
+@contextmanager
+def runs(name: str, pid: int = os.getpid()) -> Iterator[None]:
+    """As if `make up` had started it as this process."""
+    note = housekeeping.UP / f"{name}.json"
+    atomic.write_json(note, {"pid": pid})
+    with note.open() as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        yield
 
 
 def state(what: str) -> tuple[str, str, str]:
@@ -188,13 +200,11 @@ def test_a_restored_registry_knows_its_champion(place: Place) -> None:
 
 
 def test_no_upgrade_beside_what_make_up_started(place: Place) -> None:
-    own = psutil.Process()
-    atomic.write_json(housekeeping.UP / "mlflow.json", {"pid": own.pid, "began": own.create_time()})
-    with pytest.raises(UserError, match=r"what `make up` started runs \(mlflow\); `make down` before"):
-        housekeeping.upgrade()
-    assert not housekeeping.BACKUPS.exists()
-    atomic.write_json(housekeeping.UP / "mlflow.json", {"pid": own.pid, "began": 0.0})  # an id that is used again
-    housekeeping.upgrade()
+    with runs("mlflow"):
+        with pytest.raises(UserError, match=r"what `make up` started runs \(mlflow\); `make down` before"):
+            housekeeping.upgrade()
+        assert not housekeeping.BACKUPS.exists()
+    housekeeping.upgrade()  # the id is used again, by this process
 
 
 def test_an_upgrade_saves_first_and_a_failed_one_names_the_backup(place: Place) -> None:
@@ -235,10 +245,8 @@ def test_doctor_finds_what_is_broken_and_makes_nothing(
     (place.root / "requirements.lock").unlink()
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     assert state("prefect")[0] == "broken"
-    own = psutil.Process()
-    for name, pid in (("worker", own.pid), ("mlflow", 2**22 + 1)):
-        atomic.write_json(Path(f".memgpt/up/{name}.json"), {"pid": pid, "began": own.create_time()})
-    assert (state("worker")[0], state("mlflow")[0]) == ("well", "broken")
+    with runs("worker"), runs("mlflow", pid=2**22 + 1):
+        assert (state("worker")[0], state("mlflow")[0]) == ("well", "broken")
     (place.root / "params.yaml").write_text("pretrain: {tokns: 1}\n", encoding="utf-8")
     assert state("checkout")[0] == "broken"
     (place.root / "mlflow.db").write_bytes(b"SQLite format 3\0" + bytes(5000))

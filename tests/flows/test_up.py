@@ -16,7 +16,9 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
-from conftest import CROWN, TINY, Pipeline
+from conftest import CROWN, TINY, Pipeline, clean_environment
+
+from flows import up as services
 
 LONG = [*TINY, "pretrain.tokens=50000000", "pretrain.checkpoint_steps=5"]
 SLOW = 900.0  # seconds; of a machine that does other things too
@@ -212,6 +214,20 @@ def test_held_approved_by_a_person_then_nothing_to_do(up: Up) -> None:
     assert up.ended(up.run("retrain/retrain", **order))["name"] == "Nothing to do"
     artifacts = {each["key"] for each in up.post("artifacts/latest/filter", {})}
     assert {"retrain-summary", "retrain-metrics", "retrain-mlflow", "approve-recommendation"} <= artifacts
+
+
+def test_a_service_is_known_by_its_lock_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    service = services.Service("mlflow", ["http.server", "0"], clean_environment(), tmp_path, lambda: True)
+    assert service.start() == "started"
+    try:
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: 0.0)  # the clock was set
+        assert service.start() == "runs already"
+    finally:
+        assert services.stop("mlflow")
+    assert not services.stop("mlflow")
 
 
 def test_late_runs_of_the_schedule_collapse_into_one(up: Up) -> None:
