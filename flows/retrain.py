@@ -56,7 +56,7 @@ def run_step(step: Step, crew: Crew) -> State[Any]:
 @in_one_line
 def retrain(
     tasks: list[Task] = ALL,
-    overrides: list[Annotated[str, Field(pattern=r"^[a-z_]+(\.[a-z_]+)+=")]] = [],  # noqa: B006
+    overrides: list[Annotated[str, Field(pattern=r"^[\w-]+(\.[\w-]+)+=")]] = [],  # noqa: B006
     force: bool = False,
     approval: Literal["auto", "manual"] = "auto",
     replace: list[Model] = [],  # noqa: B006

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Pipeline
+from conftest import ROOT, Pipeline
+from prefect.exceptions import ParameterTypeError
 from ruamel.yaml import YAML
 
 from flows import crew as crews
@@ -126,6 +127,22 @@ def test_a_server_that_is_away_costs_a_training_its_picture_only(monkeypatch: py
     made, _ = crew(monkeypatch, [(0, lines)])
     assert made.run(Step("finetune@ner")).is_completed()
     assert asked == [1], "and it is not asked at each line"
+
+
+def test_the_form_takes_every_key_of_params_as_an_override() -> None:
+    def keys(section: dict[str, Any], above: str = "") -> list[str]:
+        return [
+            key
+            for name, value in section.items()
+            for key in (keys(value, f"{above}{name}.") if isinstance(value, dict) else [f"{above}{name}"])
+        ]
+
+    assignments = [f"{key}=1" for key in keys(config.load(ROOT / "params.yaml").model_dump(by_alias=True))]
+    assert "pretrain.float8=1" in assignments
+    retrain.retrain.validate_parameters({"overrides": [*assignments, "promote.ner.slices.top-10=0.1"]})
+    for wrong in ("epochs=2", "finetune.ner.epochs"):
+        with pytest.raises(ParameterTypeError, match="String should match pattern"):
+            retrain.retrain.validate_parameters({"overrides": [wrong]})
 
 
 def test_a_step_that_cannot_even_start_fails_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
