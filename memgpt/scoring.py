@@ -268,7 +268,8 @@ class _Bucket:
         self._s3, self._target = s3, target
         self._bucket, key = s3.parse("output", target)
         self._prefix = f"{key.rstrip('/')}/" if key else ""
-        self._client = s3.connect()
+        with s3.explained("output", target):
+            self._client = s3.connect()
 
     def names(self) -> set[str]:
         with self._s3.explained("output", self._target):

@@ -506,6 +506,19 @@ def test_s3_mistakes_are_said_in_one_line_within_seconds(bucket, monkeypatch: py
     assert time.monotonic() - started < 20
 
 
+def test_s3_region_is_that_of_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+
+    from memgpt.sources import s3
+
+    (tmp_path / "config").write_text("[profile news]\nregion = eu-central-1\n", encoding="utf-8")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "news")
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # which has read another
+    assert s3.connect().meta.region_name == "eu-central-1"
+
+
 # ---- the hub
 
 

@@ -1,7 +1,7 @@
 """`s3://bucket/prefix`: an object, the objects right below a prefix, or a pattern such as `s3://bucket/dir/*.jsonl.gz`.
 
-The lock holds each object's size, ETag and, where the bucket has versions, its version. The endpoint comes from
-AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, credentials from wherever boto3 looks for them, never from the URI.
+The lock holds each object's size, ETag and, where the bucket has versions, its version. Endpoint, region and
+credentials come from wherever boto3 looks for them, such as AWS_ENDPOINT_URL and ~/.aws/config, never from the URI.
 """
 
 import fnmatch
@@ -66,7 +66,7 @@ def fetch(name: str, entry: dict[str, Any], cache: Path = CACHE) -> list[Part]:
 def connect() -> Any:
     """A client that gives up within seconds on an endpoint that does not answer."""
     settings = Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 3})
-    return boto3.client("s3", config=settings, region_name=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"))
+    return boto3.client("s3", config=settings)
 
 
 def parse(name: str, uri: str) -> tuple[str, str]:
