@@ -43,6 +43,7 @@ LATE = 3  # days after which texts that come late are counted, and their day is 
 LAST_LOOK = 0.8  # of what is left of a day's false alarms, spent when it is over
 RHO = 0.02  # intraclass correlation of a day's texts, where nothing is known of it
 SHOWN = 56  # days of a picture
+_NAMED = 30  # characters of a topic in its title, and in a file's name, which file systems limit in bytes
 _SAVE = 60.0  # seconds between two savings while texts are scored
 _REFERENCE = 5000  # training rows that the latest texts are compared with, at most
 _RESAMPLES = 500
@@ -569,11 +570,13 @@ def _draw(monitor: config.Monitor, texts: pd.DataFrame, folder: Path) -> None:
                     row |= {"expected": mean, "low": low / all_texts[-1], "high": high / all_texts[-1]}
             rows.append(row)
         table = pd.DataFrame(rows).astype({"day": "datetime64[ns]"})  # a topic may have had no texts for long
-        pictures.draw_trend(picture(folder, topic), f"{topic}: share of {monitor.negative} texts", table)
+        shown = " ".join(topic.split())
+        shown = shown if len(shown) <= _NAMED else f"{shown[: _NAMED - 1]}…"
+        pictures.draw_trend(picture(folder, topic), f"{shown}: share of {monitor.negative} texts", table)
 
 
 def picture(folder: Path, topic: str) -> Path:
     """Named after the topic; by a hash too where that does not make a file's name, which several topics might share."""
-    name = re.sub(r"[^\w-]+", "-", topic)
+    name = re.sub(r"[^\w-]+", "-", topic)[:_NAMED]
     mark = "" if name == topic else "-" + hashlib.sha256(topic.encode()).hexdigest()[:8]
     return folder / f"{name}{mark}.png"

@@ -79,7 +79,7 @@ def draw_trend(target: Path, title: str, table: pd.DataFrame) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)  # a topic may have dollars
     known = table[table["share"].notna()]
     axes.fill_between(known["day"], known["low"], known["high"], alpha=0.2, step="mid", label="nothing unusual")
     axes.plot(known["day"], known["expected"], linestyle="--", linewidth=1, color="gray", label="expected")

@@ -230,6 +230,22 @@ def test_each_topic_has_a_picture_of_its_own() -> None:
     assert "R-D.png" in names
 
 
+def test_a_topic_may_be_long_or_look_like_a_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot as plt
+
+    topics = ["energy", "prices of energy " * 20, "\N{CYRILLIC CAPITAL LETTER ZHE}" * 200, r"$\frac{$"]
+    rows = [{"topic": topic, "day": MONDAY, "label": "negative"} for topic in topics]
+    drawn: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(plt, "close", drawn.append)
+        monitoring._draw(SETTINGS, pd.DataFrame(rows), tmp_path)
+    for figure in drawn:
+        title = figure.axes[0].title.get_window_extent()
+        assert title.x0 >= 0 and title.x1 <= figure.bbox.width
+        plt.close(figure)
+    assert all(monitoring.picture(tmp_path, topic).exists() for topic in topics)
+
+
 def test_a_text_is_scored_once(place: Place, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = past(3)
     arrive("a.jsonl", [*rows, rows[0], {"text": "  "}, {"id": "none"}])
