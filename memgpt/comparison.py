@@ -2,7 +2,6 @@
 on which they answer differently."""
 
 import json
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from memgpt import bootstrap, environment, gate, mistakes, registry, tracking
+from memgpt import bootstrap, environment, gate, mistakes, processes, registry, tracking
 from memgpt.config import MODELS, TABLES, Config
 from memgpt.errors import UserError
 from memgpt.tasks import judge
@@ -111,18 +110,14 @@ def _local(model: str, directory: Path, rows: list[dict[str, Any]]) -> list[Any]
 
 def _checkout(revision: str, model: str, folder: Path) -> Path:
     """models/<model> of an experiment or commit, from DVC's cache."""
-    command = [sys.executable, "-m", "dvc", "get", "--quiet", ".", f"models/{model}", "--rev", revision]
-    done = subprocess.run(
-        [*command, "--out", str(folder / model)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    target = folder / model
+    processes.said(  # not --quiet, which hides why it fails
+        [sys.executable, "-m", "dvc", "get", ".", f"models/{model}", "--rev", revision, "--out", str(target)],
+        f"{revision}: neither a version (ner@champion, ner/3) nor an experiment or commit whose models/{model} is in "
+        "the cache",
+        "`dvc exp show` lists experiments",
     )
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        why = said[0].removeprefix("ERROR: ") if said else "dvc get failed"
-        raise UserError(
-            f"{revision}: neither a version (ner@champion, ner/3) nor an experiment or commit whose models/{model} is "
-            f"in the cache ({why}); `dvc exp show` lists experiments"
-        )
-    return folder / model
+    return target
 
 
 def _metrics(config: Config, judging: ModuleType, rows: list[dict[str, Any]], a: list[Any], b: list[Any]) -> list[Row]:

@@ -38,19 +38,25 @@ def start(
     )
 
 
-def said(command: Sequence[str], what: str | None = None) -> str:
+def said(command: Sequence[str], what: str | None = None, fix: str = "") -> str:
     """The standard output of a command that takes no time.
 
     Raises:
-        UserError: if it fails: `what` it was for, or the command, and the last line that it said.
+        UserError: if it fails or is not there: `what` it was for, or the command, what it said of an error, or its last
+            line, and the `fix`.
     """
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        from memgpt.errors import UserError  # not where this file runs as the guard, which sees no package
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        lines = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()
+        named = (line.partition(": ")[2] for line in lines if line.startswith(("ERROR: ", "fatal: ")))  # DVC's, git's
+        told = next(named, lines[-1])
+    except OSError as error:
+        told = f"{command[0]}: {error.strerror}"
+    from memgpt.errors import UserError  # not where this file runs as the guard, which sees no package
 
-        told = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()[-1]
-        raise UserError(f"{what or ' '.join(command)}: {told.removeprefix('ERROR: ')}")
-    return done.stdout.strip()
+    raise UserError("; ".join(filter(None, (f"{what or ' '.join(command)}: {told}", fix))))
 
 
 class Children:

@@ -189,16 +189,12 @@ def add_worktree(folder: Path, commit: str) -> None:
     """
     remove_worktree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
+    processes.said(
         # Twice: also in place of one that a kill left locked while it was made.
         ["git", "worktree", "add", "--quiet", "--detach", "--force", "--force", str(folder), commit],
-        capture_output=True,
-        text=True,
-        check=False,
+        f"commit {commit}",
+        "`git fetch` it, or work in the repository it was made in",
     )
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["git failed"])[-1]
-        raise UserError(f"commit {commit}: {why}; `git fetch` it, or work in the repository it was made in")
 
 
 def remove_worktree(folder: Path) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from memgpt import card, lineage, packaging, tracking
+from memgpt import card, lineage, packaging, processes, tracking
 from memgpt.config import MODELS, SOURCES
 from memgpt.errors import UserError, existing
 
@@ -181,12 +180,12 @@ def commit_at_start(root: Path) -> tuple[str, bool]:
     if noted:
         sha, _, rest = noted.partition("-")
         return sha, rest == "dirty"
-    try:
-        head = _git(root, "rev-parse", "HEAD")
-        return head, bool(_git(root, "status", "--porcelain", "--", ".", *_PRODUCTS))
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-        raise UserError(f"{root.resolve()}: no commit to name in the lineage ({why}); work in a git checkout") from None
+
+    def git(*arguments: str) -> str:
+        what = f"{root.resolve()}: no commit to name in the lineage"
+        return processes.said(["git", "-C", str(root), *arguments], what, "work in a git checkout")
+
+    return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", *_PRODUCTS))
 
 
 def aliases(client: "MlflowClient", model: str) -> dict[str, str]:
@@ -397,12 +396,6 @@ def actor() -> str:
         return getpass.getuser()
     except (OSError, KeyError):  # a container's user without a name
         return f"uid {os.getuid()}"
-
-
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True
-    ).stdout.strip()
 
 
 def _json(path: Path, made_by: str) -> dict[str, Any]:

@@ -60,7 +60,11 @@ def test_what_cannot_be_compared_is_told(place: Place) -> None:
         ("slower", "faster", "neither named; .* --model"),
         ("sentiment/1", "sentiment@1", "are both models:/memgpt-sentiment/1"),
         ("sentiment/1", "sentiment/9", "no such version; there are 1"),
-        ("sentiment/1", "slower", "slower: neither a version .* nor an experiment"),
+        (
+            "sentiment/1",
+            "slower",
+            "slower: neither a version .* nor an experiment .*: failed to get .*; `dvc exp show`",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             comparison.compare(place.config, a, b)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from memgpt import processes
+from memgpt.errors import UserError
 from memgpt.processes import Children, Stopped
 
 # A command that starts another one, as dvc starts a stage; both write their ids, and the inner one ignores SIGTERM.
@@ -70,6 +71,25 @@ def test_a_command_that_is_not_there_is_named() -> None:
     lines: list[str] = []
     assert Children().run(["/no/such/command"], dict(os.environ), lines.append) == 127
     assert lines == ["error: command: No such file or directory"]
+
+
+@pytest.mark.parametrize(
+    ("script", "named", "told"),
+    [
+        ("sys.exit(3)", [], "COMMAND: status 3"),
+        ("print('on'); sys.exit('one\\nlast')", [], "COMMAND: last"),
+        ("sys.exit('ERROR: why\\n\\nask us')", ["the cache"], "the cache: why"),
+        ("sys.exit('fatal: why\\nadvice')", [], "COMMAND: why"),
+        ("sys.exit('why')", ["the cache", "look there"], "the cache: why; look there"),
+        (None, ["the cache"], "the cache: COMMAND: No such file or directory"),
+    ],
+)
+def test_a_command_that_fails_is_told_in_one_line(script: str | None, named: list[str], told: str) -> None:
+    command = ["/no/such/command"] if script is None else [sys.executable, "-c", f"import sys; {script}"]
+    with pytest.raises(UserError) as caught:
+        processes.said(command, *named)
+    assert str(caught.value).replace(" ".join(command), "COMMAND") == told
+    assert processes.said([sys.executable, "-c", "print(' fine ')"]) == "fine"
 
 
 @pytest.mark.parametrize("manner", ["willing", "stubborn"])
