@@ -1,7 +1,8 @@
 """Faster answers from a finished model: half-precision or 8-bit weights, grouped attention, compiled code.
 
 Nothing here changes what the model means; how far its numbers may move is stated and tested. An accelerated model is
-for inference alone, and its weights are rounded for good: save the original.
+for inference alone, and its weights are rounded for good: save the original. With 8-bit weights, or compiled to
+generate, it refuses to be saved.
 """
 
 import warnings
@@ -62,7 +63,13 @@ def accelerate(
         unpad(model)
     if compile:
         _compile(model)
+    if rounded or (compile and model.can_generate()):  # before any file is written
+        model.save_pretrained = _refuse_to_save
     return model
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise ValueError("accelerate: a model with compile=True or 8-bit weights is not saved; save it before")
 
 
 def _compile(model: PreTrainedModel) -> None:
@@ -105,6 +112,9 @@ class _RoundedLinear(nn.Module):
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], -1)
+
+    # Loaded, the rounded weights would pass for those of a plain linear map, without their scales.
+    _save_to_state_dict = _refuse_to_save
 
 
 class Int8Linear(_RoundedLinear):

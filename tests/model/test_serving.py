@@ -1,6 +1,7 @@
 """An accelerated model gives the answers of the original, within what rounding its weights allows."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,17 @@ def distance(model, exact, ids: torch.Tensor, **arguments) -> float:
     with torch.no_grad():
         wanted, got = exact(ids, **arguments).logits, model(ids, **arguments).logits.float()
     return ((got - wanted).abs().max() / wanted.std()).item()
+
+
+@pytest.mark.parametrize(("weights", "compile"), [("int8", False), ("float8", False), ("float32", True)])
+def test_what_would_be_loaded_as_another_model_is_not_saved(weights: str, compile: bool, tmp_path: Path) -> None:
+    model = accelerate(made(), weights, compile=compile)
+    with pytest.raises(ValueError, match="not saved; save it before"):
+        model.save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]
+    if weights != "float32":
+        with pytest.raises(ValueError, match="not saved; save it before"):
+            model.state_dict()
 
 
 @pytest.mark.parametrize("length", [3, 9, 130])
