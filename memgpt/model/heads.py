@@ -212,13 +212,13 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        label_weights: torch.Tensor | None = None,
-        topic_labels: torch.Tensor | None = None,
+        text_weights: torch.Tensor | None = None,
+        topics: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> TextClassifierOutput:
-        """labels [B], or [B, L] by `config.problem_type`; label_weights [B] of the texts' losses, for labels [B];
-        topic_labels [B], −100 for texts whose topic is unknown."""
+        """labels [B], or [B, L] by `config.problem_type`; text_weights [B] of the texts' losses, for labels [B];
+        topics [B], −100 for texts whose topic is unknown."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -233,17 +233,17 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
             votes = self.word_votes(shown, self.model.ngram_hash.canonical_ids)
             logits = logits + self.config.word_vote_weight * votes
         loss, items = None, kwargs.get("num_items_in_batch")
-        if labels is not None and label_weights is not None:
+        if labels is not None and text_weights is not None:
             losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-            loss = (losses * label_weights).sum() / (len(labels) if items is None else items)
+            loss = (losses * text_weights).sum() / (len(labels) if items is None else items)
         elif labels is not None:
             loss = self.loss_function(
                 logits=logits, pooled_logits=logits.float(), labels=labels, config=self.config, **kwargs
             )
             if items is not None and self.config.problem_type in ("regression", "multi_label_classification"):
                 loss = loss * labels.numel() / items  # transformers averages these over the batch whatever it is told
-        if loss is not None and topic_logits is not None and topic_labels is not None:
-            loss = loss + _topic_loss(topic_logits, topic_labels, items)
+        if loss is not None and topic_logits is not None and topics is not None:
+            loss = loss + _topic_loss(topic_logits, topics, items)
         return TextClassifierOutput(
             loss=loss,
             logits=logits,
@@ -327,7 +327,7 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        topic_labels: torch.Tensor | None = None,
+        topics: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         log_frequency: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
@@ -354,8 +354,8 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
         elif isinstance(head, SequenceClassificationHead):
             logits, topic_logits = head(outputs.last_hidden_state, attention_mask)
             loss = None if labels is None else _cross_entropy(logits, labels, items)
-            if loss is not None and topic_logits is not None and topic_labels is not None:
-                loss = loss + _topic_loss(topic_logits, topic_labels, items)
+            if loss is not None and topic_logits is not None and topics is not None:
+                loss = loss + _topic_loss(topic_logits, topics, items)
         else:
             logits = head(outputs.last_hidden_state)
             loss = None if labels is None else _cross_entropy(logits, labels, items)

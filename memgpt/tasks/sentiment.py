@@ -110,9 +110,9 @@ class Training:
 
         batch = {**pad([self.ids[i] for i in rows], self.pad), "labels": torch.tensor([self.labels[i] for i in rows])}
         if self.topics:
-            batch["topic_labels"] = torch.tensor([self.topics[i] for i in rows])
+            batch["topics"] = torch.tensor([self.topics[i] for i in rows])
         if self.weights:
-            batch["label_weights"] = torch.tensor([self.weights[self.labels[i]] for i in rows])
+            batch["text_weights"] = torch.tensor([self.weights[self.labels[i]] for i in rows])
         return batch
 
 

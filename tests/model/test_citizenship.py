@@ -124,6 +124,13 @@ def test_trainer_steps_alike_however_a_batch_is_divided(kind, labels: str, ids: 
         assert torch.allclose(value, weights[1][name], atol=1e-6), name
 
 
+def test_trainer_evaluates_a_classifier_by_its_labels_alone(ids: torch.Tensor, tmp_path: Path) -> None:
+    data = [dict(input_ids=row, labels=label) for label, row in enumerate(ids)]
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    for model in (made(MemGPTForSequenceClassification), made(MemGPTForSequenceClassification, topics=["a", "b"])):
+        assert Trainer(model, arguments, eval_dataset=data).evaluate()["eval_loss"] > 0
+
+
 @pytest.mark.parametrize("kind", [MemGPTForCausalLM, MemGPTForTokenClassification])
 def test_lora_trains_saves_and_merges(kind, ids: torch.Tensor, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

@@ -176,7 +176,7 @@ def test_rare_labels_weigh_more_and_all_weigh_one_on_average(tmp_path: Path, tok
     plain = sentiment.Training(tmp_path, tokenizer, max_length=8)
     balanced = sentiment.Training(tmp_path, tokenizer, max_length=8, class_balance=1.0)
     batch = balanced.collate([0, 1, 2, 3])
-    assert batch["label_weights"].tolist() == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3])
+    assert batch["text_weights"].tolist() == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3])
     model = small()
     losses = torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"], reduction="none")
     assert model(**batch).loss.item() == pytest.approx(((losses[0] * 2 + losses[1:].sum() * 2 / 3) / 4).item())
@@ -190,7 +190,7 @@ def test_a_label_with_one_text_or_none_is_no_trouble(tmp_path: Path, tokenizer) 
         opinions(tmp_path, split, texts)
     (tmp_path / "sentiment/manifest.json").write_text(json.dumps({"labels": ["down", "sideways", "up"]}))
     data = sentiment.Training(tmp_path, tokenizer, max_length=8, class_balance=1.0)
-    assert data.collate([0, 1])["label_weights"].tolist() == pytest.approx([2, 2 / 3])
+    assert data.collate([0, 1])["text_weights"].tolist() == pytest.approx([2, 2 / 3])
     assert data.labels == [0, 2, 2, 2]
     model = small(labels=["down", "sideways", "up"])
     found = sentiment.calibrate(model, tokenizer, tmp_path, max_length=8)
@@ -310,16 +310,16 @@ def test_topics_are_learnt_where_enough_texts_have_them(tmp_path: Path, tokenize
     few = [("good day", "up", "banking")] * 12 + [("bad day", "down", None)] * 3 + [("bad day", "down", "food")] * 2
     opinions(tmp_path, "train", few)
     assert sentiment.topics(tmp_path) is None
-    assert "topic_labels" not in sentiment.Training(tmp_path, tokenizer, max_length=8).collate([0])
+    assert "topics" not in sentiment.Training(tmp_path, tokenizer, max_length=8).collate([0])
     opinions(tmp_path, "train", few + [("good day", "up", "energy")] * 10)
     assert sentiment.topics(tmp_path) == ["banking", "energy"]
     data = sentiment.Training(tmp_path, tokenizer, max_length=8)
     batch = data.collate([0, 12, 15, 17])
-    assert batch["topic_labels"].tolist() == [0, -100, -100, 1]
+    assert batch["topics"].tolist() == [0, -100, -100, 1]
     model = small(topics=["banking", "energy"])
     outputs = model(**batch)
     label = torch.nn.functional.cross_entropy(outputs.logits, batch["labels"])
-    topic = torch.nn.functional.cross_entropy(outputs.topic_logits, batch["topic_labels"], reduction="sum") / 4
+    topic = torch.nn.functional.cross_entropy(outputs.topic_logits, batch["topics"], reduction="sum") / 4
     assert outputs.loss.item() == pytest.approx((label + topic).item())
     assert torch.isfinite(model(**data.collate([12, 13])).loss), "a batch in which no text has a topic"
 
