@@ -357,7 +357,8 @@ class MemGPTModel(MemGPTPreTrainedModel):
         other in both directions, the rest causally. position_ids [B, T] that start again at 0 mark the documents of a
         packed row: attention and n-grams stay within them, in every mode. context_ids [B, n]: the tokens before
         `input_ids` when decoding with a cache. `generate` passes them; else those that the cache was last used with.
-        memory_ids [B, T]: what inputs_embeds stand for, −1 where for no token; without, the memories are silent.
+        memory_ids [B, T]: what inputs_embeds stand for, −1 where for no token; without, the memories are silent, also
+        for what follows them in a cache.
         memory_entry: what `read_memory` gave for these ids, if it was called before.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -366,14 +367,14 @@ class MemGPTModel(MemGPTPreTrainedModel):
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
         if inputs_embeds is None:
             self._check_ids(given)
-            memory_ids = input_ids
+            memory_ids = None if _of_vectors(past_key_values) else input_ids
         # Of texts that stand in one row, each for itself.
         self._check_length(kwargs.get("max_length_q") or given.shape[1], past_key_values, position_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(given.shape[1], device=given.device)[None] + past
         recalled, remembers = None, self.memory_table is not None or self.recall is not None
-        if memory_ids is None and remembers and not torch.compiler.is_compiling():
+        if memory_ids is None and input_ids is None and remembers and not torch.compiler.is_compiling():
             logger.warning_once("inputs_embeds without memory_ids, the tokens that they stand for: no memory is read")
         if memory_ids is not None and remembers:
             memory_ids = hide(memory_ids, attention_mask)
@@ -486,6 +487,15 @@ def _note_ids(cache: Cache, ids: torch.Tensor | None, context_ids: torch.Tensor 
         ids = ids if context_ids is None else torch.cat((context_ids, ids), dim=1)
         ids = ids[:, max(0, ids.shape[1] - count) :]
     cache.last_ids = (ids, cache.layers[-1].keys)
+    cache.of_vectors = ids is None
+
+
+def _of_vectors(cache: Cache | None) -> bool:
+    """Whether it was last given vectors of which nothing tells the ids: the memories stay silent behind them, as they
+    are without a cache (so in training), where vectors are all that is passed."""
+    if cache is None or not getattr(cache, "of_vectors", False):
+        return False
+    return torch.compiler.is_compiling() or bool(cache.get_seq_length())
 
 
 def _noted_ids(cache: Cache) -> torch.Tensor | None:

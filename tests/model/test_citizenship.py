@@ -325,7 +325,7 @@ def test_generation_from_a_prefix_equals_the_full_pass(settings: dict, ids: torc
 
 
 def test_generation_goes_on_from_vectors(ids: torch.Tensor) -> None:
-    """What they stand for, if `generate` is told; else the memories know what comes after alone, and a line says so."""
+    """What they stand for, if `generate` is told; else the memories are silent, and a line says so."""
     model = made(MemGPTForCausalLM)
     give_memory(model)
     common = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
@@ -334,8 +334,10 @@ def test_generation_goes_on_from_vectors(ids: torch.Tensor) -> None:
     assert torch.equal(model.generate(ids, inputs_embeds=vectors, **common), plain)
     with CaptureLogger(logging.get_logger("memgpt.model.model")) as said:
         logging.get_logger("memgpt.model.model").warning_once.cache_clear()
-        model.generate(inputs_embeds=vectors, **common)
+        silent = model.generate(inputs_embeds=vectors, **common)
     assert "inputs_embeds without memory_ids" in said.out
+    embedded = model.get_input_embeddings()(torch.cat((ids, silent), dim=1))
+    assert torch.equal(model(inputs_embeds=embedded).logits[:, 11:-1].argmax(-1), silent)
     model = made(MemGPTForCausalLM, memory_layers=[], recall_length=0)
     vectors = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=vectors, **common), model.generate(ids, **common)[:, 12:])
@@ -450,6 +452,24 @@ def test_prefix_tuning_by_peft_learns_and_padding_stays_unseen(kind: str) -> Non
     short = model(input_ids=ids[:1, :3], attention_mask=mask[:1, :3]).logits
     padded = model(input_ids=ids[:1], attention_mask=mask[:1]).logits
     torch.testing.assert_close(padded[:, :3] if kind == "TOKEN_CLS" else padded, short)
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_what_peft_puts_before_a_text_is_generated_from_as_it_was_trained(kind: str, ids: torch.Tensor) -> None:
+    """In training peft passes the whole text as vectors; in generation only its first part."""
+    from peft import get_peft_config, get_peft_model
+
+    core = made(MemGPTForCausalLM, layer_types=["full_attention"] * 3)
+    give_memory(core)
+    shape = dict(num_virtual_tokens=4, num_layers=3, num_attention_heads=2, token_dim=8 if "PREFIX" in kind else 16)
+    model = get_peft_model(core, get_peft_config(dict(peft_type=kind, task_type="CAUSAL_LM", **shape))).eval()
+    common = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(ids))
+    common |= dict(return_dict_in_generate=True, output_logits=True)
+    found = model.generate(input_ids=ids, **common)
+    trained = model(input_ids=found.sequences).logits[:, -7:-1]
+    torch.testing.assert_close(torch.stack(found.logits, dim=1), trained)
+    alone = model.generate(input_ids=ids, use_cache=False, **common)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(alone.logits))
 
 
 def test_a_checkpoint_of_a_table_per_layer_is_refused(tmp_path: Path) -> None:
