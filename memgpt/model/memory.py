@@ -95,8 +95,7 @@ class NGramHash(nn.Module):
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context_ids: torch.Tensor | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Per hash head of each n, [B, lead + T] each: the n-gram mixed into 64 bits, its row, and where it is none."""
-        before = torch.arange(-self.lead, 0, device=position_ids.device)
-        position_ids = torch.cat((position_ids[:, :1] + before, position_ids), dim=1)
+        position_ids = with_positions_before(position_ids, input_ids, context_ids, self.lead)
         length = position_ids.shape[1]
         _, ids, blank = self.with_context(input_ids, context_ids, self.context)
         reach = self.context - self.lead
@@ -157,6 +156,19 @@ class NGramHash(nn.Module):
             owners[open_] = FREE
             given = open_ & (last >= 0)
             owners[given] = _fingerprint(mixed[last[given]])
+
+
+def with_positions_before(
+    position_ids: torch.Tensor, input_ids: torch.Tensor, context_ids: torch.Tensor | None, count: int
+) -> torch.Tensor:
+    """position_ids [B or 1, T] behind those of the `count` tokens before: [B or 1, count + T]. Hidden tokens take none
+    of their own, so that of the first token may be no position, and the first of a token that is shown counts."""
+    before, first = torch.arange(-count, 0, device=position_ids.device), position_ids[:, :1]
+    if context_ids is not None:
+        shown = nn.functional.pad(context_ids != HIDDEN, (count - context_ids.shape[1], 0))  # or cut, to the last ones
+        before = -shown.flip(1).cumsum(1).flip(1)
+        first = (position_ids - (input_ids != HIDDEN).cumsum(1)).amax(1, keepdim=True) + 1
+    return torch.cat((first + before, position_ids.expand(len(first), -1)), dim=1)
 
 
 def hide(input_ids: torch.Tensor, attention_mask: object, token: int = HIDDEN) -> torch.Tensor:

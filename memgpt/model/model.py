@@ -35,7 +35,7 @@ from memgpt.model import paged
 from memgpt.model.cache import StaticWindowLayer, visible_past
 from memgpt.model.config import GLOBAL, LOCAL, MemGPTConfig
 from memgpt.model.masks import make_masks
-from memgpt.model.memory import GatedMemory, KnowledgeMemory, NGramHash, RMSNorm, hide, look_up, make_table
+from memgpt.model.memory import HIDDEN, GatedMemory, KnowledgeMemory, NGramHash, RMSNorm, hide, look_up, make_table
 from memgpt.model.prefix import Prefix
 from memgpt.model.recall import RecallMemory
 from memgpt.model.word_votes import VoteTable, WordTable
@@ -356,9 +356,10 @@ class MemGPTModel(MemGPTPreTrainedModel):
         attention_mode: "causal", "bidirectional", or "prefix": the tokens that prefix_mask [B, T] marks read each
         other in both directions, the rest causally. position_ids [B, T] that start again at 0 mark the documents of a
         packed row: attention and n-grams stay within them, in every mode. context_ids [B, n]: the tokens before
-        `input_ids` when decoding with a cache. `generate` passes them; else those that the cache was last used with.
+        `input_ids` when decoding with a cache, −1 where hidden. `generate` passes them; else those that the cache was
+        last used with.
         memory_ids [B, T]: what inputs_embeds stand for, −1 where for no token; without, the memories are silent, also
-        for what follows them in a cache.
+        for what follows them in a cache. Or input_ids, −1 where masks that `generate` made hide them.
         memory_entry: what `read_memory` gave for these ids, if it was called before.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -367,7 +368,8 @@ class MemGPTModel(MemGPTPreTrainedModel):
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
         if inputs_embeds is None:
             self._check_ids(given)
-            memory_ids = None if _of_vectors(past_key_values) else input_ids
+            memory_ids = input_ids if memory_ids is None else memory_ids
+            memory_ids = None if _of_vectors(past_key_values) else memory_ids
         # Of texts that stand in one row, each for itself.
         self._check_length(kwargs.get("max_length_q") or given.shape[1], past_key_values, position_ids)
         if position_ids is None:
@@ -533,22 +535,27 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         cache = inputs.get("past_key_values")
+        known = hide(input_ids, attention_mask)
         embedded = inputs.get("inputs_embeds")
         if embedded is not None and embedded.shape[1] == input_ids.shape[1]:  # else there are vectors of no token
-            inputs["memory_ids"] = input_ids
+            inputs["memory_ids"] = known
+        elif embedded is None:  # any that were passed were of vectors, which are read by now
+            inputs.pop("memory_ids", None)
         if inputs.get("input_ids") is not None and cache is not None:
             past, count = input_ids.shape[1] - inputs["input_ids"].shape[1], self.model.context
-            before = input_ids[:, max(0, past - count) : past]
+            before = known[:, max(0, past - count) : past]
             if past < count and cache.get_seq_length() > past:  # the ids of a prompt in pieces, or of a call before
                 if not past:
                     cache.earlier_ids = _noted_ids(cache)
                 if (earlier := getattr(cache, "earlier_ids", None)) is not None:
                     before = torch.cat((earlier, before), dim=1)[:, -count:]
-            # Of one shape and layout, for a compiled step; padding says nothing.
+            # Of one shape and layout, for a compiled step.
             before = before.clone(memory_format=torch.contiguous_format)
-            if before.shape[1] and self.config.pad_token_id is not None:
-                before = nn.functional.pad(before, (count - before.shape[1], 0), value=self.config.pad_token_id)
+            if before.shape[1]:
+                before = nn.functional.pad(before, (count - before.shape[1], 0), value=HIDDEN)
             inputs["context_ids"] = before
+            if isinstance(inputs.get("attention_mask"), dict):  # of a cache of fixed size: it tells the model no more
+                inputs["memory_ids"] = known[:, past:].clone(memory_format=torch.contiguous_format)
         if inputs.get("attention_mode") == "prefix" and cache is not None:
             if cache.get_seq_length():  # the prefix is in the cache; what follows reads causally
                 inputs.update(attention_mode="causal", prefix_mask=None)

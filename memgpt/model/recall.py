@@ -10,7 +10,7 @@ from torch import nn
 
 from memgpt.model import kernels
 from memgpt.model.config import MemGPTConfig
-from memgpt.model.memory import GatedMemory, NGramHash
+from memgpt.model.memory import GatedMemory, NGramHash, with_positions_before
 
 
 class LookBack(nn.Module):
@@ -45,7 +45,7 @@ class LookBack(nn.Module):
         ids, canonical, blank = ngram_hash.with_context(input_ids, context_ids, window + before)
         leads_on = ~(blank | nn.functional.pad(blank[:, 1:], (0, 1), value=True))
         tokens, earlier = canonical.int().masked_fill(blank, -2), canonical.int().masked_fill(~leads_on, -1)
-        positions = torch.cat((position_ids[:, :1] + torch.arange(-before, 0, device=device), position_ids), dim=1)
+        positions = with_positions_before(position_ids, input_ids, context_ids, before)
         if kernels.serve(tokens, fuses=False):
             from memgpt.model.kernels import recall
 

@@ -260,6 +260,20 @@ def test_a_prompt_in_pieces_is_generated_from_as_one(size: int, ids: torch.Tenso
     assert torch.allclose(torch.stack(found.logits), torch.stack(wanted.logits), atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, dict(cache_implementation="static"), dict(prefill_chunk_size=3)])
+@pytest.mark.parametrize("length", [5, 12])
+def test_tokens_hidden_within_a_prompt_stay_so_with_a_cache(settings: dict, length: int, ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM)
+    give_memory(model)
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, [1, 3]] = mask[1, :4] = 0
+    common = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    common |= dict(return_dict_in_generate=True, output_logits=True)
+    wanted = model.generate(ids[:, :length], use_cache=False, **common)
+    found = model.generate(ids[:, :length], **settings, **common)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits))
+
+
 @pytest.mark.parametrize("given", [1, 3, 9])
 def test_generation_goes_on_from_a_cache_and_the_new_tokens_alone(given: int, ids: torch.Tensor) -> None:
     model = made(MemGPTForCausalLM)
