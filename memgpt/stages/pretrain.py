@@ -65,6 +65,17 @@ class PackedTokens(Dataset):
         }
 
 
+def budget(rows: int, params: Pretrain) -> tuple[int, int]:
+    """Steps, one or more, that read no more than `pretrain.tokens` of a split of so many rows, and the tokens that they
+    read: the last batch of an epoch may be smaller."""
+    epochs, rest = divmod(params.tokens // params.sequence_length, rows)
+    batches = rest // params.batch_size
+    if not epochs + batches:
+        return 1, min(params.batch_size, rows) * params.sequence_length
+    steps = epochs * -(-rows // params.batch_size) + batches
+    return steps, (epochs * rows + batches * params.batch_size) * params.sequence_length
+
+
 def _all(data: Dataset, what: str) -> Iterable[dict[str, torch.Tensor]]:
     """Its rows once, with a progress bar on a terminal."""
     batches = DataLoader(data, batch_size=64)
@@ -76,7 +87,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(existing(TOKENIZER))
     data = PackedTokens(TOKENS, "train", params.sequence_length)
     held_out = PackedTokens(TOKENS, "validation", params.sequence_length)
-    steps = max(1, params.tokens // (params.batch_size * params.sequence_length))
+    steps, tokens = budget(len(data), params)
     set_seed(params.seed)
     model = _initial_model(config, tokenizer)
     parent = Path(params.init) if params.init and Path(params.init).is_dir() else None
@@ -114,7 +125,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     metrics = {
         "validation_loss": round(loss, 6),
         "validation_perplexity": round(math.exp(loss), 4),
-        "tokens_seen": steps * params.batch_size * params.sequence_length,
+        "tokens_seen": tokens,
         "parameters": stored,
         "memory_parameters": table,
     }

@@ -1,5 +1,6 @@
 """The training stages on a few rows: what they write is reproducible, and a killed run continues exactly."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memgpt import config, lineage
+from memgpt import config, lineage, training
 from memgpt.errors import UserError
 from memgpt.model import MemGPTForCausalLM, MemGPTTokenizer
 from memgpt.stages import pretrain, tokenize
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = [
     "pretrain.sequence_length=16",
     "pretrain.batch_size=4",
-    "pretrain.tokens=3840",  # 60 steps, more than one epoch of the 50 rows below
+    "pretrain.tokens=3840",  # 62 steps, nearly five epochs of the 50 rows below, whose last batch has 2
     "pretrain.checkpoint_steps=7",
 ]
 RUN = "from memgpt import config; from memgpt.stages import pretrain; pretrain.run(config.load())"
@@ -95,6 +96,22 @@ def test_a_checkpoint_cut_short_is_not_resumed(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "none") is None
 
 
+@pytest.mark.parametrize(
+    ("tokens", "batch_size", "steps", "seen"),
+    [(3840, 4, 62, 3840), (3840, 64, 4, 3200), (1600, 4, 26, 1600), (1, 4, 1, 64), (1, 64, 1, 800)],
+)
+def test_the_tokens_of_smaller_batches_are_counted_as_they_are(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, batch_size: int, steps: int, seen: int
+) -> None:
+    monkeypatch.chdir(place)
+    settings = [f"pretrain.tokens={tokens}", f"pretrain.batch_size={batch_size}"]
+    params = config.parse(config.override(config.read(), settings)).pretrain
+    assert pretrain.budget(50, params) == (steps, seen)
+    batches = training._Batches(50, batch_size, 0, None)
+    epochs = itertools.chain.from_iterable(itertools.repeat(batches))
+    assert sum(map(len, itertools.islice(epochs, steps))) * 16 == seen
+
+
 def test_it_learns_and_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     curve: list[float] = []
@@ -102,6 +119,7 @@ def test_it_learns_and_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert curve[0] > 5.0  # near log 300
     assert metrics["validation_loss"] < 0.7 * curve[0]
     assert lineage.read("models/base")["metrics"] == metrics
+    assert metrics["tokens_seen"] == 3840
     assert MemGPTForCausalLM.from_pretrained("models/base").num_parameters() == metrics["parameters"]
 
 
