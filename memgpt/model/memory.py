@@ -121,7 +121,13 @@ class NGramHash(nn.Module):
         self, input_ids: torch.Tensor, context_ids: torch.Tensor | None, reach: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The `reach` tokens before input_ids [B, T] and these, [B, reach + T] each: ids, canonical ids, and which are
-        none, a mask or padding."""
+        none, a mask or padding.
+
+        Raises:
+            ValueError: offloaded buffers, which come to `forward` alone.
+        """
+        if self.canonical_ids.is_meta:
+            raise ValueError("offload_buffers=True: what a model recalls takes its buffers in place; leave it out")
         ids = input_ids if context_ids is None else torch.cat((context_ids, input_ids), dim=1)
         blank = ids == HIDDEN
         for token in self.blanks:
@@ -283,7 +289,7 @@ class GatedMemory(nn.Module):
 
     def forward(self, hidden: torch.Tensor, entry: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, D], entry [B, lead + T, E], position_ids [B or 1, T] → what to add to hidden, [B, T, D]."""
-        if kernels.serve(hidden):
+        if kernels.serve(hidden) and not self.query_norm.weight.is_meta:  # offloaded, it comes when the norm is called
             from memgpt.model.kernels.memory import gated_convolution
 
             weight, taps = self.query_norm.weight * self.key_norm.weight, self.taps if self.lead else None

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from memories import give_memory
 
 from memgpt import objectives
@@ -181,6 +182,16 @@ def test_decoding_with_a_cache_reads_what_one_pass_reads() -> None:
             step = made(ids[:, at : at + 1], past_key_values=first.past_key_values, use_cache=True)
             rest.append(step.logits)
     agree(torch.cat(rest, dim=1), whole, 1e-5)
+
+
+def test_offloaded_weights_are_brought() -> None:
+    made = model().eval()
+    made.model.memory_table.sparse = False  # as a model that does not learn has it
+    ids = torch.randint(3, 70, (2, 9), device=DEVICE)
+    with torch.no_grad():
+        before = made(ids).logits
+        cpu_offload(made, execution_device=torch.device(DEVICE))
+        agree(made(ids).logits, before, 1e-5)
 
 
 @pytest.mark.skipif(not kernels.LIGER, reason="liger-kernel is not installed")

@@ -517,6 +517,10 @@ def test_a_prefix_is_brought_where_accelerate_has_put_its_weights(ids: torch.Ten
         before = model(ids).logits
         cpu_offload(model, execution_device=torch.device("cpu"))
         assert torch.equal(model(ids).logits, before)
+        model = made(MemGPTForTokenClassification)
+        cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+        with pytest.raises(ValueError, match="offload_buffers=True"):
+            model(ids)
 
 
 def test_a_plan_of_tensor_parallelism_names_what_there_is() -> None:
