@@ -178,7 +178,8 @@ class MemGPTForTokenClassification(MemGPTPreTrainedModel):
         logits = self.head(outputs.last_hidden_state)
         if self.word_votes is not None and input_ids is not None and not self.training:
             shown = hide(input_ids, attention_mask, self.word_votes.pad)
-            votes = self.word_votes(shown, self.model.ngram_hash.canonical_ids)
+            packed = kwargs.get("position_ids") if attention_mask is None else None
+            votes = self.word_votes(shown, self.model.ngram_hash.canonical_ids, packed)
             logits = logits + self.config.word_vote_weight * votes
         loss = None if labels is None else _cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         return TokenClassifierOutput(

@@ -137,8 +137,19 @@ class TokenVotes(WordTable):
 
     features = TOKEN_FEATURES
 
-    def forward(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids [B, T], canonical_ids [V] → votes [B, T, L]."""
+    def forward(
+        self, input_ids: torch.Tensor, canonical_ids: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """input_ids [B, T], canonical_ids [V] → votes [B, T, L]. position_ids [B or 1, T]: of packed documents, where
+        they start again at 0; words of another document do not vote."""
+        if position_ids is not None:
+            starts = (position_ids == 0).expand_as(input_ids).clone()
+            starts[:, 0] = True
+            document, place = starts.flatten().cumsum(0) - 1, torch.arange(starts.numel(), device=starts.device)
+            place = place - place[starts.flatten()][document]
+            alone = input_ids.new_full((int(document[-1]) + 1, int(place.max()) + 1), self.pad)
+            alone[document, place] = input_ids.flatten()
+            return self(alone, canonical_ids)[document, place].unflatten(0, input_ids.shape)
         return self.table(self.addresses(input_ids, canonical_ids)).sum(-2) + self.bias
 
 

@@ -64,6 +64,19 @@ def test_padding_and_neighbours_in_the_batch_change_nothing(
     assert not votes[0, short.shape[1] :].any()
 
 
+def test_words_of_another_packed_document_do_not_vote(
+    model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer
+) -> None:
+    torch.nn.init.normal_(model.word_votes.table.weight[1:])
+    texts = [ids(tokenizer, text) for text in ("Mr Ada left", "so", "said Mr Yulia Quill")]
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    alone = torch.cat([model(text).logits for text in texts], dim=1)
+    row = torch.cat(texts, dim=1)
+    torch.testing.assert_close(model(row, position_ids=positions).logits, alone)
+    torch.testing.assert_close(model(row.repeat(2, 1), position_ids=positions).logits, alone.repeat(2, 1, 1))
+    assert not torch.allclose(model(row).logits, alone)
+
+
 def test_a_words_tokens_vote_alike_and_its_case_and_context_count(
     model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer
 ) -> None:
