@@ -559,6 +559,11 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         if inputs.get("attention_mode") == "prefix" and cache is not None:
             if cache.get_seq_length():  # the prefix is in the cache; what follows reads causally
                 inputs.update(attention_mode="causal", prefix_mask=None)
+            elif (prefix := inputs.get("prefix_mask")) is not None and prefix[:, input_ids.shape[1] :].any():
+                raise ValueError(
+                    "prefill_chunk_size: a piece ends within the prefix, which attention_mode='prefix' reads as one; "
+                    "give a size that holds all of it, or none"
+                )
             else:  # a cache of fixed size got a causal mask: have the model make its own
                 inputs["attention_mask"] = attention_mask
         return inputs

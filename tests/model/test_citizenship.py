@@ -338,6 +338,17 @@ def test_generation_from_a_prefix_equals_the_full_pass(settings: dict, ids: torc
         assert torch.equal(logits[:, 11:-1].argmax(-1), plain[:, 12:])
 
 
+def test_a_prompt_comes_in_pieces_after_its_prefix_alone(ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM)
+    prefix = (torch.arange(12) < 6).long().expand(2, -1)
+    common = dict(attention_mode="prefix", prefix_mask=prefix, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    common |= dict(return_dict_in_generate=True, output_logits=True)
+    wanted, found = model.generate(ids, **common), model.generate(ids, prefill_chunk_size=7, **common)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits))
+    with pytest.raises(ValueError, match="prefill_chunk_size: a piece ends within the prefix"):
+        model.generate(ids, prefill_chunk_size=5, **common)
+
+
 def test_generation_goes_on_from_vectors(ids: torch.Tensor) -> None:
     """What they stand for, if `generate` is told; else the memories are silent, and a line says so."""
     model = made(MemGPTForCausalLM)
