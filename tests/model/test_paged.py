@@ -3,7 +3,8 @@
 import pytest
 import torch
 from memories import give_memory
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from memgpt.model import MemGPTConfig, MemGPTForCausalLM, paged
 
@@ -20,11 +21,11 @@ def model(**changes) -> MemGPTForCausalLM:
     return made
 
 
-def settings(**changes) -> GenerationConfig:
-    small = dict(num_blocks=16, block_size=16, max_batch_tokens=24)
-    return GenerationConfig(
-        max_new_tokens=9, eos_token_id=-1, pad_token_id=0, **small, **{"do_sample": False, **changes}
-    )
+def batch(made: MemGPTForCausalLM, inputs: list[list[int]], **changes) -> list[GenerationOutput]:
+    """What `generate_batch` answers, with a cache of a few small pages; by default it takes most of the memory."""
+    settings = {"max_new_tokens": 9, "eos_token_id": -1, "pad_token_id": 0, "do_sample": False, **changes}
+    pages = ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=24)
+    return list(made.generate_batch(inputs, GenerationConfig(**settings), pages).values())
 
 
 @pytest.mark.parametrize("layers", [None, []])
@@ -36,25 +37,23 @@ def test_requests_that_share_batches_get_what_each_gets_alone(layers: list[int] 
         made.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None)[0, len(prompt) :]
         for prompt in prompts
     ]
-    together = made.generate_batch(inputs=prompts, generation_config=settings(), progress_bar=False)
-    assert [answer.error for answer in together.values()] == [None] * len(prompts)
-    found = {tuple(answer.prompt_ids): answer.generated_tokens for answer in together.values()}
+    together = batch(made, prompts)
+    assert [answer.error for answer in together] == [None] * len(prompts)
+    found = {tuple(answer.prompt_ids): answer.generated_tokens for answer in together}
     assert [found[tuple(prompt)] for prompt in prompts] == [tokens.tolist() for tokens in alone]
 
 
 def test_answers_that_fork_take_their_ids_along() -> None:
     made, prompt = model(), [9, 10, 11, 12, 13]
     alone = made.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=None)[0, 5:]
-    sampled = settings(num_return_sequences=3, do_sample=True, top_k=1)
-    forks = made.generate_batch(inputs=[prompt, [4] * 20], generation_config=sampled, progress_bar=False)
-    found = [answer.generated_tokens for answer in forks.values() if answer.prompt_ids == prompt]
+    forks = batch(made, [prompt, [4] * 20], num_return_sequences=3, do_sample=True, top_k=1)
+    found = [answer.generated_tokens for answer in forks if answer.prompt_ids == prompt]
     assert found == [alone.tolist()] * 3
 
 
 def test_a_model_whose_layers_all_forget_is_refused_in_words() -> None:
     made = model(layer_types=[LOCAL, LOCAL])
-    answers = made.generate_batch(inputs=[[5, 6]], generation_config=settings(), progress_bar=False)
-    assert all("full attention" in str(answer.error) for answer in answers.values())
+    assert all("full attention" in str(answer.error) for answer in batch(made, [[5, 6]]))
 
 
 def test_a_kernel_that_writes_to_the_cache_itself_is_refused_in_words() -> None:
