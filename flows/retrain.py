@@ -68,7 +68,8 @@ def retrain(
         overrides: Keys of params.yaml for this run alone, such as finetune.ner.epochs=2.
         force: Run every stage, unchanged ones too.
         approval: With auto, only what the gate holds waits for somebody's approval; with manual, everything does.
-        replace: Models that may replace a champion they cannot be compared with.
+        replace: Models to promote though they are not comparable, their gain not certain, or they were rolled back; not
+            what is rejected.
     """
     environment.prepare()
     order = Order(tuple(tasks), force, tuple(replace), approval == "manual")
@@ -221,7 +222,7 @@ def _note_commit() -> None:
 
 
 def main() -> int:
-    """`python -m flows.retrain`, which `memgpt retrain` becomes. 0: it went through, whatever the gate said."""
+    """`python -m flows.retrain`, which `memgpt retrain` becomes. 0: it went through, and nothing was rejected."""
     parser = argparse.ArgumentParser(prog="python -m flows.retrain", description="What `memgpt retrain` runs.")
     parser.add_argument("--force", action="store_true", help="run unchanged stages too")
     parser.add_argument("--replace", action="append", default=[], choices=config.MODELS)

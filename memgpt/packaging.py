@@ -1,6 +1,7 @@
 """A model directory as an MLflow model that loads without this project: weights, the code that reads them, pinned
 requirements, signature, example, model card. Nothing in it is a pickle."""
 
+import inspect
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -8,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import memgpt
-from memgpt import lineage
+from memgpt import lineage, predict
 
 CODE = Path(memgpt.__file__).parent  # the package to pack
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas")
 _PARTS = ("__init__.py", "model", "predict")  # of the package: what prediction imports
+# What a consumer may set: MLflow passes on only keys that have a value already.
+_SERVING = {
+    key: given.default
+    for key, given in inspect.signature(predict.load).parameters.items()
+    if given.default is not inspect.Parameter.empty
+}
 # Made up, like the newsroom; never a user's data. An item that nobody has seen is given by its text.
 EXAMPLES: dict[str, list[Any]] = {
     "base": ["Shares of Norvale Systems rose after the quarterly report."],
@@ -74,7 +81,7 @@ def save(model: str, directory: Path, card: str, target: Path, run_id: str) -> N
             artifacts={"model": str(weights)},
             code_paths=[str(packed)],
             pip_requirements=requirements(),
-            model_config={"task": model, "device": "cpu", "memory": "resident", "weights": "float32", "compile": False},
+            model_config={"task": model, **_SERVING},
         )
     saved = Model.load(str(target))
     if model == "ner":

@@ -1,5 +1,6 @@
 """What is registered: loadable without this project, without a pickle, with signature, example and card."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import slim_env
 from judged_place import empty_registry
 
-from memgpt import atomic, lineage, packaging, registry, tracking
+from memgpt import atomic, lineage, packaging, predict, registry, tracking
 from memgpt.config import MODELS
 
 TEXTS = ["Ada Brandt joined Norvale Systems in Westhaven.", "Norvale Systems did not reach its targets."]
@@ -132,6 +133,8 @@ def test_signature_and_example(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
         saved = Model.load(path)
         assert saved.signature is not None
         assert saved.load_input_example(path) == packaging.EXAMPLES[model]
+        settings = saved.flavors["python_function"]["config"]
+        assert settings.keys() == inspect.signature(predict.load).parameters.keys() - {"directory"}
     ner = Model.load(str(files(root, "ner", monkeypatch))).signature
     assert ner is not None
     assert str(ner.inputs) == "[string (required)]"

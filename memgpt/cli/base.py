@@ -21,6 +21,7 @@ TaskName = Annotated[Task, typer.Argument(help="Which of the three tasks.")]
 ModelName = Annotated[Model, typer.Argument(help="The core, or one of the three tasks.")]
 VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="ner, its champion; ner@champion; ner/3.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+REPLACE = "Promote it though it is not comparable, its gain not certain, or it was rolled back; not what is rejected."
 Reason = Annotated[str, typer.Option(help="Why, in your words: kept in the record of the decision.")]
 
 

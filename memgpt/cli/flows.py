@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from memgpt.cli.base import REPLACE
 from memgpt.errors import UserError
 
 PANEL = "Flows"
@@ -23,7 +24,7 @@ def retrain(
     force: Annotated[bool, typer.Option(help="Run every stage, unchanged ones too.")] = False,
     replace: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODEL", help="Let this model replace a champion it cannot be compared with."),
+        typer.Option(metavar="MODEL", help=f"{REPLACE} May be repeated."),
     ] = None,
     ask: Annotated[bool, typer.Option(help="Hold what the gate would promote, until `memgpt approve`.")] = False,
 ) -> None:

@@ -81,7 +81,11 @@ def tune(
     trials: Annotated[int, typer.Option(help="How many the study is to have in the end.", min=1)] = 20,
     space: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=RANGE", help="A key of finetune.TASK: low..high, or values a,b,c; may be repeated."),
+        typer.Option(
+            metavar="KEY=RANGE",
+            help="A key of finetune.TASK: low..high of a rate or fraction, or values a,b,c; may be repeated. Default: "
+            "both learning rates, dropout and batch_size.",
+        ),
     ] = None,
     range_test: Annotated[
         bool, typer.Option("--range-test", help="Instead: the loss while the learning rate rises, one short run.")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from memgpt.cli.base import (
+    REPLACE,
     AsJson,
     Model,
     ModelName,
@@ -26,7 +27,7 @@ app = typer.Typer()
 @app.command(rich_help_panel=PANEL)
 def promote(
     model: ModelName,
-    replace: Annotated[bool, typer.Option(help="Release a hold, as an operator's approval does.")] = False,
+    replace: Annotated[bool, typer.Option(help=REPLACE)] = False,
     ask: Annotated[bool, typer.Option(help="Hold what the gate would promote, until `memgpt approve`.")] = False,
     reason: Reason = "",
 ) -> None:
@@ -51,7 +52,7 @@ def promote(
 @app.command(rich_help_panel=PANEL)
 def approve(
     model: ModelName,
-    version: Annotated[str | None, typer.Option(help="Refuse if another one is held by now.")] = None,
+    version: Annotated[str | None, typer.Option(help="3 or ner/3. Refuse if another one is held by now.")] = None,
     reject: Annotated[bool, typer.Option("--reject", help="Say no instead.")] = False,
     reason: Reason = "",
 ) -> None:
@@ -61,7 +62,7 @@ def approve(
     """
     from memgpt.stages import approve as stage
 
-    done = stage.run(load_config(), model, approve=not reject, version=version, reason=reason)
+    done = stage.run(load_config(), model, approve=not reject, version=_number(model, version), reason=reason)
     print(f"approve {model}: version {done.version} {'rejected' if reject else 'is champion'} ({done.reasons})")
 
 
@@ -75,15 +76,22 @@ def rollback(
 
     Example: [bold]memgpt rollback sentiment --to 3 --reason "wrong on negations"[/]
     """
-    from memgpt import registry
     from memgpt.stages import rollback as stage
 
-    if to and not to.isdecimal():
-        named, to = registry.resolve(open_registry(), to)
-        if named != model:
-            raise UserError(f"--to {named}/{to}: is no version of {model}")
-    done = stage.run(load_config(), model, version=to, reason=reason)
+    done = stage.run(load_config(), model, version=_number(model, to), reason=reason)
     print(f"rollback {model}: version {done.before} → {done.version}")
+
+
+def _number(model: str, version: str | None) -> str | None:
+    """ner/3, or 3 → 3."""
+    from memgpt import registry
+
+    if not version or version.isdecimal():
+        return version
+    named, number = registry.resolve(open_registry(), version)
+    if named != model:
+        raise UserError(f"{version}: is no version of {model}")
+    return number
 
 
 @app.command(rich_help_panel=PANEL)

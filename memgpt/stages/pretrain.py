@@ -151,7 +151,9 @@ def _products(model: MemGPTForCausalLM, params: Pretrain) -> AbstractContextMana
         distributed.tell("pretrain.float8: no GPU that multiplies in 8 bits (Ada, Hopper or later); training without")
         return nullcontext()
     if find_spec("torchao") is None:
-        raise UserError("pretrain.float8 needs torchao; pip install 'memgpt[float8]', or set pretrain.float8=false")
+        raise UserError(
+            "pretrain.float8 needs torchao; pip install -e '.[float8]' in the checkout, or set pretrain.float8=false"
+        )
     return float8.products(model)
 
 

@@ -4,6 +4,8 @@ Reads data/tables/*; writes models/tokenizer and data/tokens: for each split `<s
 one row, each document led by the end token, and `<split>_starts.npy`, where each document begins.
 """
 
+import hashlib
+import heapq
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +73,10 @@ def _held_out_texts() -> list[str]:
 
 def _tokenizer(config: Config, texts: list[str]) -> PreTrainedTokenizerFast:
     if config.pretrain.init is None:
-        sample = texts[: config.tokenize.max_documents]
-        return MemGPTTokenizer.train(sample, config.tokenize.vocab_size, config.tokenize.min_frequency)
+        limit = config.tokenize.max_documents
+        if len(texts) > limit:  # a sample of all: a corpus may come in an order, by source or by time
+            texts = heapq.nsmallest(limit, texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+        return MemGPTTokenizer.train(texts, config.tokenize.vocab_size, config.tokenize.min_frequency)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.pretrain.init)
     except (OSError, ValueError) as error:

@@ -1,9 +1,14 @@
 """What the gate holds becomes champion on a person's word, and only what that person saw."""
 
-import pytest
-from judged_place import Place
+import shutil
+from functools import partial
 
-from memgpt import registry, tracking
+import pytest
+from conftest import ROOT
+from judged_place import Place
+from typer.testing import CliRunner
+
+from memgpt import cli, registry, tracking
 from memgpt.errors import UserError
 from memgpt.stages import approve, promote, rollback
 
@@ -41,7 +46,11 @@ def test_rejected_it_leaves_the_champion(place: Place) -> None:
     promote.run(place.config, MODEL)
     place.model(errors=0.1)
     assert promote.run(place.config, MODEL, ask=True).verdict == "hold"
-    approve.run(place.config, MODEL, approve=False, actor="Ben")
+    shutil.copy(ROOT / "params.yaml", place.root)
+    decide = partial(CliRunner().invoke, cli.app, env={"MEMGPT_ACTOR": "Ben"})
+    wrong = decide(["approve", MODEL, "--reject", "--version", "ner/2"])
+    assert "ner/2: no such version" in str(wrong.exception)
+    assert decide(["approve", MODEL, "--reject", "--version", "sentiment/2"]).exit_code == 0
     assert aliases() == {"champion": "1"}
     tags = registry.version_tags(tracking.client(), MODEL, "2")
     assert "by Ben" in tags["rejected"]

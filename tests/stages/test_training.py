@@ -210,6 +210,15 @@ def test_a_tokenizer_without_an_end_token_is_no_start(place: Path, monkeypatch: 
         tokenize._tokenizer(settings, [])
 
 
+def test_of_more_documents_than_it_may_read_the_tokenizer_sees_a_sample() -> None:
+    """Of all, since a corpus may come in an order; the same one whatever the order."""
+    texts = [f"{'early' if n < 50 else 'later'} words number {n}" for n in range(100)]
+    settings = config.parse(config.override(config.read(ROOT / "params.yaml"), ["tokenize.max_documents=50"]))
+    tokenizer = tokenize._tokenizer(settings, texts)
+    assert [len(tokenizer(word)["input_ids"]) for word in ("early", "later")] == [1, 1]
+    assert tokenize._tokenizer(settings, texts[::-1]).get_vocab() == tokenizer.get_vocab()
+
+
 def test_packed_rows_count_positions_from_each_document(place: Path) -> None:
     rows = pretrain.PackedTokens(place / "data/tokens", "train", 16)
     positions = rows[3]["position_ids"].tolist()  # tokens 48 … 63; a document starts at 50
