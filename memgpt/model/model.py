@@ -557,9 +557,10 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
             if isinstance(inputs.get("attention_mask"), dict):  # of a cache of fixed size: it tells the model no more
                 inputs["memory_ids"] = known[:, past:].clone(memory_format=torch.contiguous_format)
         if inputs.get("attention_mode") == "prefix" and cache is not None:
+            length = (input_ids if embedded is None else embedded).shape[1]
             if cache.get_seq_length():  # the prefix is in the cache; what follows reads causally
                 inputs.update(attention_mode="causal", prefix_mask=None)
-            elif (prefix := inputs.get("prefix_mask")) is not None and prefix[:, input_ids.shape[1] :].any():
+            elif (prefix := inputs.get("prefix_mask")) is not None and prefix[:, length:].any():
                 raise ValueError(
                     "prefill_chunk_size: a piece ends within the prefix, which attention_mode='prefix' reads as one; "
                     "give a size that holds all of it, or none"

@@ -338,6 +338,15 @@ def test_generation_from_a_prefix_equals_the_full_pass(settings: dict, ids: torc
         assert torch.equal(logits[:, 11:-1].argmax(-1), plain[:, 12:])
 
 
+@pytest.mark.parametrize("settings", [{}, dict(cache_implementation="static")])
+def test_vectors_are_a_prefix_as_their_tokens_are(settings: dict, ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM, memory_layers=[], recall_length=0)
+    common = dict(attention_mode="prefix", prefix_mask=torch.ones_like(ids), max_new_tokens=6, eos_token_id=None)
+    common |= dict(attention_mask=torch.ones_like(ids), do_sample=False, **settings)
+    found = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **common)
+    assert torch.equal(found, model.generate(ids, **common)[:, 12:])
+
+
 def test_a_prompt_comes_in_pieces_after_its_prefix_alone(ids: torch.Tensor) -> None:
     model = made(MemGPTForCausalLM)
     prefix = (torch.arange(12) < 6).long().expand(2, -1)
