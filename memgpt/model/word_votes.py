@@ -101,11 +101,20 @@ class WordTable(nn.Module):
         starts[:, 1:] |= blank[:, :-1]
         return (starts | blank).cumsum(1) - 1
 
-    def addresses(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
-        """Rows [B, T, F] of the table; 0 for padding."""
+    def addresses(
+        self, input_ids: torch.Tensor, canonical_ids: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows [B, T, F] of the table; 0 for padding. position_ids [B or 1, T]: of packed documents, where they start
+        again at 0, and so do words; those of another document are none."""
         input_ids = input_ids.long()  # what is mixed from fewer bits is another row
         word, blank = self.words(input_ids), input_ids == self.pad
         starts = torch.diff(word, dim=1, prepend=torch.full_like(word[:, :1], -1)) > 0
+        document = None  # of a word
+        if position_ids is not None:
+            first = (position_ids == 0).expand_as(input_ids)
+            starts = starts | first
+            word = starts.cumsum(1) - 1
+            document = torch.zeros_like(word).scatter(1, word, 1 + first.cumsum(1))
         ends = torch.diff(word, dim=1, append=torch.full_like(word[:, :1], word.shape[1])) > 0
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         place = position - torch.where(starts, position, 0).cummax(1).values  # of a token in its word
@@ -126,7 +135,10 @@ class WordTable(nn.Module):
         for number, feature in enumerate(self.features):
             mixed = torch.full_like(input_ids, number)
             for view, distance in feature:
-                mixed = _mix(mixed, _shift(views[view], distance))
+                found = _shift(views[view], distance)
+                if document is not None:
+                    found = found * (_shift(document, distance) == document)
+                mixed = _mix(mixed, found)
             rows.append(1 + (mixed >> 20) % self.rows)
         of_tokens = torch.stack(rows, dim=-1).gather(1, word[..., None].expand(-1, -1, len(rows)))
         return of_tokens.masked_fill(blank[..., None], 0)
@@ -142,15 +154,7 @@ class TokenVotes(WordTable):
     ) -> torch.Tensor:
         """input_ids [B, T], canonical_ids [V] → votes [B, T, L]. position_ids [B or 1, T]: of packed documents, where
         they start again at 0; words of another document do not vote."""
-        if position_ids is not None:
-            starts = (position_ids == 0).expand_as(input_ids).clone()
-            starts[:, 0] = True
-            document, place = starts.flatten().cumsum(0) - 1, torch.arange(starts.numel(), device=starts.device)
-            place = place - place[starts.flatten()][document]
-            alone = input_ids.new_full((int(document[-1]) + 1, int(place.max()) + 1), self.pad)
-            alone[document, place] = input_ids.flatten()
-            return self(alone, canonical_ids)[document, place].unflatten(0, input_ids.shape)
-        return self.table(self.addresses(input_ids, canonical_ids)).sum(-2) + self.bias
+        return self.table(self.addresses(input_ids, canonical_ids, position_ids)).sum(-2) + self.bias
 
 
 class TextVotes(WordTable):
@@ -190,7 +194,9 @@ class TextVotes(WordTable):
         starts[:, 0] = True
         return starts.cumsum(1) - 1
 
-    def addresses(self, input_ids: torch.Tensor, canonical_ids: torch.Tensor) -> torch.Tensor:
+    def addresses(  # type: ignore[override]  # one text a row
+        self, input_ids: torch.Tensor, canonical_ids: torch.Tensor
+    ) -> torch.Tensor:
         """Rows [B, T, F] of the table, each where it is first read in its text; 0 elsewhere and for padding."""
         rows = super().addresses(input_ids, canonical_ids)
         found, order = rows.flatten(1).sort(dim=1, stable=True)

@@ -77,6 +77,16 @@ def test_words_of_another_packed_document_do_not_vote(
     assert not torch.allclose(model(row).logits, alone)
 
 
+def test_votes_of_a_packed_row_are_one_graph(model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer) -> None:
+    """Their cost is that of the row, whatever its documents are."""
+    torch.nn.init.normal_(model.word_votes.table.weight[1:])
+    canonical, documents = model.model.ngram_hash.canonical_ids, [80, *[8] * 50]
+    row, positions = ids(tokenizer, " ".join(WORDS * 40)), torch.cat([torch.arange(length) for length in documents])
+    votes = torch.compile(model.word_votes, fullgraph=True, backend="eager")(row, canonical, positions[None])
+    alone = [model.word_votes(text, canonical) for text in row.split(documents, dim=1)]
+    torch.testing.assert_close(votes, torch.cat(alone, dim=1))
+
+
 def test_a_words_tokens_vote_alike_and_its_case_and_context_count(
     model: MemGPTForTokenClassification, tokenizer: MemGPTTokenizer
 ) -> None:
