@@ -359,7 +359,8 @@ class MemGPTModel(MemGPTPreTrainedModel):
         `input_ids` when decoding with a cache, −1 where hidden. `generate` passes them; else those that the cache was
         last used with.
         memory_ids [B, T]: what inputs_embeds stand for, −1 where for no token; without, the memories are silent, also
-        for what follows them in a cache. Or input_ids, −1 where masks that `generate` made hide them.
+        for what follows them in a cache. Or input_ids, −1 where masks that `generate` made hide them. [B, 0]: of none;
+        compiled code is told so with each token that follows vectors, as `generate` does.
         memory_entry: what `read_memory` gave for these ids, if it was called before.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -368,17 +369,19 @@ class MemGPTModel(MemGPTPreTrainedModel):
         given: torch.Tensor = input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
         if inputs_embeds is None:
             self._check_ids(given)
-            memory_ids = input_ids if memory_ids is None else memory_ids
-            memory_ids = None if _of_vectors(past_key_values) else memory_ids
+            if memory_ids is None and (torch.compiler.is_compiling() or not _of_vectors(past_key_values)):
+                memory_ids = input_ids
+        if memory_ids is not None and not memory_ids.shape[1]:
+            memory_ids = None
         # Of texts that stand in one row, each for itself.
         self._check_length(kwargs.get("max_length_q") or given.shape[1], past_key_values, position_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(given.shape[1], device=given.device)[None] + past
-        recalled, remembers = None, self.memory_table is not None or self.recall is not None
-        if memory_ids is None and input_ids is None and remembers and not torch.compiler.is_compiling():
+        recalled = None
+        if memory_ids is None and input_ids is None and self.remembers and not torch.compiler.is_compiling():
             logger.warning_once("inputs_embeds without memory_ids, the tokens that they stand for: no memory is read")
-        if memory_ids is not None and remembers:
+        if memory_ids is not None and self.remembers:
             memory_ids = hide(memory_ids, attention_mask)
             if context_ids is None and past_key_values is not None:
                 context_ids = _noted_ids(past_key_values)
@@ -433,6 +436,11 @@ class MemGPTModel(MemGPTPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
         )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it has a memory, of knowledge or of the text."""
+        return self.memory_table is not None or self.recall is not None
 
     @property
     def context(self) -> int:
@@ -497,7 +505,8 @@ def _of_vectors(cache: Cache | None) -> bool:
     are without a cache (so in training), where vectors are all that is passed."""
     if cache is None or not getattr(cache, "of_vectors", False):
         return False
-    return torch.compiler.is_compiling() or bool(cache.get_seq_length())
+    cache.of_vectors = bool(cache.get_seq_length())  # else it was reset, and what is compiled notes nothing
+    return cache.of_vectors
 
 
 def _noted_ids(cache: Cache) -> torch.Tensor | None:
@@ -535,15 +544,18 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         cache = inputs.get("past_key_values")
-        known = hide(input_ids, attention_mask)
         embedded = inputs.get("inputs_embeds")
         if embedded is not None and embedded.shape[1] == input_ids.shape[1]:  # else there are vectors of no token
-            inputs["memory_ids"] = known
+            inputs["memory_ids"] = hide(input_ids, attention_mask)
         elif embedded is None:  # any that were passed were of vectors, which are read by now
             inputs.pop("memory_ids", None)
-        if inputs.get("input_ids") is not None and cache is not None:
+        if embedded is None and _of_vectors(cache):
+            inputs["memory_ids"] = input_ids[:, :0]
+        elif embedded is None and cache is not None and self.model.remembers:
             past, count = input_ids.shape[1] - inputs["input_ids"].shape[1], self.model.context
-            before = known[:, max(0, past - count) : past]
+            near = min(past, count)  # of the whole text it would take longer than a step
+            known = hide(input_ids[:, past - near :], attention_mask)
+            before = known[:, :near]
             if past < count and cache.get_seq_length() > past:  # the ids of a prompt in pieces, or of a call before
                 if not past:
                     cache.earlier_ids = _noted_ids(cache)
@@ -555,7 +567,7 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
                 before = nn.functional.pad(before, (count - before.shape[1], 0), value=HIDDEN)
             inputs["context_ids"] = before
             if isinstance(inputs.get("attention_mask"), dict):  # of a cache of fixed size: it tells the model no more
-                inputs["memory_ids"] = known[:, past:].clone(memory_format=torch.contiguous_format)
+                inputs["memory_ids"] = known[:, near:].clone(memory_format=torch.contiguous_format)
         if inputs.get("attention_mode") == "prefix" and cache is not None:
             length = (input_ids if embedded is None else embedded).shape[1]
             if cache.get_seq_length():  # the prefix is in the cache; what follows reads causally

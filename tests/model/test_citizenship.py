@@ -8,6 +8,7 @@ import torch
 from memories import give_memory
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, StaticCache, Trainer, TrainingArguments, pipeline
+from transformers.generation import CompileConfig
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -372,9 +373,37 @@ def test_generation_goes_on_from_vectors(ids: torch.Tensor) -> None:
     assert "inputs_embeds without memory_ids" in said.out
     embedded = model.get_input_embeddings()(torch.cat((ids, silent), dim=1))
     assert torch.equal(model(inputs_embeds=embedded).logits[:, 11:-1].argmax(-1), silent)
+    common |= dict(attention_mask=torch.ones_like(ids), cache_implementation="static")
+    assert torch.equal(model.generate(inputs_embeds=vectors, **common), silent)
+    steps = CompileConfig(fullgraph=True, mode=None, backend="eager")
+    steps._compile_all_devices = True
+    assert torch.equal(model.generate(inputs_embeds=vectors, compile_config=steps, **common), silent)
     model = made(MemGPTForCausalLM, memory_layers=[], recall_length=0)
     vectors = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=vectors, **common), model.generate(ids, **common)[:, 12:])
+
+
+@torch.no_grad()
+def test_memories_read_what_they_are_told_to_after_vectors(ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM)
+    give_memory(model)
+    vectors, none = model.get_input_embeddings()(ids), torch.full_like(ids[:, :6], -1)
+    cache = model(inputs_embeds=vectors[:, :6], use_cache=True).past_key_values
+    found = model(ids[:, 6:], past_key_values=cache, memory_ids=ids[:, 6:], context_ids=none).logits
+    wanted = model(inputs_embeds=vectors, memory_ids=torch.cat((none, ids[:, 6:]), dim=1)).logits[:, 6:]
+    torch.testing.assert_close(found, wanted)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_reset_forgets_its_vectors_for_compiled_steps_too(ids: torch.Tensor) -> None:
+    model = made(MemGPTForCausalLM)
+    give_memory(model)
+    cache, positions = StaticCache(model.config, max_cache_len=16), torch.arange(12)[None]
+    model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
+    cache.reset()
+    compiled = torch.compile(model, backend="eager")
+    found = compiled(ids, past_key_values=cache, context_ids=ids[:, :0], position_ids=positions).logits
+    torch.testing.assert_close(found, model(ids).logits)
 
 
 def test_a_mask_that_pools_no_text_is_refused(ids: torch.Tensor) -> None:
