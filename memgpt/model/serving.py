@@ -69,7 +69,7 @@ def accelerate(
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    raise ValueError("accelerate: a model with compile=True or 8-bit weights is not saved; save it before")
+    raise ValueError("accelerate: a model compiled to generate, or with 8-bit weights, is not saved; save it before")
 
 
 def _compile(model: PreTrainedModel) -> None:
@@ -98,23 +98,22 @@ class _RoundedLinear(nn.Module):
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(dim=1).clamp(min=1e-12) / largest).to(torch.bfloat16)
         # By the scale as it is kept. One that was rounded down would push the largest past the end.
-        self.weight = nn.Buffer(rounded((weight / scale[:, None].float()).clamp(-largest, largest)))
+        # Of another name than a plain linear map's, which would take it for its weights, without the scales.
+        self.rounded_weight = nn.Buffer(rounded((weight / scale[:, None].float()).clamp(-largest, largest)))
         self.scale = nn.Buffer(scale)
         self.bias = linear.bias
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         """rows [n, in] → [n, out], here with the weight widened, to what the processor multiplies."""
         wide = rows.dtype if multiplies_bfloat16(rows.device) else torch.float32
-        return nn.functional.linear(rows.to(wide), self.weight.to(wide) * self.scale[:, None].to(wide)).to(rows.dtype)
+        weight = self.rounded_weight.to(wide) * self.scale[:, None].to(wide)
+        return nn.functional.linear(rows.to(wide), weight).to(rows.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.product(x.reshape(-1, x.shape[-1]))
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], -1)
-
-    # Loaded, the rounded weights would pass for those of a plain linear map, without their scales.
-    _save_to_state_dict = _refuse_to_save
 
 
 class Int8Linear(_RoundedLinear):
@@ -126,11 +125,11 @@ class Int8Linear(_RoundedLinear):
     def __init__(self, linear: nn.Linear):
         super().__init__(linear, 127, lambda scaled: scaled.round().to(torch.int8))
         # The kernel reads 16 inputs at a time, and past the end if there are fewer.
-        self.packed = self.weight.device.type == "cpu" and self.weight.shape[1] % 16 == 0
+        self.packed = self.rounded_weight.device.type == "cpu" and self.rounded_weight.shape[1] % 16 == 0
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         if self.packed and rows.shape[0] <= _FEW:
-            return torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
+            return torch._weight_int8pack_mm(rows.contiguous(), self.rounded_weight, self.scale)
         return super().product(rows)
 
 
@@ -152,7 +151,7 @@ class Float8Linear(_RoundedLinear):
         # Scales stay outside of the product, which then is the kind that all these GPUs have.
         scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12).float() / _LARGEST
         rounded = (rows / scale).to(torch.float8_e4m3fn)
-        out = torch._scaled_mm(rounded, self.weight.t(), self.one, self.one, out_dtype=torch.bfloat16)
+        out = torch._scaled_mm(rounded, self.rounded_weight.t(), self.one, self.one, out_dtype=torch.bfloat16)
         return (out * scale * self.scale).to(rows.dtype)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from memories import give_memory
 
 from memgpt import predict
@@ -68,8 +69,16 @@ def test_what_would_be_loaded_as_another_model_is_not_saved(weights: str, compil
         model.save_pretrained(tmp_path)
     assert not [*tmp_path.iterdir()]
     if weights != "float32":
-        with pytest.raises(ValueError, match="not saved; save it before"):
-            model.state_dict()
+        with pytest.raises(RuntimeError, match="rounded_weight"):
+            made().load_state_dict(model.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["int8", "float8"])
+def test_8_bits_may_be_offloaded(weights: str) -> None:
+    model, ids = accelerate(made(), weights), tokens(2, 8)
+    wanted = model(ids).logits
+    torch.testing.assert_close(cpu_offload(model, torch.device("cpu"))(ids).logits, wanted)
 
 
 @pytest.mark.parametrize("length", [3, 9, 130])
@@ -136,7 +145,7 @@ def test_a_weight_is_within_its_bound(kind: type[Int8Linear] | type[Float8Linear
     linear = torch.nn.Linear(64, 200, bias=False)
     torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(3))
     rounded = kind(linear)
-    kept = rounded.weight.float() * rounded.scale.float()[:, None]
+    kept = rounded.rounded_weight.float() * rounded.scale.float()[:, None]
     error = (kept - linear.weight).abs() / linear.weight.abs().amax(dim=1, keepdim=True)
     # a scale that bfloat16 rounds down takes up to 1/256 from the largest
     assert error.max() <= share * 1.01 + (kind is Float8Linear) / 256
@@ -164,7 +173,7 @@ def test_float8_products_as_on_a_gpu_answer_alike() -> None:
     model = accelerate(copy.deepcopy(exact), "float8")
     for module in model.modules():
         if isinstance(module, Float8Linear):
-            module.eighth = not any(n % 16 for n in module.weight.shape)
+            module.eighth = not any(n % 16 for n in module.rounded_weight.shape)
     assert distance(model, exact, tokens(2, 20)) < 0.8
     assert greedy(model, tokens(2, 5)).shape == (2, 17)
 
@@ -173,7 +182,7 @@ def test_float8_products_as_on_a_gpu_answer_alike() -> None:
 def test_8_bits_leave_no_matrix_behind(weights: str, dtype: torch.dtype) -> None:
     model = accelerate(made(), weights)
     assert not [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert model.lm_head.weight.dtype == dtype
+    assert model.lm_head.rounded_weight.dtype == dtype
 
 
 @pytest.mark.parametrize("length, padding", [(3, 0), (3, 2), (1, 1), (9, 4)])
