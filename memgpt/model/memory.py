@@ -167,14 +167,15 @@ class NGramHash(nn.Module):
 def with_positions_before(
     position_ids: torch.Tensor, input_ids: torch.Tensor, context_ids: torch.Tensor | None, count: int
 ) -> torch.Tensor:
-    """position_ids [B or 1, T] behind those of the `count` tokens before: [B or 1, count + T]. Hidden tokens take none
-    of their own, so that of the first token may be no position, and the first of a token that is shown counts."""
-    before, first = torch.arange(-count, 0, device=position_ids.device), position_ids[:, :1]
-    if context_ids is not None:
-        shown = nn.functional.pad(context_ids != HIDDEN, (count - context_ids.shape[1], 0))  # or cut, to the last ones
-        before = -shown.flip(1).cumsum(1).flip(1)
-        first = (position_ids - (input_ids != HIDDEN).cumsum(1)).amax(1, keepdim=True) + 1
-    return torch.cat((first + before, position_ids.expand(len(first), -1)), dim=1)
+    """position_ids [B or 1, T] behind those of the `count` tokens before: [B or 1, count + T]. Hidden tokens have none
+    of their own: only shown ones are counted, back from the row's first shown token. context_ids None: no gaps."""
+    if context_ids is None:
+        before = position_ids[:, :1] + torch.arange(-count, 0, device=position_ids.device)
+    else:
+        shown = torch.cat((context_ids, input_ids), dim=1) != HIDDEN
+        place = nn.functional.pad(shown, (count - context_ids.shape[1], 0)).cumsum(1)  # or cut, to the last ones
+        before = (position_ids - place[:, count:]).amax(1, keepdim=True) + place[:, :count]
+    return torch.cat((before, position_ids.expand(len(before), -1)), dim=1)
 
 
 def hide(input_ids: torch.Tensor, attention_mask: object, token: int = HIDDEN) -> torch.Tensor:
