@@ -213,12 +213,12 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        text_weights: torch.Tensor | None = None,
+        sample_weights: torch.Tensor | None = None,
         topics: torch.Tensor | None = None,
         attention_mode: str = "bidirectional",
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> TextClassifierOutput:
-        """labels [B], or [B, L] by `config.problem_type`; text_weights [B] of the texts' losses, for labels [B];
+        """labels [B], or [B, L] by `config.problem_type`; sample_weights [B] of the texts' losses, for labels [B];
         topics [B], −100 for texts whose topic is unknown."""
         outputs = self.model(
             input_ids=input_ids,
@@ -234,9 +234,9 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
             votes = self.word_votes(shown, self.model.ngram_hash.canonical_ids)
             logits = logits + self.config.word_vote_weight * votes
         loss, items = None, kwargs.get("num_items_in_batch")
-        if labels is not None and text_weights is not None:
+        if labels is not None and sample_weights is not None:
             losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-            loss = (losses * text_weights).sum() / (len(labels) if items is None else items)
+            loss = (losses * sample_weights).sum() / (len(labels) if items is None else items)
         elif labels is not None:
             loss = self.loss_function(
                 logits=logits, pooled_logits=logits.float(), labels=labels, config=self.config, **kwargs

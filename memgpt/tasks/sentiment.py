@@ -112,7 +112,7 @@ class Training:
         if self.topics:
             batch["topics"] = torch.tensor([self.topics[i] for i in rows])
         if self.weights:
-            batch["text_weights"] = torch.tensor([self.weights[self.labels[i]] for i in rows])
+            batch["sample_weights"] = torch.tensor([self.weights[self.labels[i]] for i in rows])
         return batch
 
 
