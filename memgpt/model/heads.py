@@ -129,7 +129,8 @@ class InterestHead(nn.Module):
         """
         interest = self.encode_reader(items[history])
         logits = interest @ items.T / self.temperature - log_frequency
-        # What the reader has read already is not recommended again, so it does not compete either.
+        # What the reader has read already is not recommended again, so it does not compete either. A target does,
+        # for histories that repeat items: `memgpt.tables` makes none, but with others the loss would be infinite.
         seen = torch.zeros_like(logits).scatter_add(
             -1, history[:, None, :].expand(-1, history.shape[1], -1), _causal_ones(history).to(logits.dtype)
         )

@@ -192,6 +192,8 @@ def test_recommendation_learns_who_reads_what_next(ids: torch.Tensor) -> None:
         losses.append(loss.item())
     assert losses[0] > 1.1
     assert losses[-1] < 0.3
+    again = model(**{**batch, "labels": history}).loss  # of readers who choose what they have just read
+    assert again < 20
 
 
 @pytest.mark.parametrize(
