@@ -124,10 +124,13 @@ class NGramHash(nn.Module):
         none, a mask or padding.
 
         Raises:
-            ValueError: offloaded buffers, which come to `forward` alone.
+            ValueError: buffers without values, as are offloaded ones, which come to `forward` alone.
         """
-        if self.canonical_ids.is_meta:
-            raise ValueError("offload_buffers=True: what a model recalls takes its buffers in place; leave it out")
+        if self.canonical_ids.is_meta and not input_ids.is_meta:
+            raise ValueError(
+                "canonical_ids: a buffer on the meta device has no values; load the model's weights, and offload them "
+                "without offload_buffers=True"
+            )
         ids = input_ids if context_ids is None else torch.cat((context_ids, input_ids), dim=1)
         blank = ids == HIDDEN
         for token in self.blanks:

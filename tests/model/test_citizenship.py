@@ -568,8 +568,16 @@ def test_a_prefix_is_brought_where_accelerate_has_put_its_weights(ids: torch.Ten
         assert torch.equal(model(ids).logits, before)
         model = made(MemGPTForTokenClassification)
         cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
-        with pytest.raises(ValueError, match="offload_buffers=True"):
+        with pytest.raises(ValueError, match="without offload_buffers=True"):
             model(ids)
+
+
+def test_a_model_without_weights_gives_shapes_alone(ids: torch.Tensor) -> None:
+    with torch.device("meta"):
+        model = MemGPTForTokenClassification(MemGPTConfig(vocab_size=64, hidden_size=16, num_labels=3)).eval()
+    assert model(ids.to("meta")).logits.shape == (2, 12, 3)
+    with pytest.raises(ValueError, match="load the model's weights"):
+        model(ids)
 
 
 def test_a_plan_of_tensor_parallelism_names_what_there_is() -> None:
