@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from uuid import UUID
 
 import psutil
@@ -39,6 +40,7 @@ from memgpt.registry import commit_at_start
 
 POOL = "memgpt"
 PATIENCE = 180.0  # seconds until a service answers; the first start makes the databases
+LOOK = 5.0  # seconds until a note that is locked must say by whom
 GRACE = 20.0  # seconds from SIGTERM to SIGKILL
 
 
@@ -72,7 +74,8 @@ class Service:
             _free(self.name, *self.port)
         UP.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log, (UP / f"{self.name}.json").open("a", encoding="utf-8") as note:
-            fcntl.flock(note, fcntl.LOCK_SH)  # the process has it from now on: see `service`
+            if not self._take(note):
+                return "runs already"
             note.truncate(0)
             process = subprocess.Popen(
                 [sys.executable, "-m", *self.command],
@@ -86,6 +89,19 @@ class Service:
             )
             json.dump({"pid": process.pid}, note)
         return "started"
+
+    def _take(self, note: IO[str]) -> bool:
+        """Lock the note, which the process has from then on: see `service`. False if it runs, or another `make up`
+        starts it; `service` itself and `memgpt doctor` lock it for a moment only."""
+        deadline = time.monotonic() + LOOK
+        while True:
+            try:
+                fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if service(self.name) or time.monotonic() > deadline:
+                    return False
+            time.sleep(0.05)
 
     def wait(self) -> None:
         """

@@ -62,8 +62,8 @@ def service(name: str) -> psutil.Process | None:
     id may be used again, and when a process began looks different once the clock was set.
     """
     note = UP / f"{name}.json"
-    with suppress(FileNotFoundError, json.JSONDecodeError, psutil.NoSuchProcess), _unused(note) as unused:
-        if not unused:
+    with suppress(FileNotFoundError, json.JSONDecodeError, psutil.NoSuchProcess), _unused(note, fcntl.LOCK_SH) as free:
+        if not free:
             return psutil.Process(json.loads(note.read_text(encoding="utf-8"))["pid"])
     return None
 
@@ -76,8 +76,8 @@ def running() -> str | None:
 def works_in(root: Path) -> str | None:
     """The flow or stage that works in a checkout now, if any."""
     if (root / RETRAIN).exists():
-        with _unused(root / RETRAIN) as unused:
-            if not unused:
+        with _unused(root / RETRAIN, fcntl.LOCK_SH) as free:
+            if not free:
                 return f"memgpt retrain (process {(root / RETRAIN).read_text(encoding='utf-8').partition(' ')[0]})"
     for folder, _, files in os.walk(root / ".dvc/tmp"):  # experiments may have a folder and a lock of their own there
         with suppress(OSError, json.JSONDecodeError):  # gone, or being written
@@ -110,11 +110,14 @@ def _dispose(place: Path, unused: bool, days: float, dry_run: bool) -> Item:
 
 
 @contextmanager
-def _unused(path: Path) -> Iterator[bool]:
-    """Whether nobody holds a lock on the file or directory; nobody gets one meanwhile."""
+def _unused(path: Path, lock: int = fcntl.LOCK_EX) -> Iterator[bool]:
+    """Whether nobody holds a lock on the file or directory; nobody gets one meanwhile.
+
+    lock: LOCK_SH to look for an exclusive one, since two that look at once must not take each other for its holder.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
         yield True
     except BlockingIOError:
         yield False

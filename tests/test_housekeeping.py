@@ -52,7 +52,7 @@ def runs(name: str, pid: int = os.getpid()) -> Iterator[None]:
     note = housekeeping.UP / f"{name}.json"
     atomic.write_json(note, {"pid": pid})
     with note.open() as held:
-        fcntl.flock(held, fcntl.LOCK_SH)
+        fcntl.flock(held, fcntl.LOCK_EX)
         yield
 
 

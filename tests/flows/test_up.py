@@ -1,12 +1,15 @@
 """`make up` as an operator uses it: real server, worker and MLflow; approval, cancel, kill -9 of all, down."""
 
+import fcntl
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +22,7 @@ import pytest
 from conftest import CROWN, TINY, Pipeline, clean_environment
 
 from flows import up as services
+from memgpt import housekeeping
 
 LONG = [*TINY, "pretrain.tokens=50000000", "pretrain.checkpoint_steps=5"]
 SLOW = 900.0  # seconds; of a machine that does other things too
@@ -228,6 +232,24 @@ def test_a_service_is_known_by_its_lock_whatever_the_clock_says(
     finally:
         assert services.stop("mlflow")
     assert not services.stop("mlflow")
+
+
+def test_started_twice_at_once_it_runs_once_and_who_looks_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    service = services.Service("mlflow", ["http.server", "0"], clean_environment(), tmp_path, lambda: True)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            told = list(pool.map(lambda _: service.start(), range(2)))
+            assert sorted(told) == ["runs already", "started"]
+            assert housekeeping.service("mlflow")
+        finally:
+            assert services.stop("mlflow")
+    note = housekeeping.UP / "mlflow.json"
+    note.write_text(json.dumps({"pid": os.getpid()}))
+    with housekeeping._unused(note, fcntl.LOCK_SH):  # as `memgpt doctor` does
+        assert not housekeeping.service("mlflow")
 
 
 def test_late_runs_of_the_schedule_collapse_into_one(up: Up) -> None:
