@@ -223,7 +223,7 @@ def intact(model: str, version: str) -> bool:
     """Whether the version's files are still where the registry says; loading them is the gate's business.
 
     Raises:
-        Away: if the store of the artifacts does not answer.
+        UserError: if the store of the artifacts does not answer (Away), or refuses to.
     """
     from mlflow.artifacts import list_artifacts
     from mlflow.exceptions import MlflowException
@@ -231,8 +231,10 @@ def intact(model: str, version: str) -> bool:
     try:
         return any(file.path == "MLmodel" for file in list_artifacts(artifact_uri=uri(model, version)))
     except Exception as error:
-        if gone := tracking.away(error):
-            raise gone from None
+        if getattr(error, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
+            return False
+        if told := tracking.explained(error):
+            raise told from None
         if isinstance(error, MlflowException | OSError):
             return False
         raise

@@ -71,14 +71,33 @@ def patiently(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def away(error: Exception) -> Away | None:
     """What an error of MLflow means, if it is that its server or the store of the artifacts does not answer."""
+    told = explained(error)
+    return told if isinstance(told, Away) else None
+
+
+def explained(error: Exception) -> UserError | None:
+    """What an error of MLflow means in one line, if it is its server's or the artifact store's, which may be away."""
     if isinstance(error, Away):
         return error
     if type(error).__module__.startswith(("botocore.", "boto3.")):
+        kind = Away if _no_store(error) else UserError
         told = (str(error) or type(error).__name__).splitlines()[0]
-        return Away(f"the artifact store: {told}; check AWS_ENDPOINT_URL, its credentials and the network")
+        return kind(f"the artifact store: {told}; check AWS_ENDPOINT_URL, its credentials and the network")
     if type(error).__name__ != "MlflowException" or " failed with exception " not in str(error):
         return None
     return _no_answer(os.environ.get("MLFLOW_TRACKING_URI", ""), "lost on the way")
+
+
+def _no_store(error: Exception) -> bool:
+    """Whether an error of boto3 is that the store does not answer, or has too much to do."""
+    from boto3.exceptions import RetriesExceededError, S3UploadFailedError
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
+
+    cause = error.__context__ if isinstance(error, S3UploadFailedError) else error
+    if isinstance(cause, ClientError):
+        status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or "Throttl" in cause.response.get("Error", {}).get("Code", "")
+    return isinstance(cause, ConnectionError | HTTPClientError | RetriesExceededError)
 
 
 def _no_answer(uri: str, reason: object) -> Away:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
@@ -223,6 +224,40 @@ def test_only_a_server_that_does_not_answer_is_waited_for() -> None:
     assert "no MLflow server answers" in str(tracking.away(gone))
     assert tracking.away(MlflowException("Invalid parameter value")) is None
     assert tracking.away(ValueError("API request failed with exception")) is None
+
+
+def test_a_store_that_refuses_is_told_at_once_and_one_that_is_away_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from boto3.exceptions import S3UploadFailedError
+    from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
+
+    def answers(status: int, code: str) -> ClientError:
+        return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
+
+    uploads = {}
+    for status, code in ((403, "AccessDenied"), (503, "SlowDown")):
+        try:
+            try:
+                raise answers(status, code)
+            except ClientError as error:
+                raise S3UploadFailedError(f"Failed to upload: {error}")  # noqa: B904 as boto3 does
+        except S3UploadFailedError as error:
+            uploads[code] = error
+    denied, gone = answers(403, "AccessDenied"), answers(404, "NoSuchBucket")
+    refused = [NoCredentialsError(), denied, gone, uploads["AccessDenied"]]
+    away = [EndpointConnectionError(endpoint_url="http://here"), ReadTimeoutError(endpoint_url="http://here")]
+    for error in refused:
+        assert tracking.away(error) is None
+        assert str(tracking.explained(error)).startswith("the artifact store: ")
+    for error in [*away, answers(500, "InternalError"), answers(400, "Throttling"), uploads["SlowDown"]]:
+        assert "the artifact store" in str(tracking.away(error))
+
+    answer = Mock(side_effect=[gone, denied])
+    monkeypatch.setattr("mlflow.artifacts.list_artifacts", answer)
+    assert not registry.intact("ner", "1")
+    with pytest.raises(UserError, match=r"the artifact store: .*AccessDenied"):
+        registry.intact("ner", "1")
 
 
 def test_checkouts_with_one_remote_registry_decide_one_after_another(

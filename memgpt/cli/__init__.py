@@ -39,8 +39,8 @@ def main() -> None:
         if type(error).__module__.startswith(("mlflow.", "botocore.", "boto3.")):
             from memgpt import tracking
 
-            if gone := tracking.away(error):
-                sys.exit(f"error: {gone}")
+            if told := tracking.explained(error):
+                sys.exit(f"error: {told}")
         if not _disk_is_full(error):
             raise
         where = getattr(error, "filename", None) or Path.cwd()
