@@ -1,9 +1,13 @@
-"""Writing so that a kill at any moment leaves the old file or the new one, never half of one."""
+"""Writing so that a kill at any moment leaves the old file or the new one, never half of one, and folders of which it
+leaves nothing that `memgpt gc` would not know.
+"""
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+TEMPORARY = "memgpt-temporary-"  # how the names of `temporary` folders begin
 
 
 @contextmanager
@@ -52,6 +58,36 @@ def write_text(target: Path | str, text: str) -> None:
 def write_json(target: Path | str, value: Any) -> None:
     """Byte-stable JSON: sorted keys, two spaces, a final newline; NaN and infinity are refused."""
     write_text(target, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def temporary() -> Iterator[Path]:
+    """A folder for this user's eyes only, gone with the `with`. What a kill leaves of it is not locked, and gc's."""
+    descriptor = None
+    while descriptor is None:
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
+        descriptor = share(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def share(folder: Path) -> int | None:
+    """The descriptor of a shared lock on a folder itself, which gc then leaves alone; None if gc was faster.
+
+    The system drops the lock when the process dies, however that ends.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if os.fstat(descriptor).st_nlink and folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+        return descriptor
+    os.close(descriptor)  # what was locked has been removed meanwhile
+    return None
 
 
 def _beside(target: Path, kind: str) -> Path:

@@ -4,7 +4,6 @@ The key is a hash of the parameters, the inputs and the code, so that a run only
 output would switch off the run cache and resume another configuration.)
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from memgpt import atomic
 from memgpt.lineage import digest
 
 ROOT = Path(".memgpt/checkpoints")
@@ -55,15 +55,7 @@ def discard(directory: Path) -> None:
 
 
 def _hold(place: Path) -> None:
-    """Share a lock on the directory itself, which the system drops when the process dies, however that ends."""
     while place.absolute() not in _held:
         place.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(place, os.O_RDONLY)
-        except FileNotFoundError:  # gc was faster
-            continue
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if os.fstat(descriptor).st_nlink and place.exists() and os.path.samestat(os.fstat(descriptor), place.stat()):
+        if (descriptor := atomic.share(place)) is not None:
             _held[place.absolute()] = descriptor
-        else:  # what was locked has been removed meanwhile
-            os.close(descriptor)

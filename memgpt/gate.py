@@ -4,7 +4,6 @@ Everything is decided on prediction files: each version reads the same frozen te
 own packaged code (`isolated.py`), and `decide` compares what they answered.
 """
 
-import fcntl
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -21,14 +20,13 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from memgpt import bootstrap, environment, packaging
+from memgpt import atomic, bootstrap, environment, packaging
 from memgpt.bootstrap import Score
 from memgpt.config import Config, Gate
 from memgpt.errors import UserError
 
 Outcome = Literal["promote", "reject", "hold", "unchanged"]
 SEPARATOR = "\x1f"  # between pre-split words on their way through the served model: ASCII's unit separator
-EXCHANGE = "memgpt-version-"  # how the temporary folders of versions' processes begin
 _TIMED_ROWS, _TIMED_SECONDS, _ROUNDS = 32, 2.0, 5
 
 
@@ -131,15 +129,12 @@ class Version:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.label = "v" + uri.rpartition("/")[2]
         self.log = self.folder / f"{self.label}.log"
-        # Of this process alone: another may ask the same version, and what is asked may be somebody's texts.
-        self._exchange = tempfile.TemporaryDirectory(prefix=EXCHANGE)
-        self._lock = os.open(self._exchange.name, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)  # what a kill leaves is not locked, and gc's
-        self.inputs, self.out = Path(self._exchange.name, "inputs.json"), Path(self._exchange.name, "answers.json")
-        files = Path(self._exchange.name, "version")
-        files.mkdir()
         threaded = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        with self.log.open("w") as log:
+        with ExitStack() as stack, self.log.open("w") as log:
+            # Of this process alone: another may ask the same version, and what is asked may be somebody's texts.
+            exchange = stack.enter_context(atomic.temporary())
+            self.inputs, self.out, files = exchange / "inputs.json", exchange / "answers.json", exchange / "version"
+            files.mkdir()
             self.process = subprocess.Popen(
                 [sys.executable, "-I", str(Path(__file__).with_name("isolated.py").resolve()), uri, str(files)],
                 stdin=subprocess.PIPE,
@@ -149,6 +144,7 @@ class Version:
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **threaded},
                 text=True,
             )
+            self._exchange = stack.pop_all()
         self.weight_bytes = 0
         self._loaded = False
 
@@ -160,8 +156,7 @@ class Version:
     ) -> None:
         self.process.kill()
         self.process.communicate()
-        self._exchange.cleanup()
-        os.close(self._lock)
+        self._exchange.close()
 
     def ask(self, inputs: list[Any], params: dict[str, Any] | None = None) -> None:
         """Have the inputs predicted as soon as the model is loaded; `answer` waits for it."""

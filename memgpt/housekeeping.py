@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from memgpt import atomic, checkpoint, gate, processes, provenance
+from memgpt import atomic, checkpoint, processes, provenance
 from memgpt.errors import UserError
 
 BACKUPS = Path(".memgpt/backups")
@@ -38,19 +38,19 @@ class Item:
 
 
 def gc(days: float, dry_run: bool) -> Iterator[Item]:
-    """Remove checkpoints, worktrees and versions' temporary folders that no process works in and that are older than
-    `days`, then what no commit, experiment or present file names from DVC's cache.
+    """Remove checkpoints, worktrees and temporary folders that no process works in and that are older than `days`, then
+    what no commit, experiment or present file names from DVC's cache.
 
     A lock tells what is in use, not a file with a process id: it ends with its process.
     """
     checkpoints = [*checkpoint.ROOT.glob("*"), *(WORKSPACE / checkpoint.ROOT).glob("*")]
-    for place in sorted(path for path in (*checkpoints, *_downloads()) if path.is_dir()):
-        with suppress(FileNotFoundError), _unused(place) as unused:  # versions' processes come and go meanwhile
+    for place in sorted(path for path in (*checkpoints, *_temporary()) if path.is_dir()):
+        with suppress(FileNotFoundError), _unused(place) as unused:  # processes come and go meanwhile
             yield _dispose(place, unused, days, dry_run)
     for place in sorted(path for path in provenance.WORKTREES.glob("*") if path.is_dir()):
         lock = place.with_name(f"{place.name}.lock")
         lock.touch()
-        with _unused(lock) as unused:
+        with suppress(FileNotFoundError), _unused(lock) as unused:
             yield _dispose(place, unused, days, dry_run)
     subprocess.run(["git", "worktree", "prune"], capture_output=True, check=False)
     if Path(".dvc").is_dir():
@@ -89,9 +89,9 @@ def works_in(root: Path) -> str | None:
     return None
 
 
-def _downloads() -> Iterator[Path]:
-    """This user's temporary folders of versions' processes: a kill of the one that asks leaves them."""
-    for path in Path(tempfile.gettempdir()).glob(f"{gate.EXCHANGE}*"):
+def _temporary() -> Iterator[Path]:
+    """This user's temporary folders of `atomic`, which a kill leaves: copies of versions and of texts."""
+    for path in Path(tempfile.gettempdir()).glob(f"{atomic.TEMPORARY}*"):
         with suppress(FileNotFoundError):
             if path.lstat().st_uid == os.getuid():
                 yield path
@@ -101,7 +101,8 @@ def _dispose(place: Path, unused: bool, days: float, dry_run: bool) -> Item:
     size = _size(place)
     if not unused:
         return Item(str(place), size, "in use")
-    age = (time.time() - max(Path(folder).stat().st_mtime for folder, _, _ in os.walk(place))) / _DAY
+    folders = [place, *(Path(folder) for folder, _, _ in os.walk(place))]  # with `place`: one that is gone raises
+    age = (time.time() - max(folder.stat().st_mtime for folder in folders)) / _DAY
     if age < days:
         return Item(str(place), size, f"{age:.1f} days old")
     if not dry_run:

@@ -154,7 +154,8 @@ def run(
         files = {file["path"]: file for file in scoring.find("monitor.uri", uri)}
         digests = {path: scoring.digest(file) for path, file in files.items()}
         changed = [file for path, file in files.items() if state["files"].get(path) != digests[path]]
-        rows, blank = _new(changed, monitor.text, set(seen["key"]), today)
+        with scoring.downloads(changed) as cache:
+            rows, blank = _new(changed, monitor.text, set(seen["key"]), today, cache)
         if rows:
             with scoring.asking(settings, model, number, folder / "version") as ask:
                 seen = _score(rows, ask, seen, folder, progress)
@@ -220,12 +221,12 @@ def _none() -> pd.DataFrame:
 
 
 def _new(
-    files: list[dict[str, Any]], column: str | None, known: set[str], today: date
+    files: list[dict[str, Any]], column: str | None, known: set[str], today: date, cache: Path | None
 ) -> tuple[list[scoring.Row], int]:
     """Rows that were never scored, each once, with key and day; and how many rows have no text."""
     rows, blank = [], 0
     for file in files:
-        for row in scoring.read(file, column):
+        for row in scoring.read(file, column, cache=cache):
             if not (row["text"] or "").strip():
                 blank += 1
                 continue

@@ -16,9 +16,8 @@ a run began with, so that another version or other content never mixes in; `_man
 import hashlib
 import io
 import json
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -92,13 +91,15 @@ def score(
         "chunk": chunk,
     }
     work = _WORK / hashlib.sha256(target.encode()).hexdigest()[:16]
-    with tracking.locked(work / "lock"):  # of two runs into one target, the second goes on where the first ends
+    # Of two runs into one target, the second goes on where the first ends.
+    with tracking.locked(work / "lock"), downloads(files) as cache:
         present = _begin(out, target, plan, force)
         if MANIFEST in present:
             manifest = json.loads(out.read(MANIFEST))
             return Scored(version, manifest["rows"], manifest["parts"], manifest["parts"])
-        total = sum(len(_checked(file, model, column)) for file in files)  # before any work: a bad row is told at once
-        rows = (row for file in files for row in _checked(file, model, column))
+        # Before any work: a bad row is told at once.
+        total = sum(len(_checked(file, model, column, cache)) for file in files)
+        rows = (row for file in files for row in _checked(file, model, column, cache))
         done = parts = skipped = 0
         with asking(settings, model, number, work) as ask:
             while taken := list(islice(rows, chunk)):
@@ -136,17 +137,25 @@ def find(key: str, uri: str) -> list[dict[str, Any]]:
     return [{**file, "key": key, "uri": uri, "scheme": kind} for file in files]
 
 
-def read(file: dict[str, Any], column: str | None = None, history: bool = False) -> list[Row]:
-    """The rows of a file that `find` found, as `tables.read_texts` gives them."""
-    entry = {"uri": file["uri"], "scheme": file["scheme"], "files": [file]}
-    with tempfile.TemporaryDirectory() as folder:
-        if file["scheme"] == "s3":
-            from memgpt.sources import s3  # boto3 is slow to import
+def downloads(files: list[dict[str, Any]]) -> AbstractContextManager[Path | None]:
+    """Where `read` keeps what it downloads of these files, each once: not in the cache of sources, where somebody's
+    texts would stay."""
+    return atomic.temporary() if any(file["scheme"] == "s3" for file in files) else nullcontext()
 
-            (part,) = s3.fetch(file["key"], entry, Path(folder))  # not to the cache: somebody's texts would stay there
-        else:
-            (part,) = sources.fetch(file["key"], Source(uri=file["uri"]), entry)
-        return tables.read_texts(part, column, history)
+
+def read(
+    file: dict[str, Any], column: str | None = None, history: bool = False, cache: Path | None = None
+) -> list[Row]:
+    """The rows of a file that `find` found, as `tables.read_texts` gives them. cache: from `downloads`."""
+    entry = {"uri": file["uri"], "scheme": file["scheme"], "files": [file]}
+    if file["scheme"] == "s3":
+        assert cache
+        from memgpt.sources import s3  # boto3 is slow to import
+
+        (part,) = s3.fetch(file["key"], entry, cache)
+    else:
+        (part,) = sources.fetch(file["key"], Source(uri=file["uri"]), entry)
+    return tables.read_texts(part, column, history)
 
 
 @contextmanager
@@ -174,8 +183,8 @@ def _input(model: str, row: Row) -> Any:
     return {"text": row["text"], "topic": row["topic"]} if model == "sentiment" else row["text"]
 
 
-def _checked(file: dict[str, Any], model: str, column: str | None) -> list[Row]:
-    rows = read(file, column, history=model == "recommendation")
+def _checked(file: dict[str, Any], model: str, column: str | None, cache: Path | None) -> list[Row]:
+    rows = read(file, column, model == "recommendation", cache)
     for row in rows:
         if model == "recommendation":
             if row["history"] is None:

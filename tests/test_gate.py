@@ -1,7 +1,10 @@
 """Each rule of the gate at its edges, on statistics alone; and what a version's process may do wrong."""
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -152,6 +155,19 @@ def test_two_that_ask_one_version_do_not_read_each_others_texts(tmp_path: Path) 
         two.ask(["theirs"])
         assert "ours" in one.inputs.read_text() and one.inputs.parent.stat().st_mode & 0o077 == 0
     assert [path.name for path in tmp_path.iterdir()] == ["v3.log"]
+
+
+def test_a_process_that_does_not_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_files() -> list[str]:
+        return os.listdir("/dev/fd")  # noqa: PTH208 as they are numbered
+
+    (tmp_path / "system").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system"))
+    monkeypatch.setattr(gate.subprocess, "Popen", Mock(side_effect=OSError("no more processes")))
+    before = open_files()
+    with pytest.raises(OSError, match="no more processes"):
+        gate.Version("models:/m/3", tmp_path, threads=1)
+    assert open_files() == before and not list((tmp_path / "system").iterdir())
 
 
 def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:

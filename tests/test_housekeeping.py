@@ -19,7 +19,7 @@ from conftest import ROOT
 from judged_place import Place, settle
 from typer.testing import CliRunner
 
-from memgpt import atomic, checkpoint, cli, doctor, gate, housekeeping, registry, tracking
+from memgpt import atomic, checkpoint, cli, doctor, gate, housekeeping, provenance, registry, tracking
 from memgpt.errors import UserError
 from memgpt.registry import Change
 
@@ -104,13 +104,46 @@ def test_gc_removes_what_a_killed_gate_left_of_a_version(
     tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (temporary / "memgpt-version-killed" / "version").mkdir(parents=True)
+    (temporary / "memgpt-temporary-killed" / "version").mkdir(parents=True)
     (temporary / "memgpt-data").mkdir()  # a person's
     with gate.Version("models:/m/1", tmp_path / "work", threads=1):
         found = list(housekeeping.gc(0, False))
         assert sorted(item.kept for item in found) == ["", "in use"]
         assert len(list(temporary.iterdir())) == 2
     assert [path.name for path in temporary.iterdir()] == ["memgpt-data"]
+
+
+def test_what_ends_while_gc_looks_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = [root / name for root in (checkpoint.ROOT, provenance.WORKTREES) for name in ("ends", "goes")]
+    for place in places:
+        place.mkdir(parents=True)
+    found = []
+    for item in housekeeping.gc(0, False):
+        found.append(item.what)
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
+    assert found == [str(places[0])]
+    with pytest.raises(FileNotFoundError):
+        housekeeping._dispose(places[0], True, 0, False)
+
+
+def test_a_temporary_folder_that_gc_takes_before_it_is_locked_is_made_anew(
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mkdtemp, made = tempfile.mkdtemp, []
+
+    def taken(prefix: str) -> str:
+        made.append(mkdtemp(prefix=prefix))
+        if len(made) == 1:
+            list(housekeeping.gc(0, False))
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", taken)
+    with atomic.temporary() as folder:
+        assert [str(path) for path in temporary.iterdir()] == [str(folder)] == made[1:]
+    assert list(temporary.iterdir()) == []
 
 
 def test_gc_removes_what_no_commit_names_from_the_cache_unless_a_stage_runs(place: Place) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import UTC, date, datetime, timedelta
@@ -14,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import servers
 from judged_place import Place, gold, settle
 from scipy.stats import betabinom
 from tokenizers import ByteLevelBPETokenizer
@@ -266,6 +268,21 @@ def test_a_text_is_scored_once(place: Place, asked: list[str], monkeypatch: pyte
             run(place)
     assert run(place).new == 0
     assert len(asked) == len(set(asked)) == len(rows) + 11
+
+
+def test_texts_in_a_bucket_leave_no_copy(
+    place: Place, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with servers.s3("news") as env:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        body = "".join(json.dumps(row) + "\n" for row in day(MONDAY, 1, 1))
+        boto3.client("s3").put_object(Bucket="news", Key="a.jsonl", Body=body.encode())
+        assert run(place, uri="s3://news/").new == len(asked) == 2
+    assert not list(tmp_path.iterdir()) and not list(place.root.rglob("a.jsonl"))
 
 
 def test_a_day_in_the_future_counts_as_today(place: Place, asked: list[str]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -198,9 +199,11 @@ def test_histories_are_lists(place: Place) -> None:
     assert read == [["i1", "a new text"], [], ["i 1", "i2"]]
 
 
-def test_from_s3_to_s3(place: Place, at_hand: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_s3_to_s3(place: Place, at_hand: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import boto3
     from moto.server import ThreadedMotoServer
+
+    from memgpt.sources import s3
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
@@ -214,7 +217,11 @@ def test_from_s3_to_s3(place: Place, at_hand: None, monkeypatch: pytest.MonkeyPa
         client.create_bucket(Bucket=bucket)
         client.put_object(Bucket=bucket, Key="news/a.jsonl", Body=b'{"text": "text 1"}\n{"text": "text 2"}\n')
         where = {"uri": f"s3://{bucket}/news", "target": f"s3://{bucket}/scored/today", "chunk": 1}
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        downloaded = Mock(wraps=s3._download)
+        monkeypatch.setattr(s3, "_download", downloaded)
         assert score(place, **where).parts == 2
+        assert downloaded.call_count == 1 and not list(tmp_path.iterdir())
         keys = {item["Key"] for item in client.list_objects_v2(Bucket=bucket, Prefix="scored/")["Contents"]}
         assert keys == {
             f"scored/today/{name}"
