@@ -126,7 +126,7 @@ def _databases() -> Iterator[Finding]:
 
 
 def _registry() -> Iterator[Finding]:
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         yield Finding("registry", "note", "no mlflow.db yet", "`memgpt retrain` makes it")
         return

@@ -25,7 +25,6 @@ WORKSPACE = Path(".memgpt/workspace")  # where deployed runs work; it shares DVC
 UP = Path(".memgpt/up")  # what `make up` started, and its logs
 RETRAIN = Path(".memgpt/retrain.lock")  # held by a running flow
 _DAY = 86400.0
-_MLFLOW = "sqlite:///mlflow.db"
 
 
 @dataclass(frozen=True)
@@ -158,21 +157,39 @@ def theirs() -> dict[str, str]:
     """The operator's own databases, which he backs up and upgrades: the file that one stands for → how, in a line."""
     told = "{} names what is yours to back up and to upgrade: {}"
     found = {}
-    if not os.environ.get("MLFLOW_TRACKING_URI", _MLFLOW).startswith("sqlite:///"):
+    if not _mlflow().startswith("sqlite:///"):
         found["mlflow.db"] = told.format("MLFLOW_TRACKING_URI", "pg_dump, `mlflow db upgrade URI`")
-    for key in ("CONNECTION_URL", "DRIVER"):
-        for variable in (f"PREFECT_API_DATABASE_{key}", f"PREFECT_SERVER_DATABASE_{key}"):  # the latter since 3.1
-            if os.environ.get(variable):
-                found["prefect.db"] = told.format(variable, "pg_dump, `prefect server database upgrade`")
+    variable, url = _prefect()
+    if not url.startswith("sqlite"):
+        found["prefect.db"] = told.format(variable, "pg_dump, `prefect server database upgrade`")
     return found
 
 
 def databases() -> dict[str, Path]:
     """The SQLite files of MLflow and of the local Prefect server, those that are there and in use."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", _MLFLOW)
-    home = Path(os.environ.get("PREFECT_HOME", ".prefect"))
-    found = {"mlflow.db": Path(uri.removeprefix("sqlite:///")), "prefect.db": home / "prefect.db"}
+    files = {"mlflow.db": _mlflow(), "prefect.db": _prefect()[1]}
+    found = {name: Path(url.partition(":///")[2].partition("?")[0]) for name, url in files.items()}
     return {name: path for name, path in found.items() if name not in theirs() and path.is_file()}
+
+
+def _mlflow() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def _prefect() -> tuple[str, str]:
+    """The variable that says which database the Prefect server uses, if any does, and its URL; of another than SQLite's
+    only the beginning."""
+
+    def said(key: str) -> tuple[str, str]:
+        names = f"PREFECT_API_DATABASE_{key}", f"PREFECT_SERVER_DATABASE_{key}"  # the latter since 3.1
+        return next(((name, os.environ[name]) for name in names if os.environ.get(name)), ("", ""))
+
+    variable, url = said("CONNECTION_URL")
+    if not url:
+        variable, driver = said("DRIVER")
+        file = (driver and said("NAME")[1]) or Path(os.environ.get("PREFECT_HOME", ".prefect"), "prefect.db")
+        url = f"{driver or 'sqlite'}:///{file}"
+    return variable, url
 
 
 def backup(folder: Path) -> list[Path]:

@@ -120,9 +120,10 @@ def use(root: Path | str | None = None) -> str:
     """
     root = Path(root or os.environ.get("DVC_ROOT") or ".").resolve()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    uri = os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///"):  # absolute, since versions are loaded in processes that work elsewhere
-        uri = os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
+        uri = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
+    os.environ["MLFLOW_TRACKING_URI"] = uri
     if uri.startswith(("http://", "https://")):
         if why := no_server(uri):  # MLflow itself would retry for minutes and end in a stack trace
             raise _no_answer(uri, why)

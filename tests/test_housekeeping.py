@@ -261,6 +261,16 @@ def test_a_database_of_ones_own_is_neither_upgraded_nor_mistaken_for_the_local_o
     assert "upgraded: mlflow.db" in told.replace(f"{place.root}/", "")
     assert "prefect.db" not in told and "secret" not in told
     assert "PREFECT_API_DATABASE_CONNECTION_URL names what is yours to back up" in told
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{place.root}/other.db?timeout=9")
+    sqlite3.connect(place.root / "other.db").close()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # as if it were not set
+    assert housekeeping.theirs() == {}
+    assert housekeeping.databases() == {"mlflow.db": Path("mlflow.db"), "prefect.db": place.root / "other.db"}
+    monkeypatch.delenv("PREFECT_API_DATABASE_CONNECTION_URL")
+    assert housekeeping.databases()["prefect.db"] == Path(".prefect/prefect.db")
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_DRIVER", "postgresql+asyncpg")
+    assert "PREFECT_SERVER_DATABASE_DRIVER names" in housekeeping.theirs()["prefect.db"]
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql+asyncpg://me:secret@127.0.0.1:9/prefect")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"MLFLOW_TRACKING_URI names what is yours.*; PREFECT_API_DATABASE"):
         housekeeping.upgrade()
