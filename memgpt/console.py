@@ -117,7 +117,7 @@ def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 def tracking_uri() -> str:
     """To be shown: without a password."""
-    return tracking.shown(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}")
+    return tracking.shown(tracking.location())
 
 
 def ways_to_look() -> list[str]:

@@ -107,6 +107,16 @@ def _no_answer(uri: str, reason: object) -> Away:
     )
 
 
+def location(root: Path | str | None = None) -> str:
+    """The URI of the tracking store, with `root` as in `use`; a file's is absolute, since versions are loaded in
+    processes that work elsewhere."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///"):
+        root = Path(root or os.environ.get("DVC_ROOT") or ".").resolve()
+        uri = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
+    return uri
+
+
 def use(root: Path | str | None = None) -> str:
     """Make the tracking store ready and return its URI; cheap when it is.
 
@@ -118,12 +128,8 @@ def use(root: Path | str | None = None) -> str:
     Raises:
         UserError: if the configured server or database cannot be reached.
     """
-    root = Path(root or os.environ.get("DVC_ROOT") or ".").resolve()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):  # absolute, since versions are loaded in processes that work elsewhere
-        uri = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
-    os.environ["MLFLOW_TRACKING_URI"] = uri
+    uri = os.environ["MLFLOW_TRACKING_URI"] = location(root)
     if uri.startswith(("http://", "https://")):
         if why := no_server(uri):  # MLflow itself would retry for minutes and end in a stack trace
             raise _no_answer(uri, why)

@@ -76,5 +76,13 @@ def test_it_is_settled_until_something_changes(commit: str, monkeypatch: pytest.
         patch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@elsewhere/mlflow")
         assert not workspace.settled(["ner"], [])
     assert workspace.settled(["ner"], [])
+    with monkeypatch.context() as patch:
+        for uri in (
+            "",
+            "sqlite:///mlflow.db",
+            f"sqlite:///{Path.cwd()}/mlflow.db",
+        ):  # the last is the run's
+            patch.setenv("MLFLOW_TRACKING_URI", uri)
+            assert workspace.settled(["ner"], [])
     Path("params.yaml").write_text("other")
     assert not workspace.settled(["ner"], [])
