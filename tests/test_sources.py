@@ -504,6 +504,8 @@ def test_s3_mistakes_are_said_in_one_line_within_seconds(bucket, monkeypatch: py
     started = time.monotonic()
     fails("ner", "s3://bucket/x", r"S3 at http://127.0.0.1:9 cannot be reached .*check AWS_ENDPOINT_URL")
     assert time.monotonic() - started < 20
+    monkeypatch.setenv("AWS_PROFILE", "nobodys")
+    fails("ner", "s3://bucket/x", r"no profile 'nobodys' in ~/\.aws; check AWS_PROFILE")
 
 
 def test_s3_region_is_that_of_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

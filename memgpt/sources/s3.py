@@ -180,6 +180,8 @@ def explained(name: str, uri: str) -> Iterator[None]:
         raise
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
         raise UserError(f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+    except exceptions.ProfileNotFound as error:
+        raise UserError(f"{where}: no profile {error.kwargs['profile']!r} in ~/.aws; check AWS_PROFILE") from None
     except exceptions.ParamValidationError:
         raise UserError(f"{where}: not a valid bucket name or key") from None
     except exceptions.ClientError as error:
