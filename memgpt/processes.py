@@ -39,7 +39,7 @@ def start(
 
 
 def said(command: Sequence[str], what: str | None = None, fix: str = "") -> str:
-    """The standard output of a command that takes no time.
+    """The standard output of a command whose output nobody watches meanwhile.
 
     Raises:
         UserError: if it fails or is not there: `what` it was for, or the command, what it said of an error, or its last

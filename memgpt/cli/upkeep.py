@@ -30,7 +30,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command(rich_help_panel=PANEL)
 def gc(
-    days: Annotated[float, typer.Option(help="Keep checkpoints and worktrees that are younger.", min=0)] = 7.0,
+    days: Annotated[float, typer.Option(help="Keep checkpoints, worktrees and copies that are younger.", min=0)] = 7.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
 ) -> None:
     """Remove old checkpoints, worktrees and copies of versions that nothing uses, and unused objects of DVC's cache.
