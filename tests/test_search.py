@@ -83,9 +83,11 @@ def test_a_trial_that_fails_does_not_end_the_study(place: Path, monkeypatch: pyt
     """Of values that cannot be trained with it is pruned; by a bug it fails, and the next call goes on."""
     told: list[tuple[float | None, dict[str, Any], str]] = []
     bugs = [RuntimeError("a bug")]
+    trained: list[Any] = []
 
     def fit(params: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
         if params.augment.letter_case == 2:
+            trained.append(params)
             raise UserError("out of GPU memory")
         if bugs:
             raise bugs.pop()
@@ -107,11 +109,13 @@ def test_a_trial_that_fails_does_not_end_the_study(place: Path, monkeypatch: pyt
             assert (score, why) == (0.5, "")
     assert {why[:10] for _, _, why in told} == {"", "out of GPU", "--space: f"}
     nothing = search.parse_space("ner", ["augment.letter_case=2"])
-    for _ in range(2):  # the second call tries again
-        seen = len(told)
-        with pytest.raises(UserError, match="tune ner: no trial could be finished; the last: out of GPU memory"):
-            search.search("ner", nothing, 2, lambda _, *rest: told.append(rest))
-        assert len(told) == seen + 2
+    trained.clear()
+    for trials, said in ((1, "tune ner: no trial could be finished; the last: out of GPU"), (9, "^out of GPU memory$")):
+        with pytest.raises(UserError, match=said):
+            search.search("ner", nothing, trials, lambda *_: None)
+    assert len(trained) == 1 + 3, "what goes wrong with all values is not tried nine times"
+    runs = tracking.client().search_runs([tracking.experiment(tracking.STAGES)], "tags.stage = 'trial'", max_results=4)
+    assert {run.data.tags["error"].removeprefix("UserError: ") for run in runs} == {"out of GPU memory"}
 
 
 def test_rounding_stays_within_the_range() -> None:
