@@ -154,7 +154,7 @@ def _size(path: Path) -> int:
 
 
 def theirs() -> dict[str, str]:
-    """The operator's own databases, which he backs up and upgrades: the file that one stands for → how, in a line."""
+    """The operator's own databases, not ours to back up or upgrade: the file that one stands for → how, in a line."""
     told = "{} names what is yours to back up and to upgrade: {}"
     found = {}
     if not _mlflow().startswith("sqlite:///"):
