@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import shutil
-from collections import defaultdict
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -34,7 +33,6 @@ DEFAULT_SPACE = [
     "dropout=0.0..0.3",
     "batch_size=16,32",
 ]
-_HOPELESS = 3  # trials, at least, that went wrong in the same words
 Space = dict[str, tuple[float, float] | list[Any]]
 Told = Callable[[int, float | None, dict[str, Any], str], None]
 
@@ -79,8 +77,7 @@ def search(task: str, space: Space, trials: int, told: Told) -> "Study":
     its number, its validation score (None: pruned), its values, and why those could not be trained with.
 
     Raises:
-        UserError: if none of the trials could be finished, or the same goes wrong whatever the values are. The
-            study is forgotten then, and the next call begins anew.
+        UserError: if none of the trials could be finished. The study is forgotten then, and the next call begins anew.
     """
     import optuna
     from optuna.trial import TrialState
@@ -93,7 +90,6 @@ def search(task: str, space: Space, trials: int, told: Told) -> "Study":
     with tracking.locked(STUDIES / f"{name}.lock"), tracking.stage_run("tune", task, _named(task, space)) as parent:
         parent.inputs([task], "training")
         storage, why = f"sqlite:///{STUDIES / 'studies.db'}", ""
-        failures = defaultdict[str, list[dict[str, Any]]](list)
         study = optuna.create_study(
             storage=storage,
             study_name=name,
@@ -112,18 +108,12 @@ def search(task: str, space: Space, trials: int, told: Told) -> "Study":
                 _suggest(trial, key, choice)
             values, why = _tried(trial), ""
             with tracking.stage_run("trial", task, _named(task, values), parent=parent.id) as run:
-                settings = None
                 try:
                     assignments = [f"{key}={value}" for key, value in values.items()]
-                    settings = _settings(task, document, assignments, "--space")
-                    score = _score(trial, task, settings)
+                    score = _score(trial, task, _settings(task, document, assignments, "--space"))
                 except UserError as error:  # what another trial's values may not run into
                     score, why = None, str(error)
                     run.tags({"error": why})
-                    failures[why].append(values)
-                    if settings and not _any_trained(study) and _whatever_they_are(space, failures[why]):
-                        optuna.delete_study(study_name=name, storage=storage)
-                        raise
                 except Exception:  # a trial that is killed stays open, and is tried again
                     study.tell(trial, state=TrialState.FAIL)
                     raise
@@ -139,17 +129,6 @@ def search(task: str, space: Space, trials: int, told: Told) -> "Study":
         parent.metrics({f"best_validation_{judge(task).PRIMARY}": study.best_value})
         parent.params({"best": _tried(study.best_trial)})
     return study
-
-
-def _any_trained(study: "Study") -> bool:
-    return any(trial.value is not None or trial.intermediate_values for trial in study.get_trials())
-
-
-def _whatever_they_are(space: Space, tried: list[dict[str, Any]]) -> bool:
-    """Whether these trials are enough to tell that no value is the cause: they have none in common, but those that all
-    trials have."""
-    several = [key for key, choice in space.items() if len(set(choice)) > 1]
-    return len(tried) >= _HOPELESS and all(len({values[key] for values in tried}) > 1 for key in several)
 
 
 def _named(task: str, values: dict[str, Any]) -> dict[str, Any]:

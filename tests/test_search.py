@@ -110,10 +110,10 @@ def test_a_trial_that_fails_does_not_end_the_study(place: Path, monkeypatch: pyt
     assert {why[:10] for _, _, why in told} == {"", "out of GPU", "--space: f"}
     nothing = search.parse_space("ner", ["augment.letter_case=2"])
     trained.clear()
-    for trials, said in ((1, "tune ner: no trial could be finished; the last: out of GPU"), (9, "^out of GPU memory$")):
-        with pytest.raises(UserError, match=said):
-            search.search("ner", nothing, trials, lambda *_: None)
-    assert len(trained) == 1 + 3, "what goes wrong with all values is not tried nine times"
+    for _ in range(2):
+        with pytest.raises(UserError, match="tune ner: no trial could be finished; the last: out of GPU memory"):
+            search.search("ner", nothing, 2, lambda *_: None)
+    assert len(trained) == 2 + 2, "the second call begins anew"
     runs = tracking.client().search_runs([tracking.experiment(tracking.STAGES)], "tags.stage = 'trial'", max_results=4)
     assert {run.data.tags["error"].removeprefix("UserError: ") for run in runs} == {"out of GPU memory"}
 
