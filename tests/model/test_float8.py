@@ -58,5 +58,5 @@ def test_without_such_a_gpu_a_line_says_so_and_without_torchao_an_error(
     assert "no GPU that multiplies in 8 bits" in told[0]
     monkeypatch.setattr(float8, "available", lambda: True)
     monkeypatch.setattr(pretrain, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="memgpt\\[float8\\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[float8\]' in the checkout"):
         pretrain._products(model, params)
