@@ -57,7 +57,7 @@ STAGES = (
 )
 MADE = ("dvc.lock", "models", "reports", "data/tables", "data/tokens", ".dvc/cache", ".dvc/tmp", ".memgpt/checkpoints")
 PER_RUN = 3  # kills of one retrain, from nothing to whole
-PATIENCE = 900.0  # seconds for one retrain of a machine that does other things too
+PATIENCE = 1800.0  # seconds for one retrain of a machine that does other things too
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ REGULARISERS: dict[str, dict[str, Any]] = {
     "ensemble of three": {"ensemble": 3},
 }
 
+DECIDING = ("as it is", "no dropout")  # of two seeds on every set
+
 # Readers' histories have no words to change, and the one epoch of them no earlier one to stop at.
 WORDS = ("synonyms", "word edits", "letter case", "recombination", "mention replacement")
 NOT_FOR = {
@@ -107,7 +109,8 @@ def compared(name: str, seeds: tuple[int, ...], trials: bool, starts: dict[str, 
     return cells
 
 
-def regularised(name: str, seeds: tuple[int, ...]) -> Cells:
+def regularised(name: str) -> Cells:
+    """All of them on a set of TRIO; on the others those that decide about a default."""
     task = SETS[name][0]
     return [
         (
@@ -115,8 +118,8 @@ def regularised(name: str, seeds: tuple[int, ...]) -> Cells:
             {"set": name, "system": "memgpt", "seed": seed, "changes": {**TRUNK[task], **changes}},
         )
         for label, changes in REGULARISERS.items()
-        if label not in NOT_FOR[task]
-        for seed in seeds
+        if label in DECIDING or (label not in NOT_FOR[task] and name in TRIO.split("+"))
+        for seed in (SEEDS[:2] if label in DECIDING else SEEDS[:1])
     ]
 
 
@@ -149,8 +152,8 @@ def _plan(mode: str) -> Cells:
     for part in TRIO.split("+"):
         spec = {"kind": "forgetting", "set": TRIO, "part": part, "seed": 1, "after": ["joint-plain-1"]}
         cells += [(f"tune-{part}-{method}", {**spec, "changes": changes}) for method, changes in METHODS.items()]
-    for name in TRIO.split("+"):
-        cells += regularised(name, SEEDS[:2])
+    for name in SETS:
+        cells += regularised(name)
     return cells
 
 
@@ -253,7 +256,7 @@ def regularisers(done: dict[str, Any]) -> dict[str, Row]:
     """Primary metric on validation with each of them, and minutes."""
     columns = {"validation": "validation", "minutes": "minutes"}
     table = {}
-    for name in TRIO.split("+"):
+    for name in SETS:
         for label in REGULARISERS:
             cells = [f"{name}-{label.replace(' ', '_')}-{seed}" for seed in SEEDS]
             if row := _mean(done, cells, columns):

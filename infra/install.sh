@@ -37,9 +37,11 @@ total=$(grep -c == requirements.lock)
 echo "installing about $total packages into .venv (minutes the first time)"
 log=.venv/install.log
 trap 'if [ $? != 0 ] && [ -f $log ]; then tail -n 15 $log >&2; echo "error: the installation failed; run make again to retry" >&2; fi' EXIT
-"$python" -m pip install --progress-bar off -r requirements.lock 2>$log | awk -v total="$total" '
+# The lock is whole but for what torch brings where it is built for CUDA: to resolve all of it anew takes pip minutes.
+"$python" -m pip install --progress-bar off --no-deps -r requirements.lock 2>$log | awk -v total="$total" '
     /^Collecting|^Requirement already/ && ++n % 60 == 0 && n < total { print "  " n " of about " total " found"; fflush() }
     /^Installing collected/ { print "  all found; installing"; fflush() }'
+"$python" -m pip install --quiet "$(grep ^torch== requirements.lock)" 2>>$log
 "$python" -m pip install --quiet --no-deps --no-build-isolation --editable . 2>>$log
 "$python" -m pip check >>$log
 echo "$wanted" >.venv/.complete
