@@ -85,7 +85,8 @@ def search(task: str, space: Space, trials: int, told: Told) -> "Study":
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     document = config.read()
     params = _settings(task, document, [], "")
-    question = [params.model_dump(), space, digest(existing(MODELS / params.start)), digest(TABLES / task)]
+    inputs = [*(existing(MODELS / str(start)) for start in space.get("start", [params.start])), TABLES / task]
+    question = [params.model_dump(), space, *map(digest, inputs)]
     name = f"{task}-{hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:12]}"
     with tracking.locked(STUDIES / f"{name}.lock"), tracking.stage_run("tune", task, _named(task, space)) as parent:
         parent.inputs([task], "training")

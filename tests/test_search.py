@@ -136,6 +136,19 @@ def test_other_data_begin_another_study(place: Path, monkeypatch: pytest.MonkeyP
     assert search.search("ner", space, 1, lambda *told: None).study_name != first.study_name
 
 
+def test_every_core_to_start_from_is_part_of_the_question(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "fit", lambda *args, **kwargs: {"validation_f1": 0.5})
+    space = search.parse_space("ner", ["start=base,multitask"])
+    with pytest.raises(UserError, match="models/multitask"):  # before any trial
+        search.search("ner", space, 1, lambda *told: None)
+    (place / "models/multitask").mkdir()
+    names = []
+    for content in "xy":
+        (place / "models/multitask/content").write_text(content)
+        names.append(search.search("ner", space, 1, lambda *told: None).study_name)
+    assert names[0] != names[1]
+
+
 def test_killed_in_a_trial_it_goes_on_with_its_values(pipeline: Pipeline, tmp_path: Path) -> None:
     """A real one, from the command line, on the tiny core."""
     place = tmp_path / "checkout"
