@@ -1,5 +1,5 @@
-"""Key-value caches for `generate`: those that hold less, int8 values or a window in every layer, are passed to it as
-`past_key_values=`; the window of fixed size is part of its `cache_implementation="static"`."""
+"""Key-value caches for `generate`. Smaller ones, with int8 values or a window in every layer, are passed to it as
+`past_key_values=`. `StaticWindowLayer` is used by its `cache_implementation="static"`."""
 
 from typing import Any
 
@@ -17,9 +17,9 @@ from memgpt.model.residency import dequantise, quantise
 
 
 class _Int8(DynamicLayer):
-    """Holds what `quantise` packs, [B, heads, T, head_dim + 4]; cropping, reordering and the rest work on that.
+    """Stores keys and values as packed by `quantise`, [B, heads, T, head_dim + 4]; cropping and reordering work on it.
 
-    New tokens too are handed back as they are held, so that it does not matter in which pieces a text is read.
+    New tokens too are returned as rounded, so the result does not depend on the pieces in which a text is read.
     """
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -37,31 +37,31 @@ class _Int8(DynamicLayer):
 
 
 class Int8Layer(_Int8):
-    """A whole text."""
+    """The whole text, as int8."""
 
 
 class Int8WindowLayer(_Int8, DynamicSlidingWindowLayer):
-    """A window of it."""
+    """A local layer's window, as int8."""
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
-    """The last tokens of a global layer.
+    """The last tokens, for a global layer.
 
-    Not `is_sliding`: transformers takes the sizes of all sliding layers' masks from the first that is, and this one's
-    window need not be that of the local layers.
+    It is not `is_sliding`, because transformers sizes the masks of all sliding layers by the first such layer, and this
+    window may differ from that of the local layers.
     """
 
     is_sliding = False
 
 
 class Int8GlobalWindowLayer(_Int8, WindowLayer):
-    """The same as int8."""
+    """The last tokens, for a global layer, as int8."""
 
 
 class StaticWindowLayer(StaticSlidingWindowLayer):
-    """A window of fixed size whose length only a tensor tells, never a number in Python: a compiled step then is one
-    for all lengths. transformers' own counts in Python too, so that on a GPU every step recorded a CUDA graph of its
-    own, six times as slow as replaying one."""
+    """A window of fixed size that counts its tokens in a tensor only, so one compiled step serves all lengths.
+    transformers' class also counts in Python, so on a GPU every step recorded its own CUDA graph, which is six times as
+    slow as replaying one."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -69,7 +69,7 @@ class StaticWindowLayer(StaticSlidingWindowLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new, size = key_states.shape[2], self.max_cache_len
-        if new == 1:  # what is compiled: the oldest token leaves a full window
+        if new == 1:  # the compiled case: a full window drops its oldest token
             full = self.cumulative_length >= size
             order = (torch.arange(size, device=self.device) + full) % size
             place = self.cumulative_length.clamp(max=size - 1)[None]
@@ -87,7 +87,7 @@ class StaticWindowLayer(StaticSlidingWindowLayer):
         return whole[0], whole[1]
 
     def _past(self) -> tuple[int, int]:
-        """How many past tokens new ones are shown, and where in the window the first of them is."""
+        """How many past tokens new ones see, and the place of the first of them in the window."""
         held = min(int(self.cumulative_length), self.max_cache_len)
         past = min(held, self.max_cache_len - 1)
         return past, held - past
@@ -104,16 +104,16 @@ class StaticWindowLayer(StaticSlidingWindowLayer):
 
 
 def make_cache(config: MemGPTConfig, *, int8: bool = False, stream: int | None = None) -> Cache:
-    """An empty cache; local layers keep their `sliding_window` as ever.
+    """An empty cache; local layers always keep their `sliding_window`.
 
     int8: keys and values as int8 with a float32 scale per token and head; an element is off by at most 1/254 of the
-    largest of its head_dim. stream: the tokens that global layers keep, so that a text without end is decoded in
-    constant memory. A token then sees `stream` tokens, itself included; one that is read in a piece of p tokens up to
-    p − 1 more. The first tokens of the text are not kept apart: keys are held rotated by their position, so these
-    would drift beyond every distance that was trained.
+    largest of its head_dim. stream: how many tokens global layers keep, so that unbounded text is decoded in constant
+    memory. A token then sees `stream` tokens, itself included; one that is read in a piece of p tokens, up to p − 1
+    more. The first tokens of the text are not kept as attention sinks: keys are stored rotated by their position, so
+    their distance would grow beyond all distances seen in training.
 
     Raises:
-        ValueError: for a stream of fewer than 2 tokens or more than max_position_embeddings.
+        ValueError: if stream is less than 2 or more than max_position_embeddings.
     """
     if stream is not None and not 2 <= stream <= config.max_position_embeddings:
         raise ValueError(
@@ -133,7 +133,7 @@ def make_cache(config: MemGPTConfig, *, int8: bool = False, stream: int | None =
 
 
 def visible_past(cache: Cache | None, config: MemGPTConfig) -> int:
-    """How many past tokens a global layer shows the next one: all of them, unless it keeps a window; 0 without one."""
+    """How many past tokens the next one sees in a global layer (all or a window); 0 without a cache or such a layer."""
     layers = [i for i, kind in enumerate(config.layer_types or ()) if kind == GLOBAL]
     if cache is None or not layers:
         return 0
@@ -141,13 +141,13 @@ def visible_past(cache: Cache | None, config: MemGPTConfig) -> int:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """What the keys and values of a cache take, storage that views keep alive included."""
+    """Bytes of a cache's keys and values, including storage that views keep alive."""
     tensors = [t for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def kv_bytes_per_token(config: MemGPTConfig, context: int, dtype: torch.dtype, *, int8: bool = False) -> float:
-    """Bytes of keys and values, over all layers, per token of a context of that many."""
+    """Bytes of keys and values over all layers, per token of a text of `context` tokens."""
     width: int = config.head_dim  # type: ignore[assignment]
     element = 2 * config.num_key_value_heads * (width + 4 if int8 else width * dtype.itemsize)
     kept = {GLOBAL: 1.0, LOCAL: min(config.sliding_window or 0, context) / context}

@@ -5,9 +5,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-LOCAL, GLOBAL = "sliding_attention", "full_attention"  # transformers' names, which its caches and masks read
+LOCAL, GLOBAL = "sliding_attention", "full_attention"  # transformers' names, which its caches and masks expect
 
-# One dial for the shape: what `pretrain.preset` names. Every last layer of a few is global.
+# The shapes that `pretrain.preset` selects. The last layer of each group of three to five is global.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 128,
@@ -49,27 +49,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 class MemGPTConfig(PreTrainedConfig):
     """Configuration of every MemGPT class.
 
-    layer_types: "full_attention" or "sliding_attention" per layer; None makes all full. sliding_window: tokens that a
-    sliding layer sees, itself included: the last ones causally, as many to either side in both directions.
-    qk_norm … position_embedding: what other families do otherwise; they let `memgpt convert` take their weights over.
+    layer_types: "full_attention" or "sliding_attention" per layer; None makes all full. sliding_window: how many tokens
+    a sliding layer sees: causally the last ones, the token itself included; bidirectionally as many on each side.
+    qk_norm … position_embedding: variants of other model families, so that `memgpt convert` can load their weights.
     memory_layers: indices of the blocks with an n-gram memory, which all read one table; empty makes a plain GPT.
     memory_ngrams: lengths n of the n-grams that are looked up.
-    memory_heads: hash functions, so table rows read, per n.
+    memory_heads: hash functions per n, each of which reads one table row.
     memory_rows: rows per hash head; memory_dim: width of a row.
-    memory_kernel: taps of the memory's causal depthwise convolution; 0 is none.
-    recall_length: longest run of last tokens that is looked for earlier in the text, for what followed it then; 0 is no
-        recall, None 4 with a memory and 0 without. recall_window: how many tokens back it is looked for.
+    memory_kernel: taps of the memory's causal depthwise convolution; 0 for none.
+    recall_length: longest run of last tokens to search for earlier in the text, to recall the token that followed it; 0
+        disables recall; None: 4 with a memory, 0 without. recall_window: how many tokens back the search goes.
     dropout: on the output of each residual branch and before each head.
     pooled_size: width of the two-tower vectors of recommendation.
     similarity_temperature: of the softmax over items in recommendation.
-    window: subword tokens that the understanding tasks read at once; max_history: a reader's items that count.
+    window: subword tokens per window in the understanding tasks; max_history: how many of a user's items are used.
     task_labels: task → labels; task_balancing: a learned weight for each task's loss. For the multi-task class only.
-    topics: of texts, for a second head beside that of their labels; None is no such head.
-    label_temperature: divides the labels' logits in answers, so that their softmax is a probability to rely on.
-    outside_bias: taken from the log-probability of "outside" when the tags of a text are chosen.
-    word_vote_rows: of the table in which words vote for the label of a token, or of a text (word_votes.py); 0 is none.
-    word_vote_weight: what their votes count in the logits, in answers; training leaves them out.
-    prefix_length: trained keys and values that all tokens see in each layer, for the understanding tasks; 0 is none.
+    topics: names of the texts' topics, predicted by a second head beside that of the labels; None for no such head.
+    label_temperature: divides the labels' logits in predictions, so that their softmax is calibrated.
+    outside_bias: subtracted from the log-probability of the tag "outside" when a text's tags are chosen.
+    word_vote_rows: rows of the table of word votes for the label of a token or a text (word_votes.py); 0 for none.
+    word_vote_weight: weight of these votes in the logits of predictions; training leaves them out.
+    prefix_length: trained keys and values in each layer that all tokens see, for the understanding tasks; 0 for none.
     """
 
     model_type = "memgpt"
@@ -159,10 +159,10 @@ class MemGPTConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, which only warns of another architecture and then builds a model of random weights.
+        """As in transformers, but another architecture is an error; transformers would warn and use random weights.
 
         Raises:
-            ValueError: the checkpoint is of another architecture.
+            ValueError: if the checkpoint is of another architecture.
         """
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if (kind := values.get("model_type", cls.model_type)) != cls.model_type:
@@ -173,10 +173,10 @@ class MemGPTConfig(PreTrainedConfig):
         return values, kwargs
 
     def validate_architecture(self) -> None:
-        """Refuse a shape that cannot be built, naming the fields.
+        """Check that the shape can be built.
 
         Raises:
-            ValueError: with the fields and the fix.
+            ValueError: naming the invalid fields and the fix.
         """
         if (self.head_dim or 0) % 2:
             raise ValueError(

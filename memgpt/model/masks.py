@@ -1,4 +1,4 @@
-"""Which tokens a token sees: the mask of each kind of layer, in the form that the attention back end wants."""
+"""Attention masks for each kind of layer, in the form that the attention back end expects."""
 
 from typing import Any
 
@@ -27,14 +27,14 @@ def make_masks(
     position_ids: torch.Tensor,
     **shared: Any,
 ) -> Masks:
-    """A mask for each of `config.layer_types`, for `mode` and `prefix_mask` as in `MemGPTModel.forward`.
+    """A mask for each kind in `config.layer_types`. mode and prefix_mask: as in `MemGPTModel.forward`.
 
-    packed: position_ids that start again at 0 mark documents. shared: what transformers' functions take besides.
+    packed: position_ids that restart at 0 mark documents. shared: further arguments of transformers' mask functions.
 
     Raises:
-        ValueError: for an unknown mode, one without its prefix_mask, or one that the attention back end cannot mask.
+        ValueError: if the mode is unknown, lacks its prefix_mask, or is not supported by the attention back end.
     """
-    if isinstance(attention_mask, dict):  # made by `generate`, for a cache of fixed size
+    if isinstance(attention_mask, dict):  # made by `generate` for a static cache
         return attention_mask
     if "flash" in (config._attn_implementation or ""):
         _check_flash(mode, packed and inputs_embeds.shape[0] > 1)
@@ -54,7 +54,7 @@ def make_masks(
         raise ValueError(f"attention_mode={mode!r}: expected 'causal', 'bidirectional' or 'prefix'")
     if prefix_mask is None:
         raise ValueError("attention_mode='prefix': pass prefix_mask [B, T], 1 for the tokens to read both ways")
-    # What is generated after the prefix, and room in a cache, is not part of it.
+    # Generated tokens and unused cache positions after prefix_mask do not belong to the prefix.
     prefix, end = nn.functional.pad(prefix_mask.bool(), (0, 1)), prefix_mask.shape[1]
     window = config.sliding_window or 0
 

@@ -1,8 +1,8 @@
 """The knowledge memory: rows of a large table, addressed by a hash of the last n tokens.
 
-After *Conditional Memory via Scalable Lookup* (arXiv 2601.07372): an address depends on token ids alone, so that a
-look-up costs no matrix product over the table and rows can be fetched ahead. Shape letters: B batch, T positions,
-D hidden size, R rows read per position, M width of a row.
+After *Conditional Memory via Scalable Lookup* (arXiv 2601.07372): an address depends only on token ids. So a look-up
+needs no matrix product over the table, and rows can be prefetched. Shape letters: B batch, T positions, D hidden size,
+R rows read per position, M width of a row, N rows of the table.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,12 +15,12 @@ from torch import nn
 from memgpt.model import kernels
 from memgpt.model.config import MemGPTConfig
 
-# Odd 64-bit constants (splitmix64's increment and mixers); products wrap modulo 2^64, which is what a hash wants.
+# Odd 64-bit constants (splitmix64's increment and mixers). Products wrap modulo 2^64, as intended for a hash.
 _INCREMENT, _MIX_1, _MIX_2, _MASK = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, (1 << 64) - 1
 
 
 def _multiplier(*key: int) -> int:
-    """A fixed odd signed 64-bit number for a key: the same in every process and on every device."""
+    """A fixed odd signed 64-bit number for a key, the same in every process and on every device."""
     state = 0
     for part in key:
         state = (state + (part + 1) * _INCREMENT) & _MASK
@@ -31,17 +31,17 @@ def _multiplier(*key: int) -> int:
     return state - (1 << 64) if state >= 1 << 63 else state
 
 
-FREE = -1  # in `NGramHash.owners`
-HIDDEN = -1  # in place of the id of a token that no n-gram may contain
+FREE = -1  # in `NGramHash.owners`: the row has no owner
+HIDDEN = -1  # replaces the id of a token that no n-gram may contain
 
 
 def _fingerprint(mixed: torch.Tensor) -> torch.Tensor:
-    """64 bits of an n-gram → a number above 0 that 1 in 32,767 others has too; of other bits than its row."""
+    """An n-gram's 64-bit hash → a positive number, which 1 in 32,767 others share; from other bits than its row."""
     return (1 + (mixed >> 40) % 32767).to(torch.int16)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS normalisation in the weight's precision: under autocast, torch has no fast path for mixed ones."""
+    """RMS normalisation in the weight's precision, because torch has no fast path for mixed precisions (autocast)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.to(self.weight.dtype))
@@ -50,12 +50,12 @@ class RMSNorm(nn.RMSNorm):
 class NGramHash(nn.Module):
     """Token ids → addresses in the memory table.
 
-    `canonical_ids` maps a token to the one that stands for all its spellings (case and leading space folded), so that
-    "Apple" and " apple" share entries. Row 0 of a table is always zero; an n-gram that would reach over the start of
-    a document, or that contains padding or a mask, reads it.
+    `canonical_ids` maps a token to the one that represents all its spellings (case and leading space folded), so
+    "Apple" and " apple" share entries. Row 0 of the table is always zero. It is read for n-grams that would reach
+    beyond the start of a document, or that contain padding or a mask.
 
-    `owners` says whose a row is: 0, everyone's that falls on it; FREE, no one's; else a fingerprint of the one n-gram
-    that may read it, while all others read row 0. It starts as everyone's; `claim` gives the rows away.
+    `owners` holds the owner of each row. 0: shared by all n-grams that hash to it. FREE: none. Otherwise: the
+    fingerprint of the one n-gram that may read it; all others read row 0. Rows start as shared; `claim` assigns them.
     """
 
     owners: torch.Tensor  # [N]; None without a memory
@@ -73,16 +73,16 @@ class NGramHash(nn.Module):
 
     @property
     def context(self) -> int:
-        """How many tokens before the first one its memory depends on."""
+        """How many preceding tokens a token's memory depends on."""
         return max(self.ngrams, default=1) - 1 + self.lead
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Addresses [B, lead + T, R] of input_ids [B, T] and of the `lead` tokens before, which the convolution reads.
+        """Addresses [B, lead + T, R] for input_ids [B, T] and the `lead` tokens before, which the convolution reads.
 
-        position_ids [B or 1, T] count from the start of each document. context_ids [B, ≤ context]: the tokens just
-        before `input_ids`, for incremental decoding.
+        position_ids [B or 1, T] count from the start of each document. context_ids [B, ≤ context]: the tokens
+        immediately before `input_ids`, for incremental decoding.
         """
         addresses = []
         for mixed, row, invalid in self._hashes(input_ids, position_ids, context_ids):
@@ -94,7 +94,7 @@ class NGramHash(nn.Module):
     def _hashes(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context_ids: torch.Tensor | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Per hash head of each n, [B, lead + T] each: the n-gram mixed into 64 bits, its row, and where it is none."""
+        """Per n and hash head, each [B, lead + T]: the n-gram's 64-bit hash, its row, and whether it is invalid."""
         position_ids = with_positions_before(position_ids, input_ids, context_ids, self.lead)
         length = position_ids.shape[1]
         _, ids, blank = self.with_context(input_ids, context_ids, self.context)
@@ -120,11 +120,11 @@ class NGramHash(nn.Module):
     def with_context(
         self, input_ids: torch.Tensor, context_ids: torch.Tensor | None, reach: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The `reach` tokens before input_ids [B, T] and these, [B, reach + T] each: ids, canonical ids, and which are
-        none, a mask or padding.
+        """input_ids [B, T] preceded by `reach` tokens, as three tensors [B, reach + T]: ids, canonical ids, and which
+        are blank: missing, hidden, a mask or padding.
 
         Raises:
-            ValueError: buffers without values, as are offloaded ones, which come to `forward` alone.
+            ValueError: if buffers have no values, such as offloaded ones, which are loaded only for `forward`.
         """
         if self.canonical_ids.is_meta and not input_ids.is_meta:
             raise ValueError(
@@ -143,12 +143,12 @@ class NGramHash(nn.Module):
     def claim(
         self, batches: Iterable[Mapping[str, torch.Tensor]], least: int, learned: torch.Tensor | None = None
     ) -> None:
-        """Give each row that is not taken yet to the most frequent n-gram on it in `batches` (input_ids and
-        position_ids, [B, T]), if it occurs `least` times or more; else the row is FREE. learned [N]: rows that hold
-        something; those that were everyone's stay so, or all that was learned in them would be lost.
+        """Assign each row without an owner to the most frequent n-gram that hashes to it in `batches` (input_ids and
+        position_ids, [B, T]), if that occurs at least `least` times; otherwise the row becomes FREE. learned [N]: rows
+        already trained. Of these, shared ones stay shared, because what was learned in them would be lost.
 
-        So an n-gram that was never learned reads nothing, in place of what another one has learned; nor do rare ones
-        learn their few continuations by heart.
+        So an n-gram that was never learned reads nothing, rather than what another one has learned, and rare n-grams
+        do not memorise their few continuations.
         """
         device, text = self.owners.device, [_Counts() for _ in range(len(self.ngrams) * self.heads)]
         for batch in batches:
@@ -159,7 +159,7 @@ class NGramHash(nn.Module):
         kept = (learned & (self.owners == 0))[1:].view(-1, self.rows)
         for counts, owners, stays in zip(text, self.owners[1:].view(-1, self.rows), kept, strict=True):
             mixed = torch.from_numpy(counts.most_frequent_last(least)).to(device)
-            last = torch.full_like(owners, -1, dtype=torch.int64)  # of those that fall on a row
+            last = torch.full_like(owners, -1, dtype=torch.int64)  # per row, the last n-gram that hashes to it
             last.scatter_reduce_(0, (mixed >> 16) % self.rows, torch.arange(len(mixed), device=device), "amax")
             open_ = (owners <= 0) & ~stays
             owners[open_] = FREE
@@ -170,19 +170,19 @@ class NGramHash(nn.Module):
 def with_positions_before(
     position_ids: torch.Tensor, input_ids: torch.Tensor, context_ids: torch.Tensor | None, count: int
 ) -> torch.Tensor:
-    """position_ids [B or 1, T] behind those of the `count` tokens before: [B or 1, count + T]. Hidden tokens have none
-    of their own: only shown ones are counted, back from the row's first shown token. context_ids None: no gaps."""
+    """position_ids [B or 1, T] with those of the `count` tokens before: [B or 1, count + T]. Hidden tokens have no
+    position of their own: only visible ones count, back from the row's first. context_ids None: nothing is hidden."""
     if context_ids is None:
         before = position_ids[:, :1] + torch.arange(-count, 0, device=position_ids.device)
     else:
         shown = torch.cat((context_ids, input_ids), dim=1) != HIDDEN
-        place = nn.functional.pad(shown, (count - context_ids.shape[1], 0)).cumsum(1)  # or cut, to the last ones
+        place = nn.functional.pad(shown, (count - context_ids.shape[1], 0)).cumsum(1)  # a negative pad truncates
         before = (position_ids - place[:, count:]).amax(1, keepdim=True) + place[:, :count]
     return torch.cat((before, position_ids.expand(len(before), -1)), dim=1)
 
 
 def hide(input_ids: torch.Tensor, attention_mask: object, token: int = HIDDEN) -> torch.Tensor:
-    """input_ids [B, T] with `token` where an attention_mask [B, ≥ T] hides them; masks of other forms hide none."""
+    """input_ids [B, T] with `token` where attention_mask [B, ≥ T] is 0; masks of other forms hide nothing."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
         return input_ids
     return input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, token)
@@ -207,36 +207,36 @@ class _Counts:
         self.times = np.bincount(place, np.concatenate((self.times, times)), len(self.numbers)).astype(np.int64)
 
     def most_frequent_last(self, least: int) -> np.ndarray:
-        """Those that occurred `least` times or more, the most frequent last."""
+        """The numbers that occurred at least `least` times, the most frequent last."""
         self._merge()
         enough = self.times >= least
         return self.numbers[enough][np.argsort(self.times[enough], kind="stable")]
 
 
 def table_rows(config: MemGPTConfig) -> int:
-    """Rows of the table: one of zeros, then `memory_rows` per hash head of each n."""
+    """Number of rows of the table: one of zeros, then `memory_rows` per n and hash head."""
     return 1 + len(config.memory_ngrams or ()) * config.memory_heads * config.memory_rows
 
 
 def make_table(config: MemGPTConfig) -> nn.Embedding:
     """The table that all memory layers read, [N, M]."""
     table = nn.Embedding(table_rows(config), config.memory_dim, padding_idx=0)
-    table._memory_table = True  # type: ignore[assignment]  # starts at zero, and trains by an optimizer of its own
+    table._memory_table = True  # type: ignore[assignment]  # initialised to zero and trained by its own optimizer
     return table
 
 
-Readers = tuple[torch.Tensor, ...]  # which addresses name a row; of `kernels.memory.readers`
+Readers = tuple[torch.Tensor, ...]  # the addresses grouped by row, as `kernels.memory.readers` returns them
 
 
 def look_up(table: nn.Module, addresses: torch.Tensor, readers: Readers | None = None) -> torch.Tensor:
-    """addresses [B, T, R] → rows of the table side by side, [B, T, R·M]. readers: `find_readers`, if that was called
-    before."""
+    """addresses [B, T, R] → concatenated rows of the table, [B, T, R·M]. readers: the result of `find_readers`, if
+    already computed."""
     if getattr(table, "sparse", False):
         return _look_up_sparsely(table, addresses, readers)
     return table(addresses).flatten(-2)
 
 
-@torch.compiler.disable  # gradients of this kind are not compiled
+@torch.compiler.disable  # torch.compile does not support sparse gradients
 def _look_up_sparsely(table: nn.Module, addresses: torch.Tensor, readers: Readers | None) -> torch.Tensor:
     if _served(table):
         from memgpt.model.kernels.memory import look_up
@@ -249,7 +249,7 @@ def _look_up_sparsely(table: nn.Module, addresses: torch.Tensor, readers: Reader
 
 
 def find_readers(table: nn.Module, addresses: torch.Tensor) -> Readers | None:
-    """What the gradient of a look-up has to know of its addresses, if a kernel takes it; for that the host waits."""
+    """The `Readers` that the kernel for a look-up's gradient needs; None if no kernel runs. The host waits for them."""
     if not (getattr(table, "sparse", False) and _served(table)):
         return None
     from memgpt.model.kernels.memory import readers
@@ -262,22 +262,22 @@ def _served(table: nn.Module) -> TypeGuard[nn.Embedding]:
 
 
 def row_gradient(table: torch.Tensor) -> torch.Tensor:
-    """The sparse gradient of a table, coalesced. autograd forgets that the kernel's is: sorting its rows again, and
-    waiting for it, would cost a twentieth of a training step."""
+    """The sparse gradient of a table, coalesced. The kernel's gradient already is, but autograd loses that flag.
+    Sorting the rows again, and waiting for the result, would cost a twentieth of a training step."""
     gradient: torch.Tensor = table.grad  # type: ignore[assignment]
     rows = table.__dict__.pop("distinct_rows", None)
-    # The same memory, which `rows` keeps from being used anew: the gradient of that one look-up, and nothing added.
+    # `rows` keeps this storage alive, so the same address means the gradient of that one look-up, with nothing added.
     if rows is not None and gradient._nnz() == len(rows) and gradient._indices().data_ptr() == rows.data_ptr():
         gradient._coalesced_(True)
     return gradient.coalesce()
 
 
 class GatedMemory(nn.Module):
-    """h ↦ gate(h, k) · conv(v), where k and v are what a layer makes of an entry, which was looked up. kernel: taps of
-    the convolution; 0 is none.
+    """h ↦ gate(h, k) · conv(v), where k and v are projections of an entry that was looked up. kernel: taps of the
+    convolution; 0 for none.
 
-    The convolution runs over what was looked up, before the gate: it depends on token ids alone, so that decoding keeps
-    no state for it. E: size of an entry.
+    The convolution runs before the gate, so it depends only on what was looked up, hence on token ids. Decoding
+    therefore keeps no state for it. E: size of an entry.
     """
 
     def __init__(self, config: MemGPTConfig, entry_size: int, kernel: int):
@@ -293,7 +293,7 @@ class GatedMemory(nn.Module):
 
     def forward(self, hidden: torch.Tensor, entry: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """hidden [B, T, D], entry [B, lead + T, E], position_ids [B or 1, T] → what to add to hidden, [B, T, D]."""
-        if kernels.serve(hidden) and not self.query_norm.weight.is_meta:  # offloaded, it comes when the norm is called
+        if kernels.serve(hidden) and not self.query_norm.weight.is_meta:  # offloaded weights load only in norm's call
             from memgpt.model.kernels.memory import gated_convolution
 
             weight, taps = self.query_norm.weight * self.key_norm.weight, self.taps if self.lead else None
@@ -303,15 +303,15 @@ class GatedMemory(nn.Module):
         return self.gate(hidden, entry[:, self.lead :]) * value
 
     def gate(self, hidden: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
-        """How much of an entry [B, T, E] the context hidden [B, T, D] lets through: [B, T, 1] in (0, 2).
+        """The factor [B, T, 1], in (0, 2), by which the context hidden [B, T, D] scales an entry [B, T, E].
 
-        All of it, 1, until training has moved the query's norm from zero.
+        It is 1 until training moves the weight of `query_norm` from zero.
         """
         match = (self.query_norm(hidden) * self.key_norm(self.key(entry))).sum(-1, keepdim=True)
         return 2 * torch.sigmoid(match * hidden.shape[-1] ** -0.5)
 
     def convolve(self, value: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """value [B, lead + T, D] → [B, T, D]: each position's own, plus taps on those before it in its document."""
+        """value [B, lead + T, D] → [B, T, D]: each position's value plus `taps` times earlier ones in its document."""
         length = position_ids.shape[1]
         mixed = value[:, self.lead :]
         for back in range(1, self.lead + 1):
@@ -321,8 +321,8 @@ class GatedMemory(nn.Module):
 
 
 class KnowledgeMemory(GatedMemory):
-    """A layer's own view of the entry that was read in the table at the n-grams' addresses. The table starts at zero,
-    so that the layer starts as "adds nothing" and learns only entries that pay."""
+    """A layer's projection of the entry read from the table at the n-grams' addresses. The table starts at zero, so the
+    layer at first adds nothing, and learns only entries that lower the loss."""
 
     def __init__(self, config: MemGPTConfig):
         reads = len(config.memory_ngrams or ()) * config.memory_heads

@@ -1,12 +1,12 @@
-"""MemGPT: one Transformer backbone with an n-gram memory, and the language models on it; heads.py has the tasks'.
+"""MemGPT: a Transformer backbone with an n-gram memory, and its language models; the tasks' models are in heads.py.
 
-    h = embedding;  h += recall(h, what followed the last tokens when they last occurred)
+    h = embedding;  h += recall(h, the token that followed the last few tokens when they last occurred)
     block:  h += memory(h, n-grams)       at `config.memory_layers` only
             h += attention(norm(h))       rotary positions, grouped queries, query-key norm
             h += swiglu(norm(h))
 
-The same weights read causally (to generate) or in both directions (to understand): the class decides, a call may
-override with `attention_mode`. Shape letters: B batch, T positions, D hidden size, V vocabulary.
+The same weights read causally (to generate) or in both directions (to understand). The class sets the default, which a
+call can override with `attention_mode`. Shape letters: B batch, T positions, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, for transformers' attention interface: (output [B, T, heads, head_dim], weights)."""
+    """Plain attention for transformers' attention interface: (output [B, T, heads, head_dim], weights)."""
     groups: int = module.num_key_value_groups  # type: ignore[assignment]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     weights = query @ key.transpose(2, 3) * scaling
@@ -101,8 +101,8 @@ def eager_attention_forward(
 
 
 def _in_float32(attend: Callable) -> Callable:
-    """An attention for training on a CPU that multiplies bfloat16: torch's backward pass of sdpa takes up to eight
-    times as long in it as in float32 there, most for short texts."""
+    """`attend` computed in float32, for training on a CPU with bfloat16 instructions. There torch's backward pass of
+    sdpa takes up to eight times as long in bfloat16 as in float32, most for short texts."""
 
     def widened(
         module: nn.Module,
@@ -113,7 +113,7 @@ def _in_float32(attend: Callable) -> Callable:
         **kwargs: Any,
     ) -> Any:
         if isinstance(attention_mask, torch.Tensor) and attention_mask.is_floating_point():
-            attention_mask = attention_mask.float()  # sdpa takes none of another precision than the queries'
+            attention_mask = attention_mask.float()  # sdpa requires the precision of the queries
         with torch.autocast("cpu", enabled=False):
             output, weights = attend(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)
         return output.to(query.dtype), weights
@@ -127,7 +127,7 @@ def make_norm(config: MemGPTConfig, size: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with RMS-normalised queries and keys, over the whole text or a window of it."""
+    """Grouped-query self-attention, if `qk_norm` with RMS-normalised queries and keys, over the text or a window."""
 
     def __init__(self, config: MemGPTConfig, layer_idx: int):
         super().__init__()
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         self.sliding_window = config.sliding_window if (config.layer_types or ())[layer_idx] == LOCAL else None
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.is_causal = True  # what back ends assume when the call does not say
+        self.is_causal = True  # the back ends' default if the call does not pass it
         width, bias = self.head_dim, config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * width, bias=bias)
@@ -167,7 +167,7 @@ class Attention(nn.Module):
         query, key = query.to(value.dtype), key.to(value.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if prefix is not None:  # after the rotation: it has no position
+        if prefix is not None:  # after the rotation, because the prefix has no position
             first_key, first_value = prefix.to(value.dtype).unsqueeze(1).expand(-1, len(value), -1, -1, -1)
             key, value = torch.cat((first_key, key), dim=2), torch.cat((first_value, value), dim=2)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -191,7 +191,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202), or the plain two-layer kind of older families."""
+    """SwiGLU (arXiv 2002.05202), or the plain two-layer form of older model families."""
 
     def __init__(self, config: MemGPTConfig):
         super().__init__()
@@ -227,10 +227,10 @@ class Block(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         if self.memory is not None and entry is not None:
-            assert position_ids is not None  # n-grams end where positions start again
+            assert position_ids is not None  # the convolution stays within a document
             if entry.shape[0] == hidden.shape[0]:  # `len` would fix the batch size of an export
                 added = self.memory(hidden, entry, position_ids)
-            else:  # a row for each token, in continuous batching
+            else:  # continuous batching: one row per token
                 added = self.memory(hidden.transpose(0, 1), entry, position_ids.T).transpose(0, 1)
             hidden = hidden + self.dropout(added)
         hidden = hidden + self.dropout(
@@ -251,13 +251,13 @@ class MemGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Of older checkpoints, which have shared rows and no recall: both start so that nothing changes.
+    # Missing in older checkpoints, which have shared rows and no recall. Their initial values reproduce that.
     _keys_to_ignore_on_load_missing = [r"ngram_hash\.owners$", r"\brecall\."]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Only modules with weights of their own are visited for classes outside transformers: marks on the leaves.
+        # transformers visits only modules with weights of their own if the class is not its own: so leaves are marked.
         super()._init_weights(module)
         if isinstance(module, NGramHash):
             init.copy_(module.canonical_ids, torch.arange(len(module.canonical_ids)))
@@ -283,7 +283,7 @@ class MemGPTPreTrainedModel(PreTrainedModel):
         added = torch.arange(len(known), size, device=known.device)
         ngram_hash.canonical_ids = nn.Buffer(torch.cat((known, added)))
         for module in self.modules():
-            if isinstance(module, WordTable):  # which knows nothing of the spelling of new tokens
+            if isinstance(module, WordTable):  # the spelling of new tokens is unknown to it
                 spelling = module.spelling
                 module.spelling = nn.Buffer(nn.functional.pad(spelling, (0, size - len(spelling))))
         return embeddings
@@ -295,7 +295,7 @@ class MemGPTPreTrainedModel(PreTrainedModel):
         """As in transformers.
 
         Raises:
-            ValueError: the checkpoint is of another architecture, or its weights are damaged.
+            ValueError: if the checkpoint is of another architecture, or its weights are damaged.
         """
         try:
             model, info = super().from_pretrained(
@@ -354,14 +354,13 @@ class MemGPTModel(MemGPTPreTrainedModel):
         """input_ids [B, T], or inputs_embeds [B, T, D] → last_hidden_state [B, T, D].
 
         attention_mode: "causal", "bidirectional", or "prefix": the tokens that prefix_mask [B, T] marks read each
-        other in both directions, the rest causally. position_ids [B, T] that start again at 0 mark the documents of a
-        packed row: attention and n-grams stay within them, in every mode. context_ids [B, n]: the tokens before
-        `input_ids` when decoding with a cache, −1 where hidden. `generate` passes them; else those that the cache was
-        last used with.
-        memory_ids [B, T]: what inputs_embeds stand for, −1 where for no token; without, the memories are silent, also
-        for what follows them in a cache. Or input_ids, −1 where masks that `generate` made hide them. [B, 0]: of none;
-        compiled code is told so with each token that follows vectors, as `generate` does.
-        memory_entry: what `read_memory` gave for these ids, if it was called before.
+        other in both directions, the rest causally. position_ids [B, T] that restart at 0 mark the documents of a
+        packed row; attention and n-grams stay within them in every mode. context_ids [B, n]: the tokens before
+        `input_ids` when decoding with a cache, −1 where hidden; by default those that the cache was last used with.
+        memory_ids [B, T]: the tokens that inputs_embeds represent, −1 for none. Without them the memories are silent,
+        also for the tokens that follow in the cache. With input_ids: the same, −1 where masks made by `generate` hide
+        them. [B, 0]: the memories are silent; compiled code needs this for each token after such vectors. `generate`
+        passes context_ids and memory_ids. memory_entry: the result of `read_memory` for these ids, if already known.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -373,7 +372,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 memory_ids = input_ids
         if memory_ids is not None and not memory_ids.shape[1]:
             memory_ids = None
-        # Of texts that stand in one row, each for itself.
+        # Of texts concatenated in one row, the longest counts.
         self._check_length(kwargs.get("max_length_q") or given.shape[1], past_key_values, position_ids)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -386,7 +385,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
             if context_ids is None and past_key_values is not None:
                 context_ids = _noted_ids(past_key_values)
             read = memory_ids, position_ids, context_ids
-            if "cache" in kwargs:  # of continuous batching: every token is a row of its own to the memories
+            if "cache" in kwargs:  # continuous batching: for the memories, every token is a row of its own
                 before = paged.context_ids(input_ids=memory_ids, count=self.context, **kwargs)
                 read = memory_ids.T, position_ids.T, before
             if self.memory_table is not None and memory_entry is None:
@@ -410,7 +409,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
             masks = self.prefix.widen(masks, attention_mode)
         bidirectional = attention_mode == "bidirectional"
         if use_cache and not bidirectional and past_key_values is None:
-            # After the mask: with a cache in hand transformers would not look for packed documents.
+            # After the masks, because transformers does not look for packed documents if it is given a cache.
             past_key_values = DynamicCache(config=self.config)
         hidden = inputs_embeds
         if self.embed_positions is not None:
@@ -419,7 +418,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
             hidden = hidden + self.recall(hidden, *recalled, position_ids)
         rotation = None if self.rotary_emb is None else self.rotary_emb(inputs_embeds, position_ids)
         prefix = None if self.prefix is None else self.prefix()
-        # Fewer layers in `generate(assistant_early_exit=...)`.
+        # `generate(assistant_early_exit=...)` lowers num_hidden_layers.
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden = layer(
                 hidden,
@@ -428,8 +427,8 @@ class MemGPTModel(MemGPTPreTrainedModel):
                 attention_mask=masks[str(layer.kind)],
                 past_key_values=past_key_values,
                 prefix=None if prefix is None else prefix[index],
-                position_ids=position_ids,  # flash attention finds packed documents by them
-                **{"is_causal": not bidirectional, **kwargs},  # continuous batching says it itself
+                position_ids=position_ids,  # from these, flash attention finds packed documents
+                **{"is_causal": not bidirectional, **kwargs},  # continuous batching passes its own is_causal
             )
         if past_key_values is not None:
             _note_ids(past_key_values, memory_ids, context_ids, self.context)
@@ -439,21 +438,21 @@ class MemGPTModel(MemGPTPreTrainedModel):
 
     @property
     def remembers(self) -> bool:
-        """Whether it has a memory, of knowledge or of the text."""
+        """Whether the model has a memory table or recall."""
         return self.memory_table is not None or self.recall is not None
 
     @property
     def context(self) -> int:
-        """How many tokens before the first one its memories depend on."""
+        """How many preceding tokens a token's memory and recall depend on."""
         return max(self.ngram_hash.context, 0 if self.recall is None else self.recall.look_back.context)
 
     def read_memory(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the memory layers are given, [B, lead + T, R·M], for these arguments of `forward`.
+        """The entry that all memory layers receive, [B, lead + T, R·M]; arguments as in `forward`.
 
-        It depends on token ids alone, so that a training step can have it read before what is compiled, which is then
-        one graph: sparse gradients are not compiled.
+        It depends only on token ids, so a training step can read it before its compiled part. That part is then one
+        graph, which it would not be otherwise: torch.compile does not support sparse gradients.
         """
         assert self.memory_table is not None
         return look_up(self.memory_table, self.ngram_hash(input_ids, position_ids, context_ids))
@@ -463,7 +462,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
             return
         if input_ids.dim() != 2 or not input_ids.numel():
             raise ValueError(f"input_ids: expected [texts, tokens] with one or more of each, got {[*input_ids.shape]}")
-        if input_ids.device.type != "cpu":  # it would wait for the device at every call, which raises an error anyway
+        if input_ids.device.type != "cpu":  # there the check would synchronise at every call; the look-up fails anyway
             return
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:
@@ -480,7 +479,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         longest, rope = self.config.max_position_embeddings, self.config.rope_parameters or {}
         scaled = (rope.get("original_max_position_embeddings") or longest) * (rope.get("factor") or 1)
         allowed = longest if learned else max(longest, scaled)
-        if length > allowed and position_ids is not None:  # documents of one row, or padding: the longest one counts
+        if length > allowed and position_ids is not None:  # packed documents, or padding: the longest document counts
             length = int(position_ids.max()) + 1
         if length > allowed:
             raise ValueError(
@@ -490,8 +489,8 @@ class MemGPTModel(MemGPTPreTrainedModel):
 
 
 def _note_ids(cache: Cache, ids: torch.Tensor | None, context_ids: torch.Tensor | None, count: int) -> None:
-    """Note on a cache the last ids that went into it, with a tensor that tells whether it was changed since."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # what is exported has the cache's state
+    """Store the last `count` ids on the cache, with its last layer's keys, by which `_noted_ids` detects changes."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():  # an export keeps the cache's state
         return
     if ids is not None:
         ids = ids if context_ids is None else torch.cat((context_ids, ids), dim=1)
@@ -501,16 +500,16 @@ def _note_ids(cache: Cache, ids: torch.Tensor | None, context_ids: torch.Tensor 
 
 
 def _of_vectors(cache: Cache | None) -> bool:
-    """Whether it was last given vectors of which nothing tells the ids: the memories stay silent behind them, as they
-    are without a cache (so in training), where vectors are all that is passed."""
+    """Whether the cache was last given vectors without ids. The memories then stay silent for the tokens after them, as
+    they are without a cache (so in training), where only vectors are passed."""
     if cache is None or not getattr(cache, "of_vectors", False):
         return False
-    cache.of_vectors = bool(cache.get_seq_length())  # else it was reset, and what is compiled notes nothing
+    cache.of_vectors = bool(cache.get_seq_length())  # if empty, it was reset; compiled code does not update the note
     return cache.of_vectors
 
 
 def _noted_ids(cache: Cache) -> torch.Tensor | None:
-    """The ids that `_note_ids` noted; None of an empty cache, or of one that came from vectors."""
+    """The ids that `_note_ids` stored; None for an empty cache, or one filled from vectors without ids."""
     if torch.compiler.is_compiling():
         raise ValueError("compiled decoding with a cache: pass context_ids, the tokens before input_ids")
     ids, keys = getattr(cache, "last_ids", (None, None))
@@ -537,7 +536,7 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,  # named, since `generate` looks for the name
+        inputs_embeds: torch.Tensor | None = None,  # explicit, because `generate` looks for this parameter name
         **kwargs: Any,
     ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(
@@ -545,39 +544,39 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         )
         cache = inputs.get("past_key_values")
         embedded = inputs.get("inputs_embeds")
-        if embedded is not None and embedded.shape[1] == input_ids.shape[1]:  # else there are vectors of no token
+        if embedded is not None and embedded.shape[1] == input_ids.shape[1]:  # otherwise some vectors have no token
             inputs["memory_ids"] = hide(input_ids, attention_mask)
-        elif embedded is None:  # any that were passed were of vectors, which are read by now
+        elif embedded is None:  # memory_ids that the caller passed belong to vectors that were already read
             inputs.pop("memory_ids", None)
         if embedded is None and _of_vectors(cache):
             inputs["memory_ids"] = input_ids[:, :0]
         elif embedded is None and cache is not None and self.model.remembers:
             past, count = input_ids.shape[1] - inputs["input_ids"].shape[1], self.model.context
-            near = min(past, count)  # of the whole text it would take longer than a step
+            near = min(past, count)  # to hide ids in the whole text would take longer than a decoding step
             known = hide(input_ids[:, past - near :], attention_mask)
             before = known[:, :near]
-            if past < count and cache.get_seq_length() > past:  # the ids of a prompt in pieces, or of a call before
+            if past < count and cache.get_seq_length() > past:  # a prompt read in pieces, or tokens of an earlier call
                 if not past:
                     cache.earlier_ids = _noted_ids(cache)
                 if (earlier := getattr(cache, "earlier_ids", None)) is not None:
                     before = torch.cat((earlier, before), dim=1)[:, -count:]
-            # Of one shape and layout, for a compiled step.
+            # A constant shape and layout, for a compiled step.
             before = before.clone(memory_format=torch.contiguous_format)
             if before.shape[1]:
                 before = nn.functional.pad(before, (count - before.shape[1], 0), value=HIDDEN)
             inputs["context_ids"] = before
-            if isinstance(inputs.get("attention_mask"), dict):  # of a cache of fixed size: it tells the model no more
+            if isinstance(inputs.get("attention_mask"), dict):  # a static cache's masks do not show the hidden tokens
                 inputs["memory_ids"] = known[:, near:].clone(memory_format=torch.contiguous_format)
         if inputs.get("attention_mode") == "prefix" and cache is not None:
             length = (input_ids if embedded is None else embedded).shape[1]
-            if cache.get_seq_length():  # the prefix is in the cache; what follows reads causally
+            if cache.get_seq_length():  # the prefix is in the cache; the tokens after it read causally
                 inputs.update(attention_mode="causal", prefix_mask=None)
             elif (prefix := inputs.get("prefix_mask")) is not None and prefix[:, length:].any():
                 raise ValueError(
                     "prefill_chunk_size: a piece ends within the prefix, which attention_mode='prefix' reads as one; "
                     "give a size that holds all of it, or none"
                 )
-            else:  # a cache of fixed size got a causal mask: have the model make its own
+            else:  # for a static cache `generate` made a causal mask, so let the model make its own
                 inputs["attention_mask"] = attention_mask
         return inputs
 
@@ -605,8 +604,8 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
         head_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> CausalLMOutputWithPast:
-        """labels [B, T] are input_ids, −100 where not to be predicted; they are shifted here. head_loss: makes the loss
-        of last_hidden_state and the output matrix [V, D]; there are no logits then."""
+        """labels [B, T]: input_ids, −100 where nothing is predicted; they are shifted here. head_loss: computes the
+        loss from last_hidden_state and the output matrix [V, D]; then no logits are returned."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -636,11 +635,11 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
 
 
 class MemGPTForMaskedLM(MemGPTPreTrainedModel):
-    """Fills masks in, reading in both directions.
+    """Predicts masked tokens, reading in both directions.
 
-    Masked next-token prediction as in GPT-BERT (arXiv 2410.24159): a token is read off the position before it, so that
-    the one head serves both objectives. The first token of a text is read off itself; put the end token before a text,
-    as in pretraining, to have it predicted well.
+    Masked next-token prediction as in GPT-BERT (arXiv 2410.24159): a token is predicted from the position before it, so
+    one head serves both objectives. The first token of a text is predicted from its own position; for a good prediction
+    put the end token before the text, as in pretraining.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -663,7 +662,7 @@ class MemGPTForMaskedLM(MemGPTPreTrainedModel):
         attention_mode: str = "bidirectional",
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> MaskedLMOutput:
-        """labels [B, T]: the tokens behind the masks, −100 elsewhere. logits [B, T, V] are those of the token there."""
+        """labels [B, T]: the masked tokens, −100 elsewhere. logits [B, T, V] predict the token at the same position."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -674,9 +673,9 @@ class MemGPTForMaskedLM(MemGPTPreTrainedModel):
         )
         hidden = outputs.last_hidden_state
         first = torch.arange(hidden.shape[1], device=hidden.device)[None] == 0
-        if attention_mask is not None and attention_mask.dim() == 2:  # behind padding
+        if attention_mask is not None and attention_mask.dim() == 2:  # the first token after padding
             first = first | (nn.functional.pad(attention_mask[:, -hidden.shape[1] : -1], (1, 0)) == 0)
-        if position_ids is not None:  # of a document in a packed row
+        if position_ids is not None:  # the first token of a document in a packed row
             first = first | (position_ids == 0)
         logits = self.lm_head(torch.where(first[..., None], hidden, hidden.roll(1, dims=1)))
         loss = None

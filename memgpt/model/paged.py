@@ -1,7 +1,7 @@
-"""Continuous batching (`generate_batch` of transformers): what the memory reads when many requests share a row.
+"""Continuous batching (`generate_batch` of transformers): the memory's context ids when many requests share a row.
 
-The row holds the new tokens of every request, one after the other; of those before them a paged cache has keys and
-values alone. The memory needs the few ids before each token, so ids are kept beside the keys, at the same places.
+The row concatenates the new tokens of every request. Of earlier tokens a paged cache stores only keys and values, but
+the memory also needs the few ids before each token. So ids are stored beside the keys, at the same places.
 """
 
 from typing import Any
@@ -23,13 +23,13 @@ def context_ids(
     block_table: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """The `count` tokens before each of input_ids [1, T], as a row each: [T, count]; the ids are noted for later calls.
+    """The `count` tokens before each of input_ids [1, T], a row for each: [T, count]. Stores input_ids for later calls.
 
-    The rest is what transformers passes to a paged forward: the places in the cache where the new tokens go, and those
-    of all of a request's tokens, request by request. What lies before a request's first token is anything.
+    The other arguments are those that transformers passes to a paged forward: the cache places of the new tokens, and
+    those of all of a request's tokens, request by request. Ids before a request's first token are arbitrary.
 
     Raises:
-        ValueError: where the cache has no layer that keeps all tokens, or a kernel of flash attention writes to it.
+        ValueError: if the cache has no layer that keeps all tokens, or a flash attention kernel writes to it.
     """
     if GLOBAL not in cache.cache_allocators:
         raise ValueError("continuous batching with a memory needs a layer of full attention (`layer_types`)")
@@ -43,16 +43,16 @@ def context_ids(
     known = allocator.token_ids[places] if len(places) else input_ids[0].long()
     token = torch.arange(input_ids.shape[1], device=input_ids.device)
     request = torch.searchsorted(ends[1:].contiguous(), token.to(ends.dtype), right=True)
-    request = request.clamp(max=len(ends) - 2)  # of padding behind the last one
+    request = request.clamp(max=len(ends) - 2)  # for padding after the last request
     place = all_ends[request + 1] - (ends[request + 1] - token)
     before = place[:, None] - torch.arange(count, 0, -1, device=token.device)
     return known[before.clamp(0, len(known) - 1)]
 
 
 def _keep_ids(allocator: Any) -> None:
-    """Give a part of the cache a place for the id of each token; a block that is copied takes its ids along."""
+    """Add storage for each token's id to an allocator of the cache; copying a block then also copies its ids."""
     stride, copy_blocks = allocator.block_physical_stride, allocator.copy_blocks
-    blocks = -(-2 * len(allocator.cache_tensor) // stride)  # keys and values of a token are two places
+    blocks = -(-2 * len(allocator.cache_tensor) // stride)  # a token's keys and values take two places
     allocator.token_ids = torch.zeros(blocks * stride, dtype=torch.long, device=allocator.cache_tensor.device)
 
     def copy(source: list[int], target: list[int]) -> None:

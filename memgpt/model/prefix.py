@@ -1,4 +1,4 @@
-"""Prefix tuning: keys and values that stand before every text."""
+"""Prefix tuning: trained keys and values that precede every text."""
 
 import torch
 from torch import nn
@@ -8,8 +8,8 @@ from memgpt.model.masks import Masks
 
 
 class Prefix(nn.Module):
-    """Keys and values of every layer that all tokens of all texts see, in place of further tokens before the text
-    (arXiv 2101.00190). They have no position, and no window ends before them.
+    """Trained keys and values in every layer that all tokens of all texts see, like extra tokens before the text
+    (arXiv 2101.00190). They have no position, and every sliding window includes them.
 
     weight: [layers, 2, key-value heads, P, head_dim].
     """
@@ -21,15 +21,15 @@ class Prefix(nn.Module):
         self.weight = nn.Parameter(torch.empty(*shape))  # type: ignore[arg-type]
 
     def forward(self) -> torch.Tensor:
-        """The weight, by a call, at which accelerate's hooks bring it where it is needed."""
+        """The weight. It is returned by a call, so that accelerate's hooks move it to the right device."""
         return self.weight
 
     def widen(self, masks: Masks, mode: str) -> Masks:
-        """Masks [B, 1, T, S], bool (true: seen) or to be added → [B, 1, T, P + S] that let the prefix be seen; none, in
-        both directions, hides nothing.
+        """Masks [B, 1, T, S], boolean (true: seen) or additive → [B, 1, T, P + S], in which the prefix is seen. None
+        stays None: in both directions it hides nothing.
 
         Raises:
-            ValueError: for another mode than "bidirectional", or an attention back end without such masks.
+            ValueError: if mode is not "bidirectional", or the attention back end takes no such masks.
         """
         length, back_end = self.config.prefix_length, self.config._attn_implementation or ""
         if mode != "bidirectional":

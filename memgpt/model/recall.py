@@ -1,7 +1,7 @@
-"""Recall: what followed the last tokens when they last occurred in the same text.
+"""Recall: the token that followed the last few tokens when they last occurred in the same text.
 
-An n-gram head (*In-Context Language Learning*, arXiv 2401.12973) as a look-up: which token it is depends on token ids
-alone, so that nothing is multiplied to find it. A Transformer learns to look it up by attention ("induction heads"),
+This is an n-gram head (*In-Context Language Learning*, arXiv 2401.12973) as a look-up. The recalled token depends only
+on token ids, so finding it needs no multiplications. A Transformer learns the same by attention ("induction heads"),
 but only after far more text than a small one reads. Shape letters: B batch, T positions, D hidden size.
 """
 
@@ -14,10 +14,10 @@ from memgpt.model.memory import GatedMemory, NGramHash, with_positions_before
 
 
 class LookBack(nn.Module):
-    """Token ids → for each position the token that followed the longest run of last tokens, up to `recall_length`, that
-    occurred before in its document, at most `recall_window` tokens back; the nearest where there are several.
+    """Finds, for each position, the longest run of last tokens (up to `recall_length`) that occurred earlier in its
+    document, at most `recall_window` tokens back, and the token that followed it. Of several, the nearest counts.
 
-    Tokens are compared by their canonical ids. Padding and masks are never part of a run, nor what followed one.
+    Tokens are compared by their canonical ids. Padding and masks are never part of a run and are never recalled.
     """
 
     def __init__(self, config: MemGPTConfig):
@@ -27,7 +27,7 @@ class LookBack(nn.Module):
 
     @property
     def context(self) -> int:
-        """How many tokens before the first one its answer depends on."""
+        """How many preceding tokens a token's result depends on."""
         return self.window + self.longest - 1
 
     def forward(
@@ -37,11 +37,11 @@ class LookBack(nn.Module):
         position_ids: torch.Tensor,
         context_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Arguments as of `NGramHash` → tokens [B, T], and the lengths [B, T] of the runs they followed; 0: none."""
+        """Arguments as in `NGramHash` → recalled tokens [B, T], and the lengths [B, T] of their runs; 0: no recall."""
         length, device = input_ids.shape[1], input_ids.device
         given = 0 if context_ids is None else context_ids.shape[1]
         window: int = torch.sym_min(self.window, length + given)
-        before = self.longest - 1  # tokens that are compared for the run of the first position
+        before = self.longest - 1  # tokens before the first position that its run may contain
         ids, canonical, blank = ngram_hash.with_context(input_ids, context_ids, window + before)
         leads_on = ~(blank | nn.functional.pad(blank[:, 1:], (0, 1), value=True))
         tokens, earlier = canonical.int().masked_fill(blank, -2), canonical.int().masked_fill(~leads_on, -1)
@@ -59,13 +59,15 @@ class LookBack(nn.Module):
 def longest_run(
     tokens: torch.Tensor, earlier: torch.Tensor, position_ids: torch.Tensor, window: int, longest: int
 ) -> torch.Tensor:
-    """tokens and earlier [B, window + longest − 1 + T], ids as they are compared: earlier ones where something may
-    follow them, else −1, and tokens that are none −2; position_ids [B or 1, longest − 1 + T] → for each of the last T
-    places the longest run, of these the nearest: its length · window + window − how far back it is, [B, T]."""
+    """The longest run for each of the last T positions, and of equally long ones the nearest, encoded in one number
+    [B, T]: length · window + (window − distance back).
+
+    tokens, earlier [B, window + longest − 1 + T]: ids to compare. tokens: −2 at padding and masks; earlier: −1 at these
+    and before these. position_ids [B or 1, longest − 1 + T]."""
     length = position_ids.shape[1] - longest + 1
     place = torch.arange(position_ids.shape[1], device=tokens.device, dtype=torch.int32)[:, None]
     back = torch.arange(window, device=tokens.device, dtype=torch.int32)
-    # same[b, t, i]: the token at t is the one `window - i` before it, in the same document.
+    # same[b, t, i]: the token at t equals the one `window - i` before it, in the same document.
     same = earlier[:, place + back] == tokens[:, window:, None]
     same = same & (window - back <= position_ids[..., None])
     run, lengths = same[:, longest - 1 :], same[:, longest - 1 :].int()
@@ -76,7 +78,7 @@ def longest_run(
 
 
 class RecallMemory(GatedMemory):
-    """What a token is given of the one that is recalled: its embedding and one of the run's length. It starts as
+    """Adds to a token's hidden state the embedding of the recalled token and one of the run's length. At first it adds
     nothing."""
 
     def __init__(self, config: MemGPTConfig):
@@ -89,12 +91,12 @@ class RecallMemory(GatedMemory):
     def forward(  # type: ignore[override]
         self, hidden: torch.Tensor, followed: torch.Tensor, lengths: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
-        """hidden [B, T, D]; followed [B, T, D], embeddings of the recalled tokens; their run lengths [B, T] → what to
-        add to hidden."""
+        """hidden [B, T, D]; followed [B, T, D]: embeddings of the recalled tokens; lengths [B, T] of their runs → what
+        to add to hidden."""
         return super().forward(hidden, self.entry(followed, lengths), position_ids)
 
     def entry(self, followed: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """What keys and values are made of, [B, T, D]; zero where nothing is recalled."""
-        # Normalised: as small as embeddings start, it would be learned slowly.
+        """The input of the key and value projections, [B, T, D]; zero where nothing is recalled."""
+        # Normalised, because embeddings start so small that learning would be slow.
         followed = nn.functional.rms_norm(followed, followed.shape[-1:], eps=self.eps)
         return followed * (lengths > 0)[..., None] + self.run(lengths)

@@ -1,8 +1,7 @@
-"""Learning new text without forgetting: train only the memory rows that it touches more than the old text did.
+"""Learning new text without forgetting: train only the memory rows that it reads more often than the old text did.
 
-After *Continual Learning via Sparse Memory Finetuning* (arXiv 2510.15103). An address depends on token ids alone, so
-which rows of the table a text reads is known before any training. Row 0, which n-grams without a row read, is counted
-and never trained.
+After *Continual Learning via Sparse Memory Finetuning* (arXiv 2510.15103). An address depends only on token ids, so the
+rows that a text reads are known before training. Row 0, which n-grams without a row read, is counted but never trained.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from memgpt.model.memory import KnowledgeMemory
 
 USAGE_FILE = "memory_usage.safetensors"
-_LARGEST = (1 << 32) - 1  # counts are stored in 32 bits; one that is larger stays at this
+_LARGEST = (1 << 32) - 1  # counts are stored in 32 bits; larger ones are clamped
 
 
 def memories(model: PreTrainedModel) -> dict[int, KnowledgeMemory]:
@@ -31,7 +30,7 @@ def memories(model: PreTrainedModel) -> dict[int, KnowledgeMemory]:
 
 
 def table(model: PreTrainedModel) -> torch.nn.Parameter:
-    """The rows that all memory layers read, [rows, M].
+    """The weight of the table that all memory layers read, [rows, M].
 
     Raises:
         ValueError: if the model has none.
@@ -42,7 +41,7 @@ def table(model: PreTrainedModel) -> torch.nn.Parameter:
 
 @torch.no_grad()
 def addresses(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Rows that a batch reads: input_ids [B, T], perhaps with position_ids of packed documents → [B, T, R]."""
+    """Rows that a batch reads: input_ids [B, T], and position_ids if documents are packed → [B, T, R]."""
     ids, positions = batch["input_ids"], batch.get("position_ids")
     if positions is None:
         positions = torch.arange(ids.shape[1])[None]
@@ -60,12 +59,12 @@ def count_rows(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tens
 
 
 def save_usage(counts: torch.Tensor, directory: Path | str) -> None:
-    """Keep counts [rows] beside the model that was trained on the text they are of."""
+    """Save counts [rows] in the directory of the model that was trained on the counted text."""
     save_file({"counts": counts.clamp(max=_LARGEST).to(torch.uint32)}, Path(directory) / USAGE_FILE)
 
 
 def load_usage(directory: Path | str) -> torch.Tensor:
-    """Counts [rows] of all text that a model directory was trained on.
+    """Counts [rows] over all text that the model in `directory` was trained on.
 
     Raises:
         ValueError: if none were saved there.
@@ -77,12 +76,12 @@ def load_usage(directory: Path | str) -> torch.Tensor:
 
 
 def surplus(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """What tells the new text from the old one, per row, from counts [rows] of both:
+    """How strongly each row distinguishes the new text from the old, from counts [rows] of both:
 
         p_new · log(p_new / p_old),  p_new = new / Σ new,  p_old = (old + 1) / Σ (old + 1).
 
-    It is the row's term of the Kullback-Leibler divergence: how often the new text needs the row, times a weight that
-    falls with how often the old one does, as in tf-idf. Positive where the new text reads the row more than the old.
+    This is the row's term of the Kullback-Leibler divergence: how often the new text reads the row, times a weight that
+    falls with how often the old text does, as in tf-idf. It is positive where the new text reads the row more often.
     """
     p_new = new / new.sum().clamp(min=1)
     p_old = (old + 1) / (old + 1).sum()
@@ -92,10 +91,10 @@ def surplus(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 def choose_rows(new: torch.Tensor, old: torch.Tensor, share: float) -> torch.Tensor:
     """The rows to train, bool [rows]: of those that the new text reads, the `share` with the largest `surplus`.
 
-    Rows that the new text does not read more than the old one are left out, however large the share.
+    Rows that the new text does not read more often than the old are excluded, however large the share.
 
     Raises:
-        ValueError: for counts of tables of two sizes, or a share outside (0, 1].
+        ValueError: if the counts differ in size, or share is outside (0, 1].
     """
     if new.shape != old.shape:
         raise ValueError(f"memory usage: {len(old)} rows were counted, the model's table has {len(new)}")
@@ -110,10 +109,10 @@ def choose_rows(new: torch.Tensor, old: torch.Tensor, share: float) -> torch.Ten
 
 
 def restrict_to_memory(model: PreTrainedModel, rows: torch.Tensor | None = None) -> None:
-    """Freeze everything but the memory table, and of it all but `rows`, bool [rows]; None leaves all of them.
+    """Freeze everything but the memory table and, if `rows` (bool [rows]) is given, all other rows of it.
 
-    Whatever else a loop does, every other row and weight keeps its bits, as long as the optimizer changes nothing that
-    has a zero gradient: no weight decay on the table. Call it before the optimizer is made, once per model.
+    Frozen rows and weights stay bit-identical as long as the optimizer changes nothing whose gradient is zero, so the
+    table must have no weight decay. Call this once per model, before creating the optimizer.
     """
     model.requires_grad_(False)
     weight = table(model)
@@ -123,7 +122,7 @@ def restrict_to_memory(model: PreTrainedModel, rows: torch.Tensor | None = None)
 
 
 class _Keep:
-    """gradient [rows, M] of the table → the same for the kept rows and zero, or absent, for all others."""
+    """Gradient hook of the table: keeps the gradient of `rows`; that of others becomes zero, or absent if sparse."""
 
     def __init__(self, rows: torch.Tensor):
         self.rows = rows
