@@ -1,4 +1,4 @@
-"""From another family's checkpoint to MemGPT: its weights under our names, and a memory that says nothing yet.
+"""Converts a checkpoint of another model family to MemGPT: its weights under our names, and an empty memory.
 
 | here                            | llama, mistral, qwen2, qwen3    | gpt2                           |
 |---------------------------------|---------------------------------|--------------------------------|
@@ -15,7 +15,7 @@
 | model.norm                      | the same                        | transformer.ln_f               |
 | lm_head                         | the same                        | the same                       |
 
-GPT-2 keeps matrices as [in, out]; they are transposed. Biases go with their matrices.
+GPT-2 stores matrices as [in, out]; they are transposed. Biases are mapped like their matrices.
 """
 
 import re
@@ -42,9 +42,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 _ROTARY = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _BROKEN = (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError, SafetensorError)
 _CHECKED_TOKENS = 128
-_TOLERANCE = 1e-4  # of the largest logit: a wrong mapping is off by about as much as it, rounding by 1e-6 of it
+_TOLERANCE = 1e-4  # relative to the largest logit: a wrong mapping differs by about 1, rounding by 1e-6
 
-_NAMES = [  # parts of a tensor's name there → here
+_NAMES = [  # parts of tensor names: source → MemGPT
     (r"^transformer\.", "model."),
     (r"\.wte\.", ".embed_tokens."),
     (r"\.wpe\.", ".embed_positions."),
@@ -68,20 +68,20 @@ def convert(
     memory_dim: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> MemGPTForCausalLM:
-    """Write `source` with a memory grafted on, and its tokenizer, to `directory`; also returns the model.
+    """Write `source` with an added empty memory, and its tokenizer, to `directory`; also returns the model.
 
-    source: a local directory or a hub id of a family in FAMILIES, with weights as safetensors. Its logits are those of
-    the result, over the source's vocabulary and up to the rounding of `dtype` (None: the source's own).
+    source: a local directory or a hub id of a family in FAMILIES, with weights as safetensors. The result has the same
+    logits, over the source's vocabulary and up to the rounding of `dtype` (None: the source's own).
     memory_layers: blocks with a memory; by default the first, third and fifth. memory_rows, memory_dim: by default as
     in `memory_shape`.
 
-    The pipeline needs a padding and a mask token; where the tokenizer lacks them, or pads with its end token, they are
-    added. Rows that the vocabulary lacks for them are the mean of its rows: by Jensen's inequality neither can become
-    the likeliest token, and each takes less than 1/V of the probability.
+    The pipeline needs a padding and a mask token. They are added if the tokenizer lacks them, or pads with its end
+    token. If the vocabulary has no rows for them, these become the mean of its rows. By Jensen's inequality neither can
+    then be the most likely token, and each takes less than 1/V of the probability.
 
     Raises:
-        ValueError: in one line, if the source cannot be read, has a part without a counterpart here, or gives other
-            logits after the mapping than before.
+        ValueError: in one line, if the source cannot be read, has a part without a counterpart here, or the logits
+            differ after the mapping.
     """
     there = _read_config(source)
     fields = _fields(source, there)
@@ -121,7 +121,7 @@ def convert(
         raise ValueError(f"{source}: {lost[0]} has no counterpart, so the logits would differ")
     model.model.ngram_hash.canonical_ids.copy_(canonical_ids(tokenizer, vocab_size))
     _check(source, model_there, model)
-    for parameter in model.parameters():  # not the buffers: the angles of positions stay exact
+    for parameter in model.parameters():  # not the buffers, so that the rotary frequencies stay exact
         parameter.data = parameter.data.to(kept)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -131,8 +131,8 @@ def convert(
 def memory_shape(parameters: int, config: MemGPTConfig) -> tuple[int, int]:
     """(rows per hash head, width of a row) for a source of that many parameters.
 
-    A row is a quarter of the hidden size wide, a multiple of 8, at most 256. Of rows there are as many, in powers of
-    two from 2^10 to 2^20, as keep the table no larger than the source.
+    The width is a quarter of the hidden size, rounded down to a multiple of 8, from 8 to 256. The number of rows is the
+    largest power of two for which the table is no larger than the source, but at least 2^10 and at most 2^20.
     """
     width = min(256, max(8, config.hidden_size // 4 // 8 * 8))
     affordable = parameters // max(1, len(config.memory_ngrams or ()) * config.memory_heads * width)
@@ -154,7 +154,7 @@ def _read_config(source: str | Path) -> PreTrainedConfig:
 
 
 def _fields(source: str | Path, there: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of our configuration that make the backbone compute what the source does."""
+    """The fields of our configuration with which the backbone computes the same as the source."""
     kind = there.model_type
     shared = {
         name: getattr(there, name)
@@ -231,7 +231,7 @@ def _read_tokenizer(source: str | Path, there: PreTrainedConfig) -> PreTrainedTo
     if (highest := max(tokenizer.get_vocab().values())) >= there.vocab_size:
         raise ValueError(f"{source}: its tokenizer has an id {highest}, its model a vocabulary of {there.vocab_size}")
     added = {}
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # padding is blank to the memory, the end is not
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # the memory skips padding, but not the end token
         added["pad_token"] = PAD
     if tokenizer.mask_token_id is None:
         added["mask_token"] = MASK
@@ -245,7 +245,7 @@ def _read_model(source: str | Path, there: PreTrainedConfig) -> PreTrainedModel:
             source,
             dtype="auto",
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # told by the list of them, below
+            ignore_mismatched_sizes=True,  # reported below
             output_loading_info=True,
             revision=_revision(there),
         )
@@ -263,8 +263,8 @@ def _read_model(source: str | Path, there: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _revision(there: PreTrainedConfig) -> str:
-    """The commit that the configuration came from, so that weights and tokenizer are of one piece. With a commit
-    transformers does not ask the hub's bot to convert pickles either."""
+    """The commit that the configuration came from, so that weights and tokenizer match it. Given a commit, transformers
+    also does not ask the hub's bot to convert pickles."""
     return getattr(there, "_commit_hash", None) or "main"
 
 
@@ -285,13 +285,13 @@ def _tensors(there: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _extended(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """rows [V, D] and as many times their mean as make [size, D]."""
+    """rows [V, D], extended to [size, D] by copies of their mean."""
     return torch.cat((rows, rows.mean(0, keepdim=True).expand(size - len(rows), -1)))
 
 
 @torch.no_grad()
 def _check(source: str | Path, there: PreTrainedModel, here: MemGPTForCausalLM) -> None:
-    """Compare logits on one row of random ids, in fp32: it shows what the mapping does not know of."""
+    """Compare logits on one row of random ids, in fp32, to find features that the mapping misses."""
     vocab_size = there.config.vocab_size
     length = min(_CHECKED_TOKENS, here.config.max_position_embeddings)
     ids = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
@@ -305,7 +305,7 @@ def _check(source: str | Path, there: PreTrainedModel, here: MemGPTForCausalLM) 
 
 
 def _reason(error: Exception) -> str:
-    """The part of a library's error that says what is wrong, in one line."""
+    """The informative part of a library's error message, in one line."""
     if isinstance(error, KeyError):
         return f"unknown {error}"
     lines = str(error).strip().splitlines() or [type(error).__name__]

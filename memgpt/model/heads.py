@@ -1,6 +1,6 @@
-"""The tasks on the backbone: labels of tokens and of texts, recommendation, and all of them on one trunk.
+"""The tasks' heads and models: token and text classification, recommendation, and all of them on one trunk.
 
-Shape letters as in model.py; L labels, N items, H items of a reader's history, P width of the two towers' vectors.
+Shape letters as in model.py; L labels, N items, H items of a user's history, P width of the two towers' vectors.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from memgpt.model.word_votes import TextVotes, TokenVotes
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Mean over the labels, or over `items`: those of all batches that add up to one step (num_items_in_batch)."""
+    """Sum over the labels, divided by their number or by `items`, that of a whole step (num_items_in_batch)."""
     return fixed_cross_entropy(logits.float().flatten(0, -2), labels.flatten(), items)
 
 
 def _topic_loss(logits: torch.Tensor, labels: torch.Tensor, items: torch.Tensor | int | None) -> torch.Tensor:
-    """Over all texts of a step, those without a topic included, so that a batch may have none that has one."""
+    """Divides by all texts of a step, including those without a topic, so that a batch may lack topics entirely."""
     return _cross_entropy(logits, labels, len(labels) if items is None else items)
 
 
@@ -60,8 +60,8 @@ class TokenClassificationHead(nn.Module):
 class SequenceClassificationHead(nn.Module):
     """A label per text, and a topic if `config.topics` names any: hidden [B, T, D] → logits [B, L] and [B, topics].
 
-    Both from the maximum over positions: one telling position ("failed to", "narrowed") decides, however long the
-    text is.
+    Both use the maximum over positions, so that one decisive position ("failed to", "narrowed") counts however long
+    the text is.
     """
 
     def __init__(self, config: MemGPTConfig, num_labels: int):
@@ -74,17 +74,17 @@ class SequenceClassificationHead(nn.Module):
         self, hidden: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if attention_mask is not None:
-            shown = _by_position(attention_mask)[:, -hidden.shape[1] :, None]  # without a prefix before the text
-            shown = shown.bool() | ~shown.bool().any(1, keepdim=True)  # of an empty text, its padding
+            shown = _by_position(attention_mask)[:, -hidden.shape[1] :, None]  # drops a prefix before the text
+            shown = shown.bool() | ~shown.bool().any(1, keepdim=True)  # for an empty text, its padding
             hidden = hidden.masked_fill(~shown, torch.finfo(hidden.dtype).min)
         pooled = self.dropout(hidden.amax(dim=1))
         return self.score(pooled), None if self.topic is None else self.topic(pooled)
 
 
 class InterestHead(nn.Module):
-    """Two towers over one trunk: an item's text → vector; a reader's last items, as vectors → vector.
+    """Two towers over one trunk: an item's text → vector; the vectors of a user's latest items → vector.
 
-    The dot product of the two, over `similarity_temperature`, is the logit of the reader choosing the item next.
+    Their dot product, divided by `similarity_temperature`, is the logit that the user chooses the item next.
     """
 
     def __init__(self, config: MemGPTConfig):
@@ -101,9 +101,9 @@ class InterestHead(nn.Module):
         return nn.functional.normalize(self.item(mean_pool(hidden, attention_mask)), dim=-1)
 
     def encode_reader(self, items: torch.Tensor) -> torch.Tensor:
-        """Vectors of the items read, oldest first [B, H, P] → the reader's interest after each of them [B, H, P].
+        """Vectors [B, H, P] of the items read, oldest first → the user's interest after each of them [B, H, P].
 
-        Causal, so trailing padding does not touch what comes before it.
+        Attention is causal, so trailing padding does not affect earlier positions.
         """
         hidden = self.history_in(items)
         positions = torch.arange(items.shape[1], device=items.device)[None]
@@ -121,16 +121,16 @@ class InterestHead(nn.Module):
         log_frequency: torch.Tensor,
         items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Softmax over the batch's items with the popularity correction of sampled softmax (log Q; Yi et al. 2019).
+        """Softmax over the batch's items, with the popularity correction of sampled softmax (log Q; Yi et al. 2019).
 
-        items [N, P]; history [B, H] indices into items, oldest first; targets [B, H]: index of the next item or −100;
-        log_frequency [N]: log of how often each item is a target, subtracted so that popular items, which are in
-        most batches, are not punished for it.
+        items [N, P]; history [B, H]: indices into items, oldest first; targets [B, H]: index of the next item or −100;
+        log_frequency [N]: log of how often each item is a target. It is subtracted because popular items are negatives
+        in most batches, which would lower their scores.
         """
         interest = self.encode_reader(items[history])
         logits = interest @ items.T / self.temperature - log_frequency
-        # What the reader has read already is not recommended again, so it does not compete either. A target does,
-        # for histories that repeat items: `memgpt.tables` makes none, but with others the loss would be infinite.
+        # Items already read are never recommended again, so they do not compete, unless they are the target:
+        # `memgpt.tables` makes no histories that repeat items, but with such ones the loss would be infinite.
         seen = torch.zeros_like(logits).scatter_add(
             -1, history[:, None, :].expand(-1, history.shape[1], -1), _causal_ones(history).to(logits.dtype)
         )
@@ -146,8 +146,8 @@ def _causal_ones(history: torch.Tensor) -> torch.Tensor:
 
 
 class MemGPTForTokenClassification(MemGPTPreTrainedModel):
-    """A label per token (named entities): the trunk, read in both directions, under a head; with
-    `config.word_vote_rows`, what the words around it vote for too."""
+    """A label per token (named entities), from the bidirectional trunk and a head. With `config.word_vote_rows`, the
+    votes of the words around it are added."""
 
     def __init__(self, config: MemGPTConfig):
         super().__init__(config)
@@ -167,7 +167,7 @@ class MemGPTForTokenClassification(MemGPTPreTrainedModel):
         attention_mode: str = "bidirectional",
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> TokenClassifierOutput:
-        """labels [B, T], −100 for tokens that have none. past_key_values: the prefix of peft's prefix tuning."""
+        """labels [B, T], −100 for tokens without one. past_key_values: the prefix of peft's prefix tuning."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -190,14 +190,14 @@ class MemGPTForTokenClassification(MemGPTPreTrainedModel):
 
 @dataclass
 class TextClassifierOutput(SequenceClassifierOutput):
-    """topic_logits [B, topics] of a model that has topics."""
+    """topic_logits: [B, topics] if the model has topics."""
 
     topic_logits: torch.Tensor | None = None
 
 
 class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
-    """A label per text (sentiment), and its topic where `config.topics` names any; with `config.word_vote_rows`, what
-    the text's words vote for too."""
+    """A label per text (sentiment), and its topic if `config.topics` names any. With `config.word_vote_rows`, the votes
+    of the text's words are added."""
 
     def __init__(self, config: MemGPTConfig):
         super().__init__(config)
@@ -219,8 +219,8 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
         attention_mode: str = "bidirectional",
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> TextClassifierOutput:
-        """labels [B], or [B, L] by `config.problem_type`; sample_weights [B] of the texts' losses, for labels [B];
-        topics [B], −100 for texts whose topic is unknown."""
+        """labels [B], or [B, L] depending on `config.problem_type`; sample_weights [B]: weights of the texts' losses,
+        for labels [B]; topics [B], −100 where unknown."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -243,7 +243,7 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
                 logits=logits, pooled_logits=logits.float(), labels=labels, config=self.config, **kwargs
             )
             if items is not None and self.config.problem_type in ("regression", "multi_label_classification"):
-                loss = loss * labels.numel() / items  # transformers averages these over the batch whatever it is told
+                loss = loss * labels.numel() / items  # transformers averages these over the batch and ignores `items`
         if loss is not None and topic_logits is not None and topics is not None:
             loss = loss + _topic_loss(topic_logits, topics, items)
         return TextClassifierOutput(
@@ -256,7 +256,7 @@ class MemGPTForSequenceClassification(MemGPTPreTrainedModel):
 
 
 class MemGPTForRecommendation(MemGPTPreTrainedModel):
-    """Scores items for a reader by what they say."""
+    """Scores items for a user by their texts."""
 
     def __init__(self, config: MemGPTConfig):
         super().__init__(config)
@@ -319,7 +319,7 @@ class MemGPTForMultiTask(MemGPTPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is self and self.config.task_balancing:  # loading a core leaves it as the memory was
+        if module is self and self.config.task_balancing:  # loading a core leaves this parameter uninitialised
             init.zeros_(self.log_variance)
 
     @can_return_tuple

@@ -1,4 +1,4 @@
-"""What the memory does: which n-grams spoke for a token and how loudly, and how the rows of a table are used."""
+"""Inspection of the memory: how much each n-gram contributed to a token, and how the rows of the table are used."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,23 +15,23 @@ from memgpt.model.update import addresses, memories, table
 def explain(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text: str, attention_mode: str = "causal"
 ) -> list[dict[str, Any]]:
-    """A record per token of the text and memory layer, and one before these where something was recalled:
+    """A record per token of the text and memory layer, preceded by one for recall where a token was recalled:
 
-    position, token: its place, from 0, and its text. layer: index of the block, or "recall", whose one n-gram is the
-    run of last tokens and what followed it before ("run → token", no rows). gate: in (0, 2), what the context lets
-    through. strength: norm of what the memory added over the norm of the hidden state it was added to.
-    ngrams: a record per n-gram order that reaches back no further than the end token before the text, {n, text, rows,
-    strength}: the rows of the table it was read from, and the strength of its part alone. Parts add up as vectors,
-    together with what the convolution carries over from the tokens before.
+    position, token: place (from 0) and text of the token. layer: index of the block, or "recall". A recall record has
+    one n-gram without rows, "run → token": the run of last tokens, and the token that followed it before. gate: the
+    memory's gate, in (0, 2). strength: norm of what the memory added over the norm of the hidden state it was added to.
+    ngrams: a record {n, text, rows, strength} per n-gram order that reaches back no further than the end token before
+    the text: the rows of the table that were read, and the strength of this part alone. The parts add up as vectors,
+    together with what the convolution adds from earlier tokens.
 
     Raises:
-        ValueError: for a model without memory, or an empty text.
+        ValueError: if the model has no memory, or the text is empty.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError("text: is empty; give at least one word")
     layers = memories(model)
-    ids = [tokenizer.eos_token_id, *ids]  # as in training, the end token leads a document
+    ids = [tokenizer.eos_token_id, *ids]  # as in training, a document starts with the end token
     input_ids = torch.tensor([ids], device=model.device)
     rows = addresses(model, {"input_ids": input_ids})
     recall = model.base_model.recall
@@ -98,12 +98,12 @@ def explain(
                     ],
                 }
             )
-    return sorted(records, key=lambda record: record["position"])  # each layer's are in order
+    return sorted(records, key=lambda record: record["position"])  # the sort is stable: layers stay in order
 
 
 def values(memory: KnowledgeMemory, entry: torch.Tensor, ngrams: tuple[int, ...]) -> Iterable[tuple[int, torch.Tensor]]:
-    """entry [B, T, R·M] → each order's share of the value before the convolution, [B, T, D]. They sum to it, since W_v
-    is linear."""
+    """entry [B, T, R·M] → for each n-gram order n, its share of the value before the convolution, [B, T, D]. The shares
+    sum to that value, because W_v is linear."""
     weights = memory.value.weight.chunk(len(ngrams), dim=-1)
     for n, part, weight in zip(ngrams, entry.chunk(len(ngrams), dim=-1), weights, strict=True):
         yield n, part @ weight.T
@@ -111,13 +111,13 @@ def values(memory: KnowledgeMemory, entry: torch.Tensor, ngrams: tuple[int, ...]
 
 @torch.no_grad()
 def usage(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[dict[str, Any]]:
-    """A record per n-gram order, on text given as input_ids, perhaps position_ids, [B, T]:
+    """A record per n-gram order, on text given as input_ids and optional position_ids, [B, T]:
 
-    rows: of the order's part of the table, all heads together. touched, dead: how many were read by the text, and
-    never. expected_touched: what a perfectly even hash would give. unlearned: rows that are still all zero.
-    ngrams: distinct ones that read a row, canonical. load: of these per row of a head. colliding: share of the n-grams
-    that share their row with another, mean over heads; expected_colliding: by an even hash. inseparable: share of the
-    n-grams that have a row of their own in no head. Where rows have owners, the last three hardly occur.
+    rows: rows of this order in the table, over all heads. touched, dead: how many of them the text read, and did not
+    read. expected_touched: `touched` under a perfectly even hash. unlearned: rows that are still all zero.
+    ngrams: distinct n-grams (canonical ids) that read a row. load: these per row of a head. colliding: share of them
+    that share their row with another, mean over heads; expected_colliding: the same under an even hash. inseparable:
+    share of them that have a row of their own in no head. If rows have owners, collisions are rare.
     """
     zero = ~table(model).any(dim=1)
     hash_ = model.base_model.ngram_hash
@@ -146,11 +146,11 @@ def _distinct(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Add a batch's n-grams, canonical ids [B, T] and their rows [B, T, heads], to (keys [N], rows [N, heads]).
 
-    A key is the n-gram written in `base`; odd, so that where the number overflows it is still a fair hash.
+    A key is the n-gram as a number in `base`, which is odd, so that a key is still a fair hash if it overflows.
     """
     key = torch.zeros_like(canonical)
     for step in range(n):
-        key = key * base + canonical.roll(step, dims=1)  # what rolls over the edge has no address
+        key = key * base + canonical.roll(step, dims=1)  # n-grams that wrap around the edge have no row
     valid = (rows != 0).any(dim=-1)
     keys = np.concatenate((seen[0], key[valid].numpy()))
     keys, first = np.unique(keys, return_index=True)
@@ -158,7 +158,7 @@ def _distinct(
 
 
 def _collisions(rows: np.ndarray, size: int) -> dict[str, Any]:
-    """rows [N, heads] of N distinct n-grams, in tables of `size` rows per head."""
+    """Collision statistics for `usage`. rows [N, heads] of N distinct n-grams, in tables of `size` rows per head."""
     count, heads = rows.shape
     shared, read = np.zeros((count, heads), bool), rows != 0
     touched = 0

@@ -1,13 +1,13 @@
-"""Where the rows of the memory table live while a model serves, applied to a finished model from outside.
+"""Where the rows of the memory table are stored during inference. Applied to a trained model.
 
-    resident   in the process, as trained: the only one that learns
-    mapped     in the safetensors file; the process holds a fixed part of it, whatever is looked up
-    int8       in the process or on the device, a byte per element and a scale per row
-    host       in the host's memory beside an accelerator, fetched ahead of the forward pass
+    resident   in the process, as trained; the only option for training
+    mapped     in the safetensors file; however much is looked up, the process holds at most a fixed part of it
+    int8       in the process or on the device, one byte per element and a scale per row
+    host       in host memory beside an accelerator, prefetched before the forward pass
 
-"mapped" and "host" give the logits of "resident" exactly. "int8" changes an element of a row by at most 1/254 of the
-row's largest one. An address depends on token ids alone (arXiv 2601.07372), which is why a row can be fetched before
-the layer that reads it runs.
+"mapped" and "host" give exactly the logits of "resident". "int8" changes an element of a row by at most 1/254 of the
+row's largest one. An address depends only on token ids (arXiv 2601.07372), so a row can be fetched before the layer
+that reads it runs.
 """
 
 import copy
@@ -31,15 +31,15 @@ Residency = Literal["resident", "mapped", "int8", "host"]
 _NAME = re.compile(r"(?:^|\.)memory_table\.weight$")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 _SCALE_BYTES = 4
-_BLOCK = 16  # log2: the system maps up to 64 KiB around a page that is touched
-_COPIED_BYTES = 1 << 24  # at once, when a table is converted
-_HELD_SHARE = 16  # of a mapped table, this part may stay in the process
+_BLOCK = 16  # log2 of bytes: the system maps up to 64 KiB around a touched page
+_COPIED_BYTES = 1 << 24  # per step when a table is converted
+_HELD_SHARE = 16  # by default, 1/16 of a mapped table may stay in the process
 
 
 def quantise(x: torch.Tensor) -> torch.Tensor:
     """x [..., M] → int8 [..., M + 4]: x / scale rounded, then the bytes of the scale, max |x| / 127, as float32.
 
-    An element is off by at most max |x| / 254. Kept together, values and scale are one look-up.
+    An element is off by at most max |x| / 254. Values and scale are stored together, so that one look-up reads both.
     """
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True) / 127
@@ -48,7 +48,7 @@ def quantise(x: torch.Tensor) -> torch.Tensor:
 
 
 def dequantise(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What `quantise` packed, int8 [..., M + 4] → [..., M]."""
+    """The inverse of `quantise`, up to rounding: int8 [..., M + 4] → [..., M]."""
     scale = packed[..., -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
     return (packed[..., :-_SCALE_BYTES] * scale).to(dtype)
 
@@ -61,14 +61,14 @@ def _decoded(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _File:
-    """A safetensors file. Of its mapping, at most `held` bytes come into the process.
+    """A safetensors file, of whose memory mapping at most `held` bytes stay in the process.
 
-    The blocks touched first, which with text are those of the frequent n-grams, are read through the mapping until
-    `held` is used up; other rows are read into the answer with pread, past the mapping. Dropping mapped pages instead
-    costs a fault per row again.
+    The blocks touched first, which for text are those of frequent n-grams, are read through the mapping until `held` is
+    used up. All other rows are copied with pread, which bypasses the mapping. Dropping mapped pages instead would cost
+    a page fault per row again.
 
     Raises:
-        ValueError: in one line, if the file is cut off or is no safetensors file.
+        ValueError: in one line, if the file is truncated or is no safetensors file.
     """
 
     def __init__(self, path: Path):
@@ -99,9 +99,9 @@ class _File:
     def map(self, held: int) -> None:
         mapping = mmap.mmap(self._handle.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
-            mapping.madvise(mmap.MADV_RANDOM)  # no reading ahead: the next row is elsewhere
+            mapping.madvise(mmap.MADV_RANDOM)  # no read-ahead, because the next row is elsewhere
         self._bytes = np.frombuffer(mapping, np.uint8)
-        # Blocks are counted by address, as the system aligns what it maps around a touched page.
+        # Blocks are aligned by memory address, because the system aligns what it maps around a touched page so.
         self._shift = self._bytes.ctypes.data & ((1 << _BLOCK) - 1)
         self._mapped = np.zeros(((self._shift + len(self._bytes)) >> _BLOCK) + 1, bool)
         self._room = held >> _BLOCK
@@ -113,7 +113,7 @@ class _File:
         first, last = (self._shift + starts) >> _BLOCK, (self._shift + starts + width - 1) >> _BLOCK
         new = ~(self._mapped[first] & self._mapped[last])
         if new.any():
-            # The system fetches all of them at once, not one after another as they are read.
+            # Let the system fetch all rows at once, rather than one after another as they are read.
             if hasattr(os, "posix_fadvise"):
                 for offset in starts[new].tolist():
                     os.posix_fadvise(self._handle.fileno(), offset, width, os.POSIX_FADV_WILLNEED)
@@ -166,28 +166,28 @@ def _stored(directory: Path) -> _Stored | None:
         names = [SAFE_WEIGHTS_NAME]
     else:
         raise ValueError(f"{directory}: has no {SAFE_WEIGHTS_NAME}: give the directory of a saved model")
-    for file in [_File(directory / name) for name in names]:  # all of them: a damaged one is found
+    for file in [_File(directory / name) for name in names]:  # opens all files first, so any damaged one is reported
         for name in file.tensors:
             if _NAME.search(name):
                 return _Stored(file, name)
     return None
 
 
-# --- the tables, each in the place of `MemGPTModel.memory_table`: addresses [...] → rows [..., M]
+# --- the tables, each a replacement for `MemGPTModel.memory_table`: addresses [...] → rows [..., M]
 
 
 class _Table(nn.Module):
     kept: Residency
 
     def __init__(self, like: Any):
-        """like: a module of the model, whose weight tells dtype and device."""
+        """like: a module of the model, whose weight determines dtype and device."""
         super().__init__()
-        self._like = (like,)  # in a tuple: it is not a part of this module
+        self._like = (like,)  # in a tuple, so that it is not registered as a submodule
         self.training = False
 
     @property
     def like(self) -> torch.Tensor:
-        """A parameter of the model: rows are given in its dtype and on its device, also after they change."""
+        """A parameter of the model. Rows are returned in its current dtype and on its current device."""
         return self._like[0].weight
 
     def train(self, mode: bool = True) -> "_Table":
@@ -218,7 +218,7 @@ class MappedTable(_Table):
 
 
 class Int8Table(_Table):
-    """Saved and loaded as `weight`, int8 [rows, M + 4]: a plain from_pretrained refuses its shape."""
+    """Saved and loaded as `weight`, int8 [rows, M + 4], whose shape a plain from_pretrained refuses."""
 
     kept = "int8"
 
@@ -231,19 +231,19 @@ class Int8Table(_Table):
 
 
 class HostTable(_Table):
-    """Rows in host memory, pinned where there is CUDA; `prefetch` copies those of a coming batch on a side stream."""
+    """Rows in host memory, pinned if CUDA is available; `prefetch` copies those of the next batch on a side stream."""
 
     kept = "host"
 
     def __init__(self, rows: torch.Tensor, like: nn.Module, ngram_hash: NGramHash):
         super().__init__(like)
-        self.rows = rows  # neither parameter nor buffer: the model moves to the device without it
+        self.rows = rows  # neither parameter nor buffer, so that it stays behind when the model moves to a device
         self.ngram_hash = (ngram_hash,)
         self._stream: torch.cuda.Stream | None = None
         self._ahead: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def prefetch(self, addresses: torch.Tensor) -> None:
-        """Start to fetch the rows of addresses [...], given on the host."""
+        """Start to fetch the rows at addresses [...], a tensor on the host."""
         device = self.like.device
         rows = self._gather(addresses)
         if device.type == "cuda":
@@ -261,7 +261,7 @@ class HostTable(_Table):
             rows
         )
 
-    @torch.compiler.disable  # what was fetched ahead changes from call to call
+    @torch.compiler.disable  # the prefetched rows change from call to call
     def forward(self, addresses: torch.Tensor) -> torch.Tensor:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and self._stream is not None:
@@ -277,7 +277,7 @@ class HostTable(_Table):
         destination[prefix + "weight"] = self.rows
 
 
-# --- what a user calls
+# --- the public functions
 
 
 def load(
@@ -288,14 +288,14 @@ def load(
     held_bytes: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`cls.from_pretrained(directory, **kwargs)` with its memory table kept as `memory` says.
+    """`cls.from_pretrained(directory, **kwargs)`, with the memory table stored as `memory` says.
 
-    Unless "resident", the table is never whole in the process as floats. A directory saved with an int8 table can be
-    loaded in every way; "mapped" and "host" then keep its rows as they are. held_bytes: of a mapped table, what may
-    come into the process; None is a sixteenth.
+    Unless "resident", the process never holds the whole table as floats. A directory saved with an int8 table can be
+    loaded in every way; "mapped" and "host" then keep its int8 rows. held_bytes: how much of a mapped table may stay in
+    the process; None is a sixteenth.
 
     Raises:
-        ValueError: in one line, for a file that is damaged, lacks the table or has one of another shape.
+        ValueError: in one line, if a file is damaged, lacks the table or has one of another shape.
     """
     _check_residency(memory)
     stored = _stored(Path(directory))
@@ -303,7 +303,7 @@ def load(
         return cls.from_pretrained(directory, **kwargs)
 
     def hollow(self: Any, config: Any, *args: Any, **more: Any) -> None:
-        # from_pretrained makes the model without memory (on "meta"), so the table that goes here never had any.
+        # from_pretrained creates the model on "meta", so the table that is replaced here never used memory.
         cls.__init__(self, config, *args, **more)
         if self.base_model.memory_table is not None:
             found = [*self.base_model.memory_table.weight.shape]
@@ -329,10 +329,10 @@ def load(
 
 
 def place(model: PreTrainedModel, memory: Residency) -> PreTrainedModel:
-    """Keep the table of a model in memory otherwise, in place; the model is then in evaluation mode.
+    """Change how the table of a loaded model is stored, in place; the model is then in evaluation mode.
 
     Raises:
-        ValueError: for "mapped", unless it is: a table in memory has no file.
+        ValueError: for "mapped", unless it already is, because a table in memory has no file.
     """
     _check_residency(memory)
     table: Any = model.base_model.memory_table
@@ -351,9 +351,9 @@ def prefetch(
     position_ids: torch.Tensor | None = None,
     context_ids: torch.Tensor | None = None,
 ) -> None:
-    """Fetch the rows of the next batch while this one is computed; for a table kept as "host", else nothing.
+    """Fetch the rows of the next batch while this one is computed, if the table is stored as "host"; else do nothing.
 
-    Arguments as in the model's forward, on the host. What is fetched for other ids than come next is not used.
+    Arguments as in the model's forward, on the host. If the next batch has other ids, the rows are not used.
     """
     table = model.base_model.memory_table
     if isinstance(table, HostTable):
@@ -368,7 +368,7 @@ def _check_residency(memory: str) -> None:
 
 @torch.no_grad()
 def _kept(memory: Residency, rows: Any, model: Any) -> nn.Module:
-    """A table of `rows`: a tensor or what is stored, with shape, dtype and slices. model: the backbone."""
+    """A table, stored as `memory` says, from `rows`: a tensor or a `_Stored`. model: the backbone."""
     like, shape, dtype = model.norm.weight, tuple(rows.shape), rows.dtype
     if memory == "mapped":
         return MappedTable(rows, model.norm)
@@ -388,7 +388,7 @@ def _kept(memory: Residency, rows: Any, model: Any) -> nn.Module:
 
 
 def _copy(rows: Any, target: torch.Tensor, convert: Any) -> None:
-    """In parts, so that no second table as floats is made on the way."""
+    """Copy in parts, so that no second table of floats is created on the way."""
     step = max(1, _COPIED_BYTES // (rows.shape[1] * rows.dtype.itemsize))
     for start in range(0, rows.shape[0], step):
         stop = min(start + step, rows.shape[0])

@@ -1,7 +1,7 @@
-"""Faster answers from a finished model: half-precision or 8-bit weights, grouped attention, compiled code.
+"""Faster inference with a trained model: half-precision or 8-bit weights, grouped attention, compiled code.
 
-Nothing here changes what the model means; how far its numbers may move is stated and tested. An accelerated model is
-for inference alone, and its weights are rounded for good: save the original. With 8-bit weights, or compiled to
+The model computes the same function; how far its numbers may differ is documented and tested. An accelerated model is
+for inference only, and its weights are rounded irreversibly: save the original. With 8-bit weights, or compiled to
 generate, it refuses to be saved.
 """
 
@@ -21,27 +21,27 @@ from memgpt.model.kernels import float8, multiplies_bfloat16
 from memgpt.model.unpadded import unpad
 
 WEIGHTS = ("float32", "bfloat16", "int8", "float8")
-_FEW = 64  # rows up to which reading the weights, not multiplying by them, is what a product costs
+_FEW = 64  # up to this many rows, reading the weights takes longer than multiplying by them
 _LARGEST = 448.0  # of the 8-bit floats
-_SHORT = 96  # tokens up to which one product for a whole group beats the blocks of sdpa
+_SHORT = 96  # up to this many tokens, one product for a whole group is faster than the blocks of sdpa
 
 
 def accelerate(
     model: PreTrainedModel, weights: str = "bfloat16", compile: bool = False, padding: bool = True
 ) -> PreTrainedModel:
-    """Prepare a model for answering, in place; `generate` and calls stay what they were.
+    """Prepare a model for inference, in place; it is called, and generates, as before.
 
-    weights: "float32" leaves them; "bfloat16" halves them; "int8" and "float8" also round the trunk's and the output's
-    matrices to 8 bits with a scale per row. "int8" rounds less, and pays on a CPU where few tokens are computed at once
-    (decoding). "float8" is multiplied in 8 bits by GPUs from Ada on; elsewhere it only saves memory. compile: translate
-    the step of `generate`, over a cache of fixed size, or the trunk of a model that does not generate. What is changed
-    later, weights or hooks, may have no effect. That takes 15 to 60 s at the first calls, and again for another number
-    of texts to generate, or another length of prompt and answer together unless `generation_config.max_cache_len`
-    covers it. padding: False has the trunk of a model that does not generate read
-    the texts of a batch without their padding, which is for GPUs (`memgpt.model.unpadded`).
+    weights: "float32" leaves them; "bfloat16" halves their size; "int8" and "float8" also round the matrices of trunk
+    and output to 8 bits with a scale per row. "int8" rounds less, and is faster on a CPU for few tokens at once
+    (decoding). "float8" is multiplied in 8 bits by GPUs from Ada on; elsewhere it only saves memory.
+    compile: compile the step of `generate` over a static cache, or the trunk of a model that does not generate. Later
+    changes of weights or hooks may have no effect. Compiling takes 15 to 60 s at the first calls, and again for another
+    number of texts to generate, or another total length of prompt and answer that `generation_config.max_cache_len`
+    does not cover. padding: False makes the trunk of a model that does not generate read a batch's texts without their
+    padding, which is for GPUs (`memgpt.model.unpadded`).
 
     Raises:
-        ValueError: unknown weights, or padding=False for a model that generates.
+        ValueError: if weights is unknown, or padding=False for a model that generates.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}")
@@ -49,7 +49,7 @@ def accelerate(
     if weights != "float32":
         if not multiplies_bfloat16(model.device):
             warnings.warn(f"weights={weights!r}: slow on this {model.device.type}, which lacks bfloat16", stacklevel=2)
-        for parameter in model.parameters():  # not `.to`, which would round the rotary frequencies too
+        for parameter in model.parameters():  # not `model.to`, which would also round the rotary frequencies
             parameter.data = parameter.data.to(torch.bfloat16)
         model.config.dtype = torch.bfloat16
     if rounded := {"int8": Int8Linear, "float8": Float8Linear}.get(weights):
@@ -73,38 +73,38 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
 
 
 def _compile(model: PreTrainedModel) -> None:
-    # That modules are what they were is not asked anew at each call, a tenth of a step of decoding: they are finished.
-    # Then nothing tells two models of one shape apart any more, so each has code of its own.
+    # Skip the guards that check at each call whether modules changed: they take a tenth of a decoding step. Without
+    # them nothing distinguishes two models of the same shape, so each needs its own code (`isolate_recompiles`).
     options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     if not model.can_generate():
-        if model.device.type == "cpu":  # packed for the processor once instead of at every product
+        if model.device.type == "cpu":  # packs the weights for the processor once, not at every product
             options["freezing"] = True
         model.base_model.compile(dynamic=True, isolate_recompiles=True, options=options)
         return
-    if model.device.type == "cuda":  # a step there is many small kernels
+    if model.device.type == "cuda":  # there a step consists of many small kernels
         options["triton.cudagraphs"] = True
     settings = CompileConfig(fullgraph=False, mode=None, options=options)
-    settings.isolate_recompiles = True  # reaches torch.compile as the others do
-    settings._compile_all_devices = True  # transformers compiles on GPUs alone
+    settings.isolate_recompiles = True  # passed to torch.compile like the declared fields
+    settings._compile_all_devices = True  # by default transformers compiles on GPUs only
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = settings
 
 
 class _RoundedLinear(nn.Module):
-    """A linear map whose weight [out, in] is stored in 8 bits, with a scale per output."""
+    """A linear layer whose weight [out, in] is stored in 8 bits, with a scale per output."""
 
     def __init__(self, linear: nn.Linear, largest: float, rounded: Callable[[torch.Tensor], torch.Tensor]):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(dim=1).clamp(min=1e-12) / largest).to(torch.bfloat16)
-        # By the scale as it is kept. One that was rounded down would push the largest past the end.
-        # Of another name than a plain linear map's, which would take it for its weights, without the scales.
+        # Divided by the stored, rounded scale: if that was rounded down, the largest value exceeds the range, so clamp.
+        # Not named `weight`: a plain linear layer would load it as its weights, without the scales.
         self.rounded_weight = nn.Buffer(rounded((weight / scale[:, None].float()).clamp(-largest, largest)))
         self.scale = nn.Buffer(scale)
         self.bias = linear.bias
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [n, in] → [n, out], here with the weight widened, to what the processor multiplies."""
+        """rows [n, in] → [n, out]. Here the weight is widened to a type that the processor multiplies natively."""
         wide = rows.dtype if multiplies_bfloat16(rows.device) else torch.float32
         weight = self.rounded_weight.to(wide) * self.scale[:, None].to(wide)
         return nn.functional.linear(rows.to(wide), weight).to(rows.dtype)
@@ -117,14 +117,14 @@ class _RoundedLinear(nn.Module):
 
 
 class Int8Linear(_RoundedLinear):
-    """As int8 (symmetric, rounded to nearest).
+    """Stores the weight as int8 (symmetric, rounded to nearest).
 
-    The activations stay bfloat16, so only the weights' rounding, at most 1/254 of a row's largest, is added.
+    Activations stay bfloat16, so the only additional error is that of the weights, at most 1/254 of a row's largest.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear, 127, lambda scaled: scaled.round().to(torch.int8))
-        # The kernel reads 16 inputs at a time, and past the end if there are fewer.
+        # The kernel reads 16 inputs at a time, and beyond the end if fewer are left.
         self.packed = self.rounded_weight.device.type == "cpu" and self.rounded_weight.shape[1] % 16 == 0
 
     def product(self, rows: torch.Tensor) -> torch.Tensor:
@@ -134,10 +134,10 @@ class Int8Linear(_RoundedLinear):
 
 
 class Float8Linear(_RoundedLinear):
-    """As 8-bit floats of 3 bits of mantissa (e4m3; arXiv 2209.05433).
+    """Stores the weight as 8-bit floats with 3 bits of mantissa (e4m3; arXiv 2209.05433).
 
-    That moves a weight by at most 1/16 of itself, or of its row's largest by 1/450,000. Where the GPU multiplies such
-    floats, a token's activations are rounded alike, with a scale of their own; elsewhere they stay bfloat16.
+    A weight changes by at most 1/16 of itself or, if tiny, 1/450,000 of its row's largest. On GPUs that multiply such
+    floats, activations are rounded likewise, with a scale per token; elsewhere they stay bfloat16.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -148,7 +148,7 @@ class Float8Linear(_RoundedLinear):
     def product(self, rows: torch.Tensor) -> torch.Tensor:
         if not self.eighth:
             return super().product(rows)
-        # Scales stay outside of the product, which then is the kind that all these GPUs have.
+        # The scales are applied outside the product, so that it is of the kind that all these GPUs support.
         scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12).float() / _LARGEST
         rounded = (rows / scale).to(torch.float8_e4m3fn)
         out = torch._scaled_mm(rounded, self.rounded_weight.t(), self.one, self.one, out_dtype=torch.bfloat16)
@@ -165,11 +165,11 @@ def grouped_sdpa(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' sdpa for CPUs, but the queries of a group meet their shared key and value head in one product
-    where they are few: short texts, and decoding. sdpa there copies heads, and so the cache, for every query.
+    """transformers' sdpa for CPUs, but for few queries (short texts, decoding) those of a group are multiplied by their
+    shared key and value head in one product. sdpa would copy these heads, and so the cache, for every query head.
 
-    query [B, H, T, W], key and value [B, G, S, W], attention_mask [B or 1, 1, T, S] (true: seen; or numbers to add to
-    the scores) → [B, T, H, W].
+    query [B, H, T, W], key and value [B, G, S, W], attention_mask [B or 1, 1, T, S] (boolean, true: seen; or additive)
+    → [B, T, H, W].
     """
     batch, heads, length, width = query.shape
     if length > _SHORT or (length > 1 and is_causal and attention_mask is None):

@@ -1,4 +1,4 @@
-"""MemGPT's tokenizer: cased byte-level BPE in which words given one by one and words in a text get the same ids."""
+"""MemGPT's tokenizer: cased byte-level BPE. A word gets the same ids whether it is given alone or within a text."""
 
 from collections.abc import Iterable
 
@@ -13,23 +13,23 @@ SPECIAL_TOKENS = (PAD, END, MASK)  # ids 0, 1, 2
 def _backend() -> Tokenizer:
     """An untrained tokenizer.
 
-    One space is put before every text, so that its first word looks like all others and like a word given alone;
-    decoding takes exactly one away, which makes the round trip exact for every string, leading spaces included.
+    A space is prepended to every text, so that its first word is tokenized like all others and like a word given alone.
+    Decoding removes exactly one space, so the round trip is exact for every string, including leading spaces.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # `add_prefix_space` here concerns offsets alone: the space that we prepend has no place in the caller's text.
+    # Here `add_prefix_space` affects only offsets: the prepended space does not exist in the caller's text.
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=True)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     return tokenizer
 
 
 class MemGPTTokenizer(PreTrainedTokenizerFast):
-    """The usual Hugging Face fast tokenizer (offsets, `word_ids`, padding) over `_backend`.
+    """A standard Hugging Face fast tokenizer (offsets, `word_ids`, padding) over `_backend`.
 
-    It has no `__init__`: transformers rebuilds the tokenizer of a class that has one from its vocabulary alone, and
-    takes the whole tokenizer.json otherwise.
+    It has no `__init__`, because transformers rebuilds tokenizers whose class defines one from the vocabulary alone.
+    Otherwise it loads the whole tokenizer.json.
     """
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
@@ -42,7 +42,7 @@ class MemGPTTokenizer(PreTrainedTokenizerFast):
             vocab_size=vocab_size,
             min_frequency=min_frequency,
             special_tokens=list(SPECIAL_TOKENS),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that nothing is unknown
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that no text is unknown
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
@@ -52,7 +52,7 @@ class MemGPTTokenizer(PreTrainedTokenizerFast):
 def canonical_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int | None = None) -> torch.Tensor:
     """For each token id, the lowest id whose text is the same up to case and surrounding spaces: int64 [V].
 
-    Tokens that are not text on their own (parts of a character) and special tokens stand for themselves.
+    Special tokens, and tokens that are not text on their own (parts of a character), map to themselves.
     """
     size = vocab_size or len(tokenizer)
     canonical = torch.arange(size)

@@ -1,8 +1,8 @@
-"""Texts of unequal length as one row, one after the other: a batch without its padding, or packed documents.
+"""Texts of unequal length concatenated in one row: a batch without its padding, or packed documents.
 
-Attention goes text by text: on a GPU in one call of torch's kernel (in 16 bits, from Ampere on), on a CPU in a loop,
-which tells what the kernel has to compute and saves no time. `unpad` has a finished encoder read so, applied from
-outside; pretraining on a GPU asks for it by `in_one_row`.
+Attention is computed text by text: on a GPU in one call of torch's kernel (in 16 bits, from Ampere on), on a CPU in a
+loop, which is the kernel's reference and saves no time. `unpad` makes a trained encoder read this way; pretraining on a
+GPU uses `in_one_row`.
 """
 
 from itertools import pairwise
@@ -21,10 +21,10 @@ from memgpt.model.config import GLOBAL, LOCAL
 
 
 def unpad(model: PreTrainedModel) -> PreTrainedModel:
-    """Have an encoder's trunk leave out what `attention_mask` hides, in place; its states there are zero.
+    """Make an encoder's trunk skip the tokens that `attention_mask` hides, in place; their hidden states are zero.
 
     Raises:
-        ValueError: for a model that generates.
+        ValueError: if the model generates.
     """
     if model.can_generate():
         raise ValueError("padding=False is for models that read; one that generates has a cache of even rows")
@@ -35,10 +35,10 @@ def unpad(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@torch.compiler.disable  # sizes depend on the mask
+@torch.compiler.disable  # the sizes depend on the mask's values
 def _pack(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """input_ids and attention_mask [B, T] → the N tokens that are kept, [1, N], and where they were. Other calls than
-    the heads' stay as they are."""
+    """input_ids and attention_mask [B, T] → the N kept tokens, [1, N], and the mask of their places. Calls that are not
+    those of the heads are left unchanged."""
     others = ("inputs_embeds", "position_ids", "past_key_values")
     if kwargs.get("attention_mode") != "bidirectional" or any(kwargs.get(name) is not None for name in others):
         return None
@@ -48,7 +48,7 @@ def _pack(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     packed = {
         "input_ids": ids[kept][None],
         "position_ids": (kept.cumsum(1) - 1)[kept][None],
-        "attention_mask": {GLOBAL: None, LOCAL: None},  # nothing to make one of
+        "attention_mask": {GLOBAL: None, LOCAL: None},  # the trunk then makes no masks
         "cu_seq_lens_q": nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
         "max_length_q": int(lengths.max()),
         "kept": kept,
@@ -67,17 +67,17 @@ def _unpack(trunk: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) ->
 
 
 def in_one_row(input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Any]:
-    """Packed rows [B, T], whose position_ids start again at 0 with each document and each row → what `MemGPTModel`
-    under "text_by_text" reads in their place, [1, B·T]."""
+    """Packed rows [B, T], whose position_ids restart at 0 with each document and each row → the arguments, [1, B·T],
+    with which `MemGPTModel` reads them under "text_by_text"."""
     rows, length = input_ids.shape
     positions = position_ids.flatten()
     starts = (positions == 0).nonzero()[:, 0]
-    # Of few sizes, since each is compiled anew: texts without tokens follow.
+    # Padded with empty texts to one of few sizes, because each size is compiled separately.
     room = 1 << max(2 * rows, len(starts)).bit_length()
     return {
         "input_ids": input_ids.reshape(1, -1),
         "position_ids": positions[None],
-        "attention_mask": {GLOBAL: None, LOCAL: None},  # nothing to make one of
+        "attention_mask": {GLOBAL: None, LOCAL: None},  # the trunk then makes no masks
         "cu_seq_lens_q": nn.functional.pad(starts, (0, room - len(starts)), value=len(positions)).int(),
         "max_length_q": length,
     }
@@ -96,14 +96,14 @@ def text_by_text(
     max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """For transformers' attention interface. query [1, H, N, W], key and value [1, G, N, W] of texts that begin and
-    end at cu_seq_lens_q → [1, N, H, W]; sdpa where these are not given."""
+    """For transformers' attention interface. query [1, H, N, W], key and value [1, G, N, W] of texts whose boundaries
+    are cu_seq_lens_q → [1, N, H, W]; without these boundaries, sdpa."""
     if cu_seq_lens_q is None:
         kwargs["is_causal"] = is_causal
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     before = (
         -1 if sliding_window is None else sliding_window - (1 if is_causal else 0)
-    )  # causally, the window counts the token too
+    )  # causally, the window includes the token itself
     window = before, 0 if is_causal else before
     if not query.is_cuda or query.dtype == torch.float32:
         return _loop(query, key, value, scaling, window, cu_seq_lens_q), None
@@ -132,7 +132,7 @@ def _loop(
     window: tuple[int, int],
     ends: torch.Tensor,
 ) -> torch.Tensor:
-    """What the kernel computes. window: tokens that are seen before and after a token; −1 is all."""
+    """The same as the kernel. window: how many tokens before and after a token it sees; −1: all."""
     found = []
     for start, end in pairwise(ends.tolist()):
         before, after = (end - start if side < 0 else side for side in window)
