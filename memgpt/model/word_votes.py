@@ -1,12 +1,12 @@
-"""Tables, addressed by words, in which labels have votes: which words were seen with which label.
+"""Word votes: a hash table with weights of words for labels, learned from which words were seen with which label.
 
-A token's label has the votes of the words around it, a text's label those of its words and word pairs. The deep model
-generalises; such a table remembers, and needs few examples for it. Their logits are added up, as in *Wide & Deep
-Learning* (arXiv 1606.07792), with hashed features (Weinberger et al. 2009, arXiv 0902.2206): of a token, the kind that
-a conditional random field is given. Addresses depend on token ids alone, as those of the knowledge memory do.
+The words around a token vote for its label, the words and word pairs of a text for the text's. The deep model
+generalises; such a table memorises, which needs few examples. Their logits are added, as in *Wide & Deep Learning*
+(arXiv 1606.07792), with hashed features (Weinberger et al. 2009, arXiv 0902.2206). A token's features are of the kind
+used in conditional random fields. Addresses depend only on token ids, as in the knowledge memory.
 
-The votes are a linear model, fitted by itself (`memgpt.tasks.votes`); training leaves them alone. Shape letters: B
-batch, T positions, L labels, F features of a word.
+The votes are a linear model that is fitted separately (`memgpt.tasks.votes`); training does not change them. Shape
+letters: B batch, T positions, L labels, F features of a word.
 """
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from memgpt.model.config import MemGPTConfig
 
-# A feature: the views of one or more words, each at a distance from the token's own.
+# A feature: one or more pairs of a view and the word's distance from the token's own word.
 Features = tuple[tuple[tuple[str, int], ...], ...]
 TEXT_FEATURES: Features = ((("word", 0),), (("word", 0), ("word", 1)))
 TOKEN_FEATURES: Features = (
@@ -31,11 +31,11 @@ TOKEN_FEATURES: Features = (
 )
 _KINDS = ("blank", "digits", "with digits", "marks", "small", "capitals", "capital", "capitalised", "mixed")
 _STARTS = 16  # added to the kind of a token that begins with a space
-_FACTOR = -0x61C8864680B583EB  # 2^64 over the golden ratio, signed; products wrap
+_FACTOR = -0x61C8864680B583EB  # 2^64 divided by the golden ratio, as a signed number; products wrap
 
 
 def spelling(tokenizer: PreTrainedTokenizerFast, size: int) -> torch.Tensor:
-    """For each token id, how it is spelt (an index of `_KINDS`, plus `_STARTS` after a space): int64 [size]."""
+    """For each token id, its spelling (an index of `_KINDS`, plus `_STARTS` after a space): int64 [size]."""
     ids = range(min(size, len(tokenizer)))
     texts = [tokenizer.backend_tokenizer.decode([i], skip_special_tokens=False).strip() for i in ids]
     spaced = [piece.startswith(("Ġ", "▁")) for piece in tokenizer.convert_ids_to_tokens(ids)]
@@ -62,8 +62,8 @@ def _kind(text: str) -> int:
 
 
 class VoteTable(nn.Module):
-    """rows [...] → their votes [..., L]; row 0 is silent. Its weight is a buffer, since a frozen parameter that was
-    loaded is trainable again."""
+    """rows [...] → their votes [..., L]; row 0 has none. The weight is a buffer, because loading would make a frozen
+    parameter trainable again."""
 
     def __init__(self, rows: int, labels: int):
         super().__init__()
@@ -74,10 +74,10 @@ class VoteTable(nn.Module):
 
 
 class WordTable(nn.Module):
-    """A row for each feature of a word, in which the labels have their votes; each label's bias.
+    """A table with a row of votes, one per label, for each feature of a word; and a bias per label.
 
-    A word begins with a space, as `memgpt.predict` gives them. Its views: exact (its tokens), word (their canonical
-    ids), first and last (of them, if there are several), shape (kinds of its first three).
+    A word begins with a space, as in the input from `memgpt.predict`. Its views: exact (its tokens), word (their
+    canonical ids), first, last (of these; last only if there are several), shape (kinds of its first three tokens).
     """
 
     features: Features
@@ -91,11 +91,11 @@ class WordTable(nn.Module):
         self.spelling = nn.Buffer(torch.zeros(config.vocab_size, dtype=torch.long))
 
     def values(self, rows: torch.Tensor) -> torch.Tensor:
-        """What each feature of a token or a text counts: rows [..., F] → [..., F]."""
+        """The value of each feature of a token or a text: rows [..., F] → [..., F]."""
         return (rows > 0).float()
 
     def words(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[B, T]: which word of its row a token is in, from 0. A padding token is one by itself."""
+        """[B, T]: the number of a token's word in its row, from 0. Each padding token is a word of its own."""
         starts, blank = self.spelling[input_ids] >= _STARTS, input_ids == self.pad
         starts[:, 0] = True
         starts[:, 1:] |= blank[:, :-1]
@@ -104,12 +104,12 @@ class WordTable(nn.Module):
     def addresses(
         self, input_ids: torch.Tensor, canonical_ids: torch.Tensor, position_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Rows [B, T, F] of the table; 0 for padding. position_ids [B or 1, T]: of packed documents, where they start
-        again at 0, and so do words; those of another document are none."""
-        input_ids = input_ids.long()  # what is mixed from fewer bits is another row
+        """Rows [B, T, F] of the table; 0 for padding. position_ids [B or 1, T]: restart at 0 with each packed document,
+        where a new word also starts. Words of other documents count as absent."""
+        input_ids = input_ids.long()  # a hash of fewer bits would select another row
         word, blank = self.words(input_ids), input_ids == self.pad
         starts = torch.diff(word, dim=1, prepend=torch.full_like(word[:, :1], -1)) > 0
-        document = None  # of a word
+        document = None  # [B, words]: the document of each word
         if position_ids is not None:
             first = (position_ids == 0).expand_as(input_ids)
             starts = starts | first
@@ -117,11 +117,11 @@ class WordTable(nn.Module):
             document = torch.zeros_like(word).scatter(1, word, 1 + first.cumsum(1))
         ends = torch.diff(word, dim=1, append=torch.full_like(word[:, :1], word.shape[1])) > 0
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
-        place = position - torch.where(starts, position, 0).cummax(1).values  # of a token in its word
+        place = position - torch.where(starts, position, 0).cummax(1).values  # a token's place in its word
         folded, kind = canonical_ids[input_ids], self.spelling[input_ids] % _STARTS
 
         def of_words(parts: torch.Tensor, where: torch.Tensor | bool = True) -> torch.Tensor:
-            """The sum of a word's parts [B, T] that are `where`: [B, words], 0 for padding."""
+            """Sums over each word's tokens the parts [B, T] for which `where` is true: [B, words], 0 for padding."""
             return torch.zeros_like(parts).scatter_add(1, word, parts * (~blank & where))
 
         views = {
@@ -145,21 +145,21 @@ class WordTable(nn.Module):
 
 
 class TokenVotes(WordTable):
-    """Token ids → what the words at and around each token say of its label."""
+    """Token ids → the votes of the words at and around each token for its label."""
 
     features = TOKEN_FEATURES
 
     def forward(
         self, input_ids: torch.Tensor, canonical_ids: torch.Tensor, position_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """input_ids [B, T], canonical_ids [V] → votes [B, T, L]. position_ids [B or 1, T]: of packed documents, where
-        they start again at 0; words of another document do not vote."""
+        """input_ids [B, T], canonical_ids [V] → votes [B, T, L]. position_ids [B or 1, T]: restart at 0 with each
+        packed document; words of other documents do not vote."""
         return self.table(self.addresses(input_ids, canonical_ids, position_ids)).sum(-2) + self.bias
 
 
 class TextVotes(WordTable):
-    """Token ids → what the words and word pairs of a text say of its label, by their idf values, each counted once, as
-    a vector of length 1. Punctuation marks are words of their own."""
+    """Token ids → the votes of the words and word pairs of a text for its label. Each counts once, weighted by its idf
+    value; the vector of these is normalised to length 1. Punctuation marks are words of their own."""
 
     features = TEXT_FEATURES
 
@@ -174,7 +174,7 @@ class TextVotes(WordTable):
         return (self.table(rows) * values[..., None]).sum((1, 2)) + self.bias
 
     def values(self, rows: torch.Tensor) -> torch.Tensor:
-        """The idf of each, over the length of the text's vector."""
+        """The idf value of each feature, divided by the length of the text's vector."""
         idf = self.idf[rows]
         return idf / idf.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-6)
 
@@ -197,7 +197,7 @@ class TextVotes(WordTable):
     def addresses(  # type: ignore[override]  # one text a row
         self, input_ids: torch.Tensor, canonical_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Rows [B, T, F] of the table, each where it is first read in its text; 0 elsewhere and for padding."""
+        """Rows [B, T, F] of the table, each only at its first occurrence in its text; 0 elsewhere and for padding."""
         rows = super().addresses(input_ids, canonical_ids)
         found, order = rows.flatten(1).sort(dim=1, stable=True)
         first = torch.diff(found, dim=1, prepend=torch.zeros_like(found[:, :1])) > 0
@@ -205,13 +205,13 @@ class TextVotes(WordTable):
 
 
 def _mix(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """A hash of two numbers each, in which their order counts."""
+    """An elementwise hash of two numbers that depends on their order."""
     mixed = ((first + 1) * _FACTOR ^ (second + 1)) * _FACTOR
     return mixed ^ (mixed >> 29)
 
 
 def _shift(words: torch.Tensor, distance: int) -> torch.Tensor:
-    """words [B, W] → at each place the word `distance` further on; 0 beyond the edges."""
+    """words [B, W] → at each place the word `distance` places later; 0 beyond the edges."""
     if distance < 0:
         return nn.functional.pad(words, (-distance, 0))[:, :distance]
     return nn.functional.pad(words, (0, distance))[:, distance:]

@@ -1,4 +1,4 @@
-"""The blocks' matrix products in 8 bits while a model is trained, through torchao (extra `float8`)."""
+"""The blocks' matrix products in 8 bits during training, through torchao (extra `float8`)."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 CAPABILITY = (8, 9)  # of the GPU: Ada, Hopper and later multiply 8-bit floats
-_MULTIPLE = 16  # of the sizes of a matrix that the product takes
+_MULTIPLE = 16  # the product takes matrices whose sizes are multiples of this
 
 
 def available() -> bool:
@@ -23,12 +23,12 @@ def fits(weight: torch.Tensor) -> bool:
 
 @contextmanager
 def products(model: PreTrainedModel, emulate: bool = False) -> Iterator[None]:
-    """Within it the blocks multiply in float8, forward and backward, with a scale per tensor (arXiv 2209.05433).
-    Weights and what the optimizer keeps stay as they are, and so do the names of the parameters. emulate: round alike,
-    multiply in 32 bits, on any device.
+    """Within this context the blocks multiply in float8, forward and backward, with a scale per tensor (arXiv
+    2209.05433). Weights, optimizer state and parameter names stay as they are. emulate: round likewise but multiply in
+    32 bits, on any device.
 
     Raises:
-        ImportError: without torchao.
+        ImportError: if torchao is not installed.
     """
     from torchao.float8 import Float8LinearConfig
     from torchao.float8.float8_linear import Float8Linear

@@ -1,14 +1,14 @@
-"""The knowledge memory's traffic: look-up with row-sparse gradients, and gate and convolution in one pass.
+"""Kernels of the knowledge memory: look-up with row-sparse gradients, and gate and convolution in one pass.
 
-Matrix products stay with cuBLAS; what is left moves bytes. Per element of an entry, with tables in float32 under bf16
-autocast, the plain code reads and writes 20 bytes to look up (gather 8, a cast for each of two products 6) and 24 and
-more on the way back (casts, their sum, then `coalesce`); `look_up` takes 6 (4 read, 2 written) and 6 (2 read, 4 written
-per row touched, which is less). Per element of a hidden state, uncompiled, gate and convolution with three taps are
-about 30 passes forward; `gated_convolution` reads hidden, key and value once (a tap's neighbours come from the cache)
-and writes the sum: 12 bytes forward, 20 backward. Nothing is added atomically, so the same call gives the same bits.
+Matrix products stay in cuBLAS; the rest is bound by memory traffic. With tables in float32 under bf16 autocast, the
+plain look-up reads and writes 20 bytes per element of an entry (gather 8, a cast for each of two products 6), and 24 or
+more in the backward pass (casts, their sum, then `coalesce`). `look_up` needs 6 (4 read, 2 written) and at most 6 (2
+read; 4 written, only per distinct row). Uncompiled, gate and convolution with three taps take about 30 forward passes
+over the hidden state. `gated_convolution` reads hidden, key and value once (a tap's neighbours come from the cache) and
+writes the sum: per element 12 bytes forward, 20 backward. No additions are atomic, so results are deterministic.
 
 Shape letters: B batch, T positions, D hidden size, R rows read per position, M width of a row, L lead (taps of the
-convolution); N rows of a table.
+convolution), N rows of a table.
 """
 
 from typing import Any
@@ -18,19 +18,19 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-_LOOKED_UP = 32  # rows that a program gathers
-_FEW = 256  # reads of one row that a small program adds up; frequent n-grams have thousands, which take a large one
-_TILE = 1024  # elements of [positions, D] that a program holds
-_PROGRAMS = 528  # of the backward pass, each with sums of its own: four on every multiprocessor of an H100
+_LOOKED_UP = 32  # rows gathered per program
+_FEW = 256  # a small program sums at most this many reads of a row; frequent n-grams have thousands, for a large one
+_TILE = 1024  # elements of [positions, D] held by a program
+_PROGRAMS = 528  # of the backward pass, each with its own partial sums: four per multiprocessor of an H100
 
 
 def look_up(
     table: torch.Tensor, addresses: torch.Tensor, dtype: torch.dtype, found: tuple[torch.Tensor, ...] | None = None
 ) -> torch.Tensor:
-    """table [N, M], addresses [..., R] → rows side by side, [..., R·M], as `dtype`. found: `readers` of the addresses.
+    """table [N, M], addresses [..., R] → concatenated rows, [..., R·M], in `dtype`. found: `readers` of the addresses.
 
-    The table's gradient is sparse: sorted distinct rows and their sums in the table's dtype; none for row 0, which is
-    padding. As `nn.Embedding(sparse=True)` gives it, but already added up.
+    The table's gradient is sparse, as from `nn.Embedding(sparse=True)`, but already coalesced: sorted distinct rows and
+    their sums in the table's dtype, without row 0, which is padding.
     """
     with torch.cuda.device_of(table):  # Triton launches on the current device
         return _LookUp.apply(table, addresses, dtype, found)
@@ -54,8 +54,8 @@ def _sum_reads(
     source, order, starts, chosen, out,
     M: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """out[s] = sum of source[order[i]] over starts[s] ≤ i < starts[s + 1]: of the segments that are `chosen`, or of
-    those with at most `FEW`."""
+    """out[s] = sum of source[order[i]] over starts[s] ≤ i < starts[s + 1], for the segments in `chosen` if CHOSEN, else
+    for those of at most FEW elements."""
     segment = tl.program_id(0).to(tl.int64)
     if CHOSEN:
         segment = tl.load(chosen + segment)
@@ -86,7 +86,7 @@ class _LookUp(torch.autograd.Function):
         count, block = addresses.numel(), triton.next_power_of_2(width)
         _gather[(triton.cdiv(count, _LOOKED_UP),)](table, addresses, out, count, width, block, _LOOKED_UP)
         if ctx.needs_input_grad[0]:
-            # Not on the way back, where the device has most to do: the host waits, to learn how many rows there are.
+            # In the forward pass, because the host waits for the number of rows; in the backward pass it waits longer.
             ctx.save_for_backward(*(found or readers(addresses.flatten())))
         ctx.table = table
         return out.flatten(-2)
@@ -102,8 +102,8 @@ class _LookUp(torch.autograd.Function):
 
 
 def readers(addresses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of addresses [n]: the sorted distinct rows but 0; the reads of each, order[starts[r] : starts[r + 1]]; and the
-    numbers of those rows that are read often."""
+    """For addresses [n]: the sorted distinct rows except 0; order and starts, of which order[starts[r] : starts[r + 1]]
+    are the reads of the r-th row; and the indices r of the rows that are read often."""
     addresses, order = addresses.sort(stable=True)
     rows, counts = torch.unique_consecutive(addresses, return_counts=True)
     starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
@@ -120,7 +120,7 @@ def _row_sums(
     starts: torch.Tensor,
     often: torch.Tensor,
 ) -> torch.Tensor:
-    """gradient [n, M] of what was read, and its `readers` → the sum of each row's, [rows, M]."""
+    """gradient [n, M] of the rows read, and their `readers` → the sum for each distinct row, [rows, M]."""
     width = gradient.shape[1]
     out = gradient.new_empty(len(rows), width, dtype=dtype)
     block = triton.next_power_of_2(width)
@@ -137,7 +137,7 @@ def _row_sums(
 
 @triton.jit
 def _places(tile, B, T, LEAD: tl.constexpr, ROWS: tl.constexpr):
-    """Of a tile of rows of key and value: those, positions (negative before the text), text and rows of hidden."""
+    """A tile's rows of key and value: rows, positions (negative before the text), texts, rows of hidden, validity."""
     rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
     text = rows // (T + LEAD)
     positions = rows % (T + LEAD) - LEAD
@@ -146,7 +146,7 @@ def _places(tile, B, T, LEAD: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _match(hidden, key, weight, D, eps):
-    """Normalised hidden and key, the factors that normalised them, and their weighted product, per row."""
+    """Per row: normalised hidden and key, their normalising factors, and their weighted dot product."""
     hidden_scale = tl.rsqrt(tl.sum(hidden * hidden, 1) / D + eps)
     key_scale = tl.rsqrt(tl.sum(key * key, 1) / D + eps)
     hidden, key = hidden * hidden_scale[:, None], key * key_scale[:, None]
@@ -185,12 +185,12 @@ def _backward(
     B, T, position_stride, scale, eps, tiles,
     D: tl.constexpr, LEAD: tl.constexpr, SUMS: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """With a = norm(h), c = norm(k) before their weights w, s = gate' · ∂L/∂gate / √D and m = Σ a·c·w:
-    ∂h = s · (c·w − a·m/D) / rms(h), ∂k alike with a and c exchanged, ∂w = Σ s·a·c."""
+    """With a = norm(h) and c = norm(k), both without their weights w, s = gate' · ∂L/∂gate / √D and m = Σ a·c·w:
+    ∂h = s · (c·w − a·m/D) / rms(h), ∂k the same with a and c exchanged, ∂w = Σ s·a·c."""
     columns = tl.arange(0, BLOCK_D)
     wide = columns < D
     w = tl.load(weight + columns, mask=wide, other=0).to(tl.float32)
-    which = tl.arange(0, SUMS)[:, None]  # the weight's, then each tap's
+    which = tl.arange(0, SUMS)[:, None]  # gradient sums: first the weight's, then each tap's
     total = tl.zeros((SUMS, BLOCK_D), tl.float32)
     for tile_number in range(tl.program_id(0), tiles, tl.num_programs(0)):
         rows, t, text, n, inside = _places(tile_number, B, T, LEAD, ROWS)
@@ -211,7 +211,7 @@ def _backward(
             earlier = tl.load(value + (rows - back)[:, None] * D + columns[None, :], mask=seen, other=0).to(tl.float32)
             mixed += tap[None, :] * earlier
             total += tl.where(which == back, tl.sum(through * earlier, 0)[None, :], 0.0)
-            # What a later position of the text read here.
+            # The gradient from a later position of the text, whose convolution read this value.
             later = inside & (t + back >= 0) & (t + back < T)
             later &= tl.load(position_ids + text * position_stride + t + back, mask=later, other=0) >= back
             late_gate = tl.load(gates + n + back, mask=later, other=0)
@@ -231,7 +231,7 @@ def _backward(
     tl.store(own, total, mask=(which <= LEAD) & wide[None, :])
 
 
-@torch.library.custom_op("memgpt::gated_convolution", mutates_args=())  # so that compiled code calls it too
+@torch.library.custom_op("memgpt::gated_convolution", mutates_args=())  # so that compiled code can call it
 def gated_convolution(
     hidden: torch.Tensor,
     key: torch.Tensor,
@@ -241,11 +241,11 @@ def gated_convolution(
     position_ids: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`KnowledgeMemory.gate` · `KnowledgeMemory.convolve`: [B, T, D] in the dtype of hidden, computed in float32; and
-    the gates [B, T], which the backward pass wants.
+    """`GatedMemory.gate` · `GatedMemory.convolve`: [B, T, D] in the dtype of hidden, computed in float32; and the gates
+    [B, T], which the backward pass needs.
 
-    hidden [B, T, D]; key and value [B, L + T, D], whose first L positions precede the text; weight [D]: the two norms'
-    weights multiplied, since they only occur so; taps [L, D] or None; position_ids [B or 1, T].
+    hidden [B, T, D]; key and value [B, L + T, D], whose first L positions precede the text; weight [D]: the product of
+    the two norms' weights, which occur only as this product; taps [L, D] or None; position_ids [B or 1, T].
     """
     hidden, key, value, position_ids = (t.contiguous() for t in (hidden, key, value, position_ids))
     out = torch.empty_like(hidden)
@@ -276,7 +276,7 @@ def _gated_convolution_backward(
     gates: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of hidden, key and value; and those of weight and taps in one, [1 + L, D], in float32."""
+    """The gradients of hidden, key and value; and those of weight and taps in one tensor, [1 + L, D], in float32."""
     gradient, hidden, key, value, position_ids = (t.contiguous() for t in (gradient, hidden, key, value, position_ids))
     shape = _Shape(hidden, value, position_ids)
     lead, width = shape.constants["LEAD"], shape.constants["D"]
@@ -316,7 +316,7 @@ gated_convolution.register_autograd(_differentiate, setup_context=_save)
 
 
 class _Shape:
-    """What both passes launch with."""
+    """Grid, sizes and constants with which both passes are launched."""
 
     def __init__(self, hidden: torch.Tensor, value: torch.Tensor, position_ids: torch.Tensor):
         batch, length, width = hidden.shape

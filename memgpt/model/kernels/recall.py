@@ -1,15 +1,15 @@
-"""Recall's search: every token against those before it, without a table of all pairs.
+"""Recall's search: compares every token with those before it, without storing all pairs.
 
-The plain code compares T tokens with W before them as tensors of T · W numbers, some twenty passes over them, or what
-torch.compile makes of these where sizes are fixed. Here a program holds the comparisons of a few tokens; what it reads
-comes from the cache.
+The plain code compares T tokens with the W before them as tensors of T · W numbers, in some twenty passes, unless
+torch.compile fuses them (for fixed sizes). Here a program holds the comparisons of a few tokens and reads from the
+cache.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-_TILE = 4096  # comparisons that a program holds
+_TILE = 4096  # comparisons held by a program
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _longest_run(
     tl.store(best + text * T + t, found, mask=inside)
 
 
-@torch.library.custom_op("memgpt::longest_run", mutates_args=())  # so that compiled code calls it too
+@torch.library.custom_op("memgpt::longest_run", mutates_args=())  # so that compiled code can call it
 def longest_run(
     tokens: torch.Tensor, earlier: torch.Tensor, position_ids: torch.Tensor, window: int, longest: int
 ) -> torch.Tensor:
