@@ -1,4 +1,4 @@
-"""More training rows from those there are. Each kind makes `share` × rows new ones; the old ones stay as they are.
+"""Augmentation: new training rows from existing ones. Each kind adds `share` × rows; existing rows stay unchanged.
 
 After *An Analysis of Simple Data Augmentation for Named Entity Recognition* (arXiv 2010.11683) and *EDA* (arXiv
 1901.11196). Rows are those of the tables: {tokens, tags} for NER, {text, label, …} for sentiment.
@@ -32,10 +32,10 @@ def ner(
     letter_case: float = 0.0,
     recombination: float = 0.0,
 ) -> list[Row]:
-    """Sentences with other names of the same type in them, with edited words outside of names, in small or capital
-    letters, or two joined.
+    """Adds sentences with other names of the same type, with edited words outside names, in lower or upper case, or two
+    joined.
 
-    Each number is of rows to add, as a share of `rows`. thesaurus: called if synonyms are asked for.
+    Each number is a share of `rows` to add. thesaurus: called if synonyms is not 0.
     """
     mentions: dict[str, list[list[str]]] = defaultdict(list)
     for row in rows:
@@ -91,8 +91,8 @@ def sentiment(
     letter_case: float = 0.0,
     recombination: float = 0.0,
 ) -> list[Row]:
-    """Texts with edited words, in small or capital letters, or the first half of one and the second half of another
-    with the same label."""
+    """Adds texts with edited words, in lower or upper case, or made of the first half of one text and the second half
+    of another with the same label. Arguments as in `ner`."""
     by_label: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_label[row["label"]].append(row)
@@ -121,15 +121,15 @@ def sentiment(
 
 
 def neighbours(parent: Path, tokenizer: "PreTrainedTokenizerFast", count: int = 3) -> Synonyms:
-    """Word → those whose embedding in the core in `parent` points most nearly the same way: what was read in similar
-    places. Of words that are one token."""
+    """Word → the `count` words whose embeddings in the core in `parent` have the highest cosine similarity, that is
+    words used in similar contexts. Only words that are one token."""
     import torch
     from safetensors import safe_open
 
     words = {
         token[1:]: place
         for token, place in tokenizer.get_vocab().items()
-        if token[0] in "Ġ▁" and token[1:].isalpha()  # a space, as byte-level BPE and SentencePiece write it
+        if token[0] in "Ġ▁" and token[1:].isalpha()  # a leading space in byte-level BPE or SentencePiece
     }
     if not words:
         raise UserError(f"augment.synonyms: the tokenizer of {parent} has no whole words; set it to 0")
@@ -146,7 +146,7 @@ def neighbours(parent: Path, tokenizer: "PreTrainedTokenizerFast", count: int = 
 
 
 class _Rows:
-    """The rows and what was added; each kind draws by itself, so that one does not change another."""
+    """The rows and those added. Each kind has its own random generator, so that one does not change another."""
 
     def __init__(self, rows: list[Row], seed: int):
         self.rows, self.count, self.seed = list(rows), len(rows), seed
@@ -157,8 +157,8 @@ class _Rows:
 
 
 def _edit(words: list[str], random: Random, synonyms: Synonyms | None) -> list[str]:
-    """A tenth of the words, one at least, replaced by a synonym; without synonyms, dropped (empty) or swapped with the
-    next one. Of a single word nothing is dropped."""
+    """Replaces a tenth of the words, at least one, by synonyms; without synonyms, drops them (leaves them empty) or
+    swaps them with the next. A single word is never dropped."""
     words = list(words)
     for _ in range(max(1, round(EDITED * len(words)))) if words else ():
         place = random.randrange(len(words))

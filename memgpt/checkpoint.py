@@ -1,7 +1,7 @@
-"""Where a long stage keeps what it needs to resume: `.memgpt/checkpoints/<stage>-<key>`, outside git and DVC.
+"""Checkpoints from which a long stage resumes, in `.memgpt/checkpoints/<stage>-<key>`, outside git and DVC.
 
-The key is a hash of the parameters, the inputs and the code, so that a run only ever resumes itself. (A DVC `persist`
-output would switch off the run cache and resume another configuration.)
+The key is a hash of parameters, inputs and code, so a run never resumes a different configuration. (A DVC `persist`
+output would do so, and would disable the run cache.)
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from memgpt import atomic
 from memgpt.lineage import digest
 
 ROOT = Path(".memgpt/checkpoints")
-_held: dict[Path, int] = {}  # descriptors of the directories that this process works in
-COMPLETE = "complete"  # the mark in a checkpoint that was written to its end
+_held: dict[Path, int] = {}  # directories in use by this process → their file descriptors
+COMPLETE = "complete"  # the marker file in a completely written checkpoint
 
 
 def directory(stage: str, params: dict[str, Any], inputs: list[Path]) -> Path:
-    """Where this stage keeps its checkpoints, made if need be, and safe from `memgpt gc` while this process lives."""
+    """The stage's checkpoint directory, created if missing, and protected from `memgpt gc` while this process lives."""
     key = hashlib.sha256(json.dumps(params, sort_keys=True).encode())
     for path in inputs:
         key.update(digest(path).encode())
@@ -32,7 +32,7 @@ def directory(stage: str, params: dict[str, Any], inputs: list[Path]) -> Path:
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; a kill while writing leaves one without the mark."""
+    """The newest complete checkpoint; one whose writing was interrupted by a kill lacks the marker file."""
     found = [path.parent for path in directory.glob(f"checkpoint-*/{COMPLETE}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
@@ -42,7 +42,7 @@ def of_step(directory: Path | str, step: int) -> Path:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what a kill left half written, which the next run writes anew, perhaps in another number of parts."""
+    """Remove incomplete checkpoints left by a kill. The next run rewrites them, perhaps in another number of parts."""
     for path in directory.glob("checkpoint-*"):
         if not (path / COMPLETE).exists():
             shutil.rmtree(path)

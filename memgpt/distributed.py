@@ -1,7 +1,7 @@
-"""Several processes that train one model (`torchrun`): what each takes of a batch, and what they tell each other.
+"""Training one model in several processes (`torchrun`): each process's share of a batch, and what they exchange.
 
-transformers' Trainer wraps the model so that dense gradients are averaged; here is what it leaves to us. Without
-torchrun every function is that of a single process, and costs nothing.
+transformers' Trainer wraps the model in DDP, which averages dense gradients; this module does the rest. Without
+torchrun every function behaves as for a single process, and costs nothing.
 """
 
 import os
@@ -22,21 +22,18 @@ def processes() -> int:
 
 
 def first() -> bool:
-    """Whether this process is the one that tells, logs and writes."""
+    """Whether this process is the one that prints, logs and writes."""
     return rank() == 0
 
 
 def tell(text: str) -> None:
-    """A line on stderr, once."""
+    """Print a line on stderr, from the first process only."""
     if first():
         print(text, file=sys.stderr, flush=True)
 
 
 def divides(batch_size: int, key: str) -> None:
-    """
-    Raises:
-        UserError: if the batch does not divide among the processes.
-    """
+    """Raises UserError if the batch size is not divisible by the number of processes."""
     if batch_size % processes():
         raise UserError(
             f"{key}={batch_size}: does not divide among {processes()} processes; "
@@ -47,14 +44,14 @@ def divides(batch_size: int, key: str) -> None:
 def share(batch: Any) -> Any:
     """This process's part of a batch (list, array or tensor of rows): every `processes()`-th row from `rank()` on.
 
-    Of fewer rows than processes everyone takes all: the average of equal gradients is the gradient.
+    If there are fewer rows than processes, each takes all of them: the average of equal gradients is the same gradient.
     """
     return batch if len(batch) < processes() else batch[rank() :: processes()]
 
 
 def mean(number: torch.Tensor) -> torch.Tensor:
-    """Of a number's values in all processes. Dividing the sum of its part's losses by it instead of by its own count
-    makes the averaged gradient that of the whole batch, however unevenly what is counted is spread."""
+    """Mean of `number` over all processes. If each process divides its sum of losses by the mean count instead of its
+    own, the averaged gradient is that of the whole batch, however unevenly the counted items are distributed."""
     if processes() == 1:
         return number
     total = number.float()
@@ -72,20 +69,20 @@ def agreed(answer: bool) -> bool:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes have reached this point."""
     if processes() > 1:
         dist.barrier()
 
 
 def leave() -> None:
-    """Say goodbye, without which NCCL warns; after the last exchange."""
+    """Destroy the process group, because NCCL warns otherwise. Call it after the last exchange."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def leave_rows_to_us(model: torch.nn.Module) -> bool:
-    """Keep the memory tables out of the wrapper's averaging: NCCL has none for sparse gradients. Whether anything
-    that is trained is left to it."""
+    """Exclude the memory tables from DDP's averaging, because NCCL cannot average sparse gradients. Returns whether any
+    trained parameter is left to DDP."""
     tables = {id(m.weight) for m in model.modules() if getattr(m, "_memory_table", False)}
     names = [name for name, parameter in model.named_parameters() if id(parameter) in tables]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
@@ -104,7 +101,7 @@ def average_rows(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def _everyones(rows: torch.Tensor) -> torch.Tensor:
-    """rows [n, …], with an n of each process's own → [sum of n, …], in the order of the processes."""
+    """rows [n, …], where n differs between processes → those of all processes, [sum of n, …], in the order of ranks."""
     count = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.zeros_like(count) for _ in range(processes())]
     dist.all_gather(counts, count)

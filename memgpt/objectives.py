@@ -1,4 +1,4 @@
-"""What pretraining minimises: next tokens, masked tokens, or both in turn, on rows of packed documents."""
+"""The losses of pretraining: next tokens, masked tokens, or a mix of both, on rows of packed documents."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,17 +14,17 @@ from memgpt.model import MemGPTForCausalLM, MemGPTModel, kernels
 from memgpt.model.memory import find_readers, look_up
 from memgpt.model.unpadded import in_one_row
 
-KEPT, RANDOM = 0.1, 0.1  # of the chosen tokens, these stay as they are or become any other (BERT, arXiv 1810.04805)
-LOGITS = 8  # at once in `fused_loss`, times the size of the hidden states: with fewer, a GPU has too little to do
+KEPT, RANDOM = 0.1, 0.1  # shares of the chosen tokens that stay unchanged, or become random (BERT, arXiv 1810.04805)
+LOGITS = 8  # logits held at once in `fused_loss`, as a multiple of the hidden states; fewer would underuse a GPU
 
 
 class Pretraining:
     """Causal and masked next-token prediction with one head (GPT-BERT, arXiv 2410.24159).
 
-    A batch is read causally, or, in a share of the steps that moves from `masked_share_start` to `masked_share_end`, in
-    both directions with `mask_fraction` of its tokens hidden. Either way the hidden state at position t predicts the
-    token at t + 1. What a step draws depends on seed and step alone, so that a resumed run draws the same, and so do
-    several processes together, of which each sees its share of a batch: they are told how many rows the data have.
+    A batch is read causally, or in both directions with `mask_fraction` of its tokens masked. The share of the latter
+    steps moves from `masked_share_start` to `masked_share_end`. Either way the hidden state at position t predicts the
+    token at t + 1. A step's random draws depend only on seed and step. So a resumed run draws the same, and so do
+    several processes, each of which sees its share of a batch. For this they need `rows`, the data's number of rows.
     """
 
     def __init__(self, params: Pretrain, steps: int, vocab_size: int, mask_token_id: int, rows: int = 0):
@@ -34,8 +34,8 @@ class Pretraining:
         self.ahead = _Ahead()
 
     def __call__(self, model: PreTrainedModel, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
-        """Loss of a training step on input_ids and position_ids, both [B, T], as the data give them: on the CPU. Then a
-        GPU gets them while it is busy with the step before."""
+        """Loss of a training step on input_ids and position_ids, both [B, T]. If these are on the CPU, they are copied
+        to a GPU while it is busy with the previous step."""
         whole = getattr(model, "module", model)
         if self.loss is None:
             self.loss = self._prepare(whole, whole.device)
@@ -66,14 +66,14 @@ class Pretraining:
             if looks_up:
                 addresses = bring(backbone.ngram_hash(shown, positions))
                 readers = bring(find_readers(backbone.memory_table, addresses))
-        if looks_up:  # before a compiled step, which takes it as it is
+        if looks_up:  # before the compiled step, which receives the entry as an input
             mode["memory_entry"] = look_up(backbone.memory_table, addresses, readers)
         return self.loss(model, shown, positions, labels, self.params.z_loss, _count(labels), **mode)
 
     def _prepare(self, whole: PreTrainedModel, device: torch.device) -> Callable[..., torch.Tensor]:
-        """The loss, compiled if that is asked for. On a GPU, attention goes document by document, in place of a mask
-        over whole rows, and our model is compiled block by block: blocks of a kind share their code, which so is ready
-        in a sixth of the time (9 s at preset `base` on an H100), and what surrounds them has kernels of its own."""
+        """The loss, compiled if `compile` is set. On a GPU (Ampere or later), our model's attention runs document by
+        document, without a mask over whole rows. It is compiled by block: blocks of a kind share code, so this takes
+        a sixth of the time (9 s for preset `base` on an H100), and the code around them has its own kernels."""
         if device.type == "cuda" and isinstance(whole, MemGPTForCausalLM):
             if torch.cuda.get_device_capability(device) >= (8, 0):
                 whole.set_attn_implementation("text_by_text")
@@ -88,7 +88,7 @@ class Pretraining:
         return next_token_loss
 
     def _rows(self, own: int, step: int) -> int:
-        """Of this step's batch in all processes; an epoch's last one may be smaller."""
+        """Rows of this step's batch in all processes together; the last batch of an epoch may be smaller."""
         if distributed.processes() == 1:
             return own
         size = self.params.batch_size
@@ -96,17 +96,17 @@ class Pretraining:
 
 
 class _Ahead:
-    """What does not depend on the step before is done on a stream of its own. Else the host, which has to wait for the
-    number of rows that a step looks up, waits for all that the device still has to do, and is late from then on: a
-    twentieth of a step of preset `base` on an H100."""
+    """Runs what does not depend on the previous step on a separate CUDA stream. The host has to wait for the number of
+    rows that a step looks up. On the main stream it would wait for all queued work, and then launch its kernels late,
+    which costs a twentieth of a step of preset `base` on an H100."""
 
     def __init__(self) -> None:
         self.stream: torch.cuda.Stream | None = None
 
     @contextmanager
     def __call__(self, device: torch.device, given: torch.Tensor) -> Iterator[Callable[[Any], Any]]:
-        """Gives a function that brings a tensor, or a tuple of them, to the device and keeps it for what comes after;
-        all else it leaves. given: what the work begins with; if it is on the device, it may be of the step before."""
+        """Yields a function that moves a tensor, or a tuple of them, to the device for use on the main stream, and
+        returns other values unchanged. given: the input; if on the device, the main stream may still be writing it."""
         if device.type != "cuda":
             yield lambda value: value
             return
@@ -120,7 +120,7 @@ class _Ahead:
                 return tuple(map(bring, value))
             if isinstance(value, torch.Tensor):
                 value = value if value.is_cuda else value.contiguous().pin_memory().to(device, non_blocking=True)
-                value.record_stream(main)  # so that its memory is not given away before it was read there
+                value.record_stream(main)  # so that its memory is not reused before the main stream has read it
             return value
 
         with torch.cuda.stream(self.stream):
@@ -129,7 +129,7 @@ class _Ahead:
 
 
 def _count(labels: torch.Tensor) -> torch.Tensor | None:
-    """How many predictions a loss is the mean of, if that is not for this process alone to say."""
+    """The number of predictions to divide a loss by, averaged over the processes; None if there is only one process."""
     if distributed.processes() == 1:
         return None
     return distributed.mean((labels[:, 1:] != -100).sum()).clamp(min=1 / distributed.processes())
@@ -145,8 +145,8 @@ def next_token_loss(
     **mode: Any,
 ) -> torch.Tensor:
     """Mean of −log p(labels[t + 1] | hidden[t]) over labels [B, T] other than −100, plus `z_loss` · (log Z)², which
-    keeps the logits' normaliser Z near 1 (PaLM, arXiv 2204.02311, section 5). count: divides the sum in place of the
-    labels' own number."""
+    keeps the logits' normaliser Z near 1 (PaLM, arXiv 2204.02311, section 5). count: the number to divide the sum by;
+    by default that of these labels."""
     targets = labels[:, 1:]
     inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **mode}
     if _fuses(model, input_ids):
@@ -164,10 +164,10 @@ def _fuses(model: torch.nn.Module, input_ids: torch.Tensor) -> bool:
     return kernels.LIGER and input_ids.is_cuda and isinstance(getattr(model, "module", model), MemGPTForCausalLM)
 
 
-@torch.compiler.disable  # it waits for the device, to count targets
+@torch.compiler.disable  # it waits for the device to count targets
 def fused_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, z_loss: float) -> torch.Tensor:
-    """The sum that `next_token_loss` divides, for hidden [B, T, D], weight [V, D] and targets [B, T − 1], without the
-    logits of more than a part of the tokens at once: Liger's fused linear cross-entropy (arXiv 2410.10989)."""
+    """The sum that `next_token_loss` divides, for hidden [B, T, D], weight [V, D] and targets [B, T − 1]. It is Liger's
+    fused linear cross-entropy (arXiv 2410.10989), which holds the logits of only a part of the tokens at once."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     shifted = torch.nn.functional.pad(targets, (0, 1), value=-100).flatten()
@@ -185,9 +185,9 @@ def mask(
     draw: torch.Generator,
     rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids [B, T] → (what is shown, labels): `fraction` of the tokens hidden, never a document's first.
+    """input_ids [B, T] → (masked input_ids, labels). `fraction` of the tokens are masked, never a document's first.
 
-    rows: of the whole batch, if input_ids is this process's share of it."""
+    rows: number of rows of the whole batch, if input_ids is only this process's share."""
     device, shape = input_ids.device, (rows or len(input_ids), input_ids.shape[1])
     chance = distributed.share(torch.rand(shape, generator=draw)).to(device)
     fate = distributed.share(torch.rand(shape, generator=draw)).to(device)

@@ -1,4 +1,4 @@
-"""The optimizers: Muon and AdamW for pretraining, a choice for labelled data; row-wise Adagrad for the memory table."""
+"""Optimizers: Muon and AdamW for pretraining, a choice for fine-tuning; row-wise Adagrad for the memory table."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -50,7 +50,7 @@ def for_tuning(model: PreTrainedModel, params: Training, optimizer: str = "adamw
 
 
 def _kinds(model: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
-    """What is trained, by kind. The tables' gradients become sparse: a step then costs what it touches."""
+    """The trained parameters by kind. Makes the tables' gradients sparse, so a step costs only the rows it reads."""
     kinds: dict[str, list[torch.nn.Parameter]] = {"matrices": [], "tables": [], "rest": []}
     kind_of = {}
     for module in model.modules():
@@ -66,11 +66,10 @@ def _kinds(model: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon; but on a GPU it takes the matrices of one shape together, since one after another, each too small
-    to fill it, they cost a third of a step of the preset `base` on an H100. On a processor without instructions for
-    bf16 it multiplies in float32: torch emulates the others there, at ten times the time. The state is torch's, and so
-    are the settings, of which Nesterov's momentum and the scale of the rate are always those that torch has by
-    default."""
+    """torch's Muon, but on a GPU it updates all matrices of one shape together. One after another, each too small to
+    fill the GPU, they would cost a third of a step of preset `base` on an H100. On a processor without instructions for
+    bf16 it multiplies in float32, because emulated bf16 takes ten times as long. State and settings are torch's, but
+    Nesterov momentum and the scaling of the learning rate are always torch's defaults."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -88,7 +87,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step_together(self, matrices: list[torch.Tensor], group: dict[str, Any]) -> None:
-        """A step of matrices [m, n] of one shape, with the settings of their group."""
+        """A step for matrices [m, n] of the same shape, with the settings of their parameter group."""
         gradients: list[torch.Tensor] = []
         momenta: list[torch.Tensor] = []
         self._init_group({"params": matrices}, [], gradients, momenta)
@@ -104,8 +103,8 @@ class Muon(torch.optim.Muon):
 def orthogonal(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """[k, m, n] → the same with singular values near 1, in bf16 where it is multiplied, by Newton and Schulz's
-    iteration."""
+    """matrices [k, m, n] → the same with singular values near 1, by Newton-Schulz iteration, in bf16 if the processor
+    multiplies it."""
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -120,11 +119,11 @@ def orthogonal(
 class RowAdagrad(torch.optim.Optimizer):
     """Adagrad with one accumulator per row, for tables of which a step touches few rows.
 
-    A row's accumulator sums the mean square of its gradients (Duchi et al. 2011, with the row as the unit), so the
-    state is 1 / width of the table and a step costs what it touches. It starts as if the row had seen `prior`
-    gradients of the usual size (a moving average over the rows of each step), so that a row that was written once or
-    twice, mostly by chance, stays small. Takes the sparse gradients that `nn.Embedding(sparse=True)` gives, and dense
-    ones.
+    A row's accumulator sums the mean squares of its gradients (Duchi et al. 2011, with the row as the unit), so the
+    state has 1 / width of the table's size and a step costs only the rows that it touches. It counts as if the row had
+    already seen `prior` gradients of the usual size (a moving average over the rows of each step). So a row that is
+    updated once or twice, mostly by chance, stays small. Accepts sparse gradients, as from `nn.Embedding(sparse=True)`,
+    and dense ones.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, prior: float = 4.0, eps: float = 1e-10):
@@ -145,7 +144,7 @@ class RowAdagrad(torch.optim.Optimizer):
                 else:
                     rows = table.grad.any(dim=1).nonzero()[:, 0]
                     values = table.grad[rows]
-                divided = getattr(table, "divided", False)  # among processes: then all go on together
+                divided = getattr(table, "divided", False)  # sharded: then all processes must reach the collectives
                 if not len(rows) and not divided:
                     continue
                 squares = values.float().square().mean(1)
@@ -162,7 +161,7 @@ class RowAdagrad(torch.optim.Optimizer):
 
 
 class Chained(torch.optim.Optimizer):
-    """Several optimizers, each with its own parameters, that step as one."""
+    """Several optimizers, each with its own parameters, that act as one."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]):
         self.optimizers = optimizers
@@ -178,24 +177,24 @@ class Chained(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        # Loading replaces the groups by new dictionaries; schedules change those they find here.
+        # Loading replaces the groups by new dictionaries, but schedules change those in this list.
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale dense gradients to a joint norm of at most `max_norm`, and sparse ones to another: how many rows a batch
-    touches would otherwise decide how far the matrices move. Returns the dense norm."""
+    """Scale dense gradients to a joint norm of at most `max_norm`, and sparse ones separately. Otherwise the number of
+    rows that a batch touches would decide how far the matrices move. Returns the dense norm."""
     dense, sparse, divided = [], [], False
     for parameter in parameters:
         divided |= getattr(parameter, "divided", False)
         if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = row_gradient(parameter)  # once, for the optimizer too
+            parameter.grad = row_gradient(parameter)  # coalesced here once, also for the optimizer
             sparse.append(parameter.grad.values())
         elif parameter.grad is not None:
             dense.append(parameter.grad)
     for gradients in (sparse, dense):
         norm = torch.nn.utils.get_total_norm(gradients)
-        if gradients is sparse and divided:  # of all processes' rows
+        if gradients is sparse and divided:  # the norm over the rows of all processes
             norm = (distributed.mean(norm.square()) * distributed.processes()).sqrt()
         if gradients:
             torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

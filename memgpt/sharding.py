@@ -1,9 +1,9 @@
-"""Memory tables divided by rows among the processes of torchrun, each of which holds, looks up and trains its part.
+"""Memory tables sharded by rows among the processes of torchrun, each of which holds, looks up and trains its part.
 
-The rest of the model is small and whole everywhere (DDP). With tables as large as memory allows, this is what lets them
-grow with the number of GPUs; per step, a process sends and gets the distinct rows of its own share of the batch. To a
-checkpoint each process adds a file of its rows; one after the other these are the tables, of which any number of
-processes reads its parts. One process alone does the same, with one part.
+The rest of the model is small and replicated (DDP). Sharding lets the tables grow with the number of GPUs. Per step, a
+process exchanges the distinct rows of its own share of the batch. Each process adds a file of its rows to a checkpoint.
+Concatenated, these files are the tables, so any number of processes can read its parts from them. A single process does
+the same, with one part.
 """
 
 import os
@@ -26,20 +26,20 @@ from memgpt.environment import rank
 from memgpt.optimizers import RowAdagrad
 
 _CHUNK_BYTES = 1 << 24
-_KEPT = "square_sum"  # by the optimizer, a number of each row
+_KEPT = "square_sum"  # the optimizer's state: one number per row
 
 
 class DividedTable(nn.Embedding):
-    """Of a table [N, M] the rows from `rank` · n on, n = ⌈N / processes⌉ of them, zero past the end.
+    """This process's shard of a table [N, M]: n = ⌈N / processes⌉ rows from row `rank` · n on, zero past the end.
 
-    A look-up is a collective: a process asks each owner for the distinct rows that it wants, and their gradients go
-    back the same way, to be added up there and averaged over the processes, as DDP does with the rest.
+    A look-up is a collective operation: a process requests the distinct rows that it needs from their owners. The
+    gradients go back the same way; owners sum them and divide by the number of processes, as DDP does elsewhere.
     """
 
     whole: int  # N
 
     def forward(self, addresses: torch.Tensor) -> torch.Tensor:
-        wanted, place = addresses.unique(return_inverse=True)  # sorted, and so by owner
+        wanted, place = addresses.unique(return_inverse=True)  # sorted, and therefore grouped by owner
         each = len(self.weight)
         sent = (wanted // each).bincount(minlength=processes())
         received = torch.empty_like(sent)
@@ -52,7 +52,7 @@ class DividedTable(nn.Embedding):
 
 
 def divide(model: PreTrainedModel) -> None:
-    """Leave each process its part of the model's memory tables, in place; the parameters stay the same objects."""
+    """Reduce the model's memory tables to this process's part, in place; the parameters stay the same objects."""
     for table in model.modules():
         if not getattr(table, "_memory_table", False):
             continue
@@ -66,14 +66,14 @@ def divide(model: PreTrainedModel) -> None:
 
 
 def without_tables(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """The model's state less what `write` writes; None if that is nothing."""
+    """The model's state without the tables, which `write` writes; None if there are no such tables."""
     tables = dict(_divided(model))
     return {name: weight for name, weight in model.state_dict().items() if name not in tables} if tables else None
 
 
 @contextmanager
 def without_rows(model: PreTrainedModel, optimizer: Any) -> Iterator[None]:
-    """Within it the optimizer has nothing of what `write` writes."""
+    """Within this context the optimizer's state lacks what `write` writes."""
     states = [_state(optimizer, table) for _, table in _divided(model)]
     kept = [(state, state.pop(_KEPT)) for state in states if _KEPT in state]
     yield
@@ -82,19 +82,19 @@ def without_rows(model: PreTrainedModel, optimizer: Any) -> Iterator[None]:
 
 
 def write(model: PreTrainedModel, optimizer: Any, directory: Path) -> None:
-    """A file in `directory` with this process's rows of the tables, and with what the optimizer keeps of each."""
+    """Write a file to `directory` with this process's rows of the tables and the optimizer's state for each row."""
     rows = {}
     for name, table in _divided(model):
         count = max(0, min(len(table.weight), table.whole - rank() * len(table.weight)))
         rows[name] = table.weight.data[:count]
-        if (squares := _state(optimizer, table).get(_KEPT)) is not None:  # since the first step
+        if (squares := _state(optimizer, table).get(_KEPT)) is not None:  # it exists from the first step on
             rows[f"{name}.{_KEPT}"] = squares[:count]
     if rows:
         save_file(rows, directory / f"rows-{rank() + 1:05}-of-{processes():05}.safetensors")
 
 
 def read(model: PreTrainedModel, optimizer: Any, directory: Path) -> None:
-    """This process's rows, of those that any number of processes wrote to `directory`."""
+    """Read this process's rows from the files that any number of processes wrote to `directory`."""
     parts = sorted(directory.glob("rows-*.safetensors"))
     for name, table in _divided(model):
         _read(table.weight.data, name, parts)
@@ -104,10 +104,10 @@ def read(model: PreTrainedModel, optimizer: Any, directory: Path) -> None:
 
 
 def join(model: PreTrainedModel, place: Path) -> None:
-    """Undo `divide`: the first process gets whole tables, the others are left with their parts.
+    """Undo `divide`: the first process gets whole tables, the others keep their parts.
 
-    The whole is in a file below the directory `place` that has no name any more and is read as rows are needed, so
-    that no memory has to hold it.
+    A whole table is a memory-mapped, already unlinked file in the directory `place`. Its rows are read on demand, so it
+    need not fit in memory.
     """
     for _, table in _divided(model):
         if processes() > 1:
@@ -116,7 +116,7 @@ def join(model: PreTrainedModel, place: Path) -> None:
 
 
 def _divided(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """The tables, with the names of their weights."""
+    """The tables that `divide` has processed, with the names of their weights."""
     return ((f"{name}.weight", table) for name, table in model.named_modules() if hasattr(table, "whole"))
 
 
@@ -135,7 +135,7 @@ def _own(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _read(own: torch.Tensor, name: str, parts: list[Path]) -> bool:
-    """Fill this process's rows from files that side by side hold all of them; whether they hold any."""
+    """Fill this process's rows from files that together hold all rows in order. Returns whether they have `name`."""
     start, before = rank() * len(own), 0
     for part in parts:
         with safe_open(part, "pt") as file:
@@ -150,12 +150,12 @@ def _read(own: torch.Tensor, name: str, parts: list[Path]) -> bool:
 
 
 def _gather(own: torch.Tensor, count: int, place: Path) -> torch.Tensor:
-    """Everyone's parts as rows [count, M] for the first process, one chunk after the other; elsewhere `own`."""
+    """All processes' parts as rows [count, M] in the first process, sent in chunks; in the others `own`."""
     whole, each = own, len(own)
     if first():
-        with tempfile.NamedTemporaryFile(dir=place) as file:  # the mapping keeps what the name is taken from
+        with tempfile.NamedTemporaryFile(dir=place) as file:  # the mapping outlives the file's name
             size = count * own.shape[1]
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would kill the process later
+            if hasattr(os, "posix_fallocate"):  # a full disk then raises an error here; later it would kill the process
                 os.posix_fallocate(file.fileno(), 0, size * own.itemsize)
             whole = torch.from_file(file.name, shared=True, size=size, dtype=own.dtype).view(count, -1)
     for owner in range(processes()):
@@ -169,6 +169,6 @@ def _gather(own: torch.Tensor, count: int, place: Path) -> torch.Tensor:
 
 
 def _chunks(rows: torch.Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """start … end in steps of as many rows as are in memory at once beyond a process's own."""
+    """start … end in steps of at most `_CHUNK_BYTES`, which limits the memory needed beyond a process's own rows."""
     step = max(1, _CHUNK_BYTES // rows[:1].nbytes)
     return ((low, min(low + step, end)) for low in range(start, end, step))

@@ -1,4 +1,4 @@
-"""The one training loop: transformers' `Trainer` with our optimizers, schedule, checkpoints and progress."""
+"""The training loop of all stages: transformers' `Trainer` with our optimizers, schedule, checkpoints and progress."""
 
 import math
 import os
@@ -50,18 +50,18 @@ def train(
 ) -> PreTrainedModel:
     """Train `model` in place for `steps` optimizer steps and return it, or its moving average.
 
-    Continues from the newest whole checkpoint below `checkpoints`: weights, optimizer, schedule, random state and
-    position in the data, so that a killed run ends with the bytes of an undisturbed one.
+    Resumes from the newest complete checkpoint below `checkpoints`: weights, optimizer, schedule, random state and
+    position in the data. So a killed run ends bit-identical to an undisturbed one.
 
-    Under torchrun all processes call this alike and end with the same model: a step's batch is divided among them, so
-    that its loss and gradient are those of one process up to rounding. Only the first logs and writes.
+    Under torchrun all processes call this with the same arguments and end with the same model. They divide each step's
+    batch; its loss and gradient equal those of one process up to rounding. Only the first process logs and writes.
 
-    optimizer: by `params` if None. loss: of (model, batch as collated, step); the model's own if None.
-    lengths: of the elements, to put those of similar length into a batch; None mixes them.
-    whole_batches: an element of the dataset is a process's share of a batch already.
-    divide_tables: give each process a part of the memory tables; only the first then ends with whole ones.
-    after_epoch: asked after every `epoch_steps` steps, with the model and the step, whether to go on.
-    over: it has answered no already, in a run that was killed after that: nothing more is trained.
+    optimizer: chosen by `params` if None. loss: called with (model, collated batch, step); the model's own if None.
+    lengths: of the dataset's elements, to batch those of similar length; None mixes them.
+    whole_batches: each element of the dataset is already a process's share of a batch.
+    divide_tables: shard the memory tables among the processes; then only the first ends with whole tables.
+    after_epoch: called with the model and the step after every `epoch_steps` steps; returns whether to continue.
+    over: `after_epoch` already returned False, in a run that was killed afterwards; nothing more is trained.
     """
     section = title.replace(" ", ".")
     distributed.divides(params.batch_size, f"{section}.batch_size")
@@ -72,7 +72,7 @@ def train(
         per_device_train_batch_size=params.batch_size // distributed.processes(),
         save_strategy="steps",
         save_steps=params.checkpoint_steps,
-        save_total_limit=2,  # the one before stays until the newest is whole
+        save_total_limit=2,  # the previous one stays until the newest is complete
         logging_steps=max(1, steps // 100),
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -84,8 +84,8 @@ def train(
         data_seed=params.seed,
         max_grad_norm=1.0,
         use_cpu=cpu,
-        ddp_find_unused_parameters=whole_batches,  # of one task, so that the other tasks' heads are not used
-        ddp_broadcast_buffers=False,  # the same everywhere
+        ddp_find_unused_parameters=whole_batches,  # a batch of one task leaves the other tasks' heads unused
+        ddp_broadcast_buffers=False,  # buffers are the same in all processes
     )
     settings = params if isinstance(params, Tuning) else None
     average = _Average(model, settings.ema_decay) if settings and settings.ema_decay else None
@@ -109,18 +109,18 @@ def train(
         size = 1 if whole_batches else params.batch_size
         trainer.batches = _Batches(len(dataset), size, params.seed, lengths)  # type: ignore[arg-type]
         trainer.remove_callback(_printer())
-        if not wrapped:  # only the memory is trained; DDP refuses to have nothing to do
+        if not wrapped:  # only the memory is trained, and DDP refuses a model without gradients to average
             trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
         if distributed.first():
             checkpoint.sweep(checkpoints)
         distributed.wait()
         resume = checkpoint.latest(checkpoints)
-        set_seed(params.seed + distributed.rank())  # dropout of its own in each process
+        set_seed(params.seed + distributed.rank())  # different dropout masks in each process
         if not distributed.agreed(over):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     sharding.join(model, checkpoints)
     for module in model.modules():
-        module._compiled_call_impl = None  # what a loss had compiled in place, for the shapes of its steps
+        module._compiled_call_impl = None  # drop what a loss compiled in place for the shapes of training steps
     trained = average.model.module if average else model
     return trained.to("cpu").eval()
 
@@ -136,14 +136,14 @@ def _schedule(steps: int, params: Training) -> Callable[[int], float]:
 
 
 def _device(title: str) -> tuple[bool, bool]:
-    """Whether to train on the CPU, and whether in bf16: where the device multiplies matrices in it. Says so if a GPU
-    was to be expected and there is none, or one too old for bf16."""
+    """Whether to train on the CPU, and whether in bf16, which is used if the device multiplies matrices in it. Prints a
+    line if a GPU was to be expected but there is none, or if it is too old for bf16."""
     if not torch.cuda.is_available():
         if torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES", "-1") not in ("", "-1"):
             distributed.tell(f"{title}: no GPU that torch can use; training on the CPU")
         return True, multiplies_bfloat16(torch.device("cpu"))
     major, minor = torch.cuda.get_device_capability()
-    if major < 8:  # torch would emulate it, slower than 32 bits
+    if major < 8:  # torch would emulate bf16, which is slower than 32 bits
         distributed.tell(
             f"{title}: {torch.cuda.get_device_name()} (compute capability {major}.{minor}) is too old for bf16, which "
             "takes 8.0; training in 32 bits"
@@ -171,7 +171,7 @@ def _printer() -> type[TrainerCallback]:
 
 
 class _Trainer(Trainer):
-    """Batches reach the model as the collator made them, string arguments (`task`) included."""
+    """Passes batches to the model as collated, including string arguments (`task`)."""
 
     loss: Loss | None = None
     adversarial = 0.0
@@ -181,15 +181,15 @@ class _Trainer(Trainer):
         return _Loader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs if self.loss else super()._prepare_inputs(inputs)  # a loss of its own brings them to the device
+        return inputs if self.loss else super()._prepare_inputs(inputs)  # a custom loss moves them to the device itself
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Not counted for a loss of its own, since the host would wait for the device with it."""
+        """Not counted for a custom loss, because the host would wait for the device."""
         return None if self.loss else super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         if self.loss is not None:
-            with self.accelerator.autocast():  # the model is in it by itself, what a loss looks up for it is not
+            with self.accelerator.autocast():  # needed for the loss's own look-ups; the model has autocast anyway
                 return self.loss(model, inputs, self.state.global_step)
         counted = {}
         if distributed.processes() > 1:
@@ -198,8 +198,8 @@ class _Trainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """With `adversarial`, also the gradient at embeddings moved that far to where the loss rises (fast gradient
-        method, arXiv 1605.07725); the two are added."""
+        """With `adversarial`, adds the gradient at embeddings moved by that distance in the direction in which the loss
+        rises (fast gradient method, arXiv 1605.07725)."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.adversarial:
             embeddings = self.model.get_input_embeddings().weight
@@ -242,8 +242,8 @@ class _Loader(DataLoader):
 
 
 class _Batches(Sampler):
-    """Row numbers of this process's share of each batch, in an order of its own in each epoch, which the number of
-    processes does not change. With `lengths`, rows of similar length are next to each other."""
+    """Row numbers of this process's share of each batch. The order differs between epochs and does not depend on the
+    number of processes. With `lengths`, rows of similar length are batched together."""
 
     def __init__(self, rows: int, batch_size: int, seed: int, lengths: list[int] | None):
         self.rows, self.batch_size, self.seed, self.lengths, self.epoch = rows, batch_size, seed, lengths, 0
@@ -265,7 +265,7 @@ class _Batches(Sampler):
 
 
 class _Average(TrainerCallback):
-    """Exponential moving average of the weights, kept with every checkpoint."""
+    """Exponential moving average of the weights, saved with every checkpoint."""
 
     FILE = "average.safetensors"
 
@@ -291,7 +291,7 @@ class _AllocateRanks(TrainerCallback):
 
 
 class _Epochs(TrainerCallback):
-    """Asks after each epoch whether to go on; before the checkpoint of that step, so that a resumed run asks too."""
+    """Asks after each epoch whether to continue, before that step's checkpoint, so a resumed run does not skip it."""
 
     def __init__(self, steps: int, ask: AfterEpoch, average: _Average | None):
         self.steps, self.ask, self.average = steps, ask, average
@@ -304,7 +304,7 @@ class _Epochs(TrainerCallback):
 
 
 class _MarkComplete(TrainerCallback):
-    """Marks a checkpoint once the Trainer has written all of it, in every process."""
+    """Marks a checkpoint as complete once the Trainer has written all of it, in every process."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         distributed.wait()
@@ -323,11 +323,11 @@ class _StopOnNaN(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """A bar on a terminal; elsewhere, so in the logs of a flow, a line every ten seconds."""
+    """A progress bar on a terminal; elsewhere, such as in the logs of a flow, a line every ten seconds."""
 
     def __init__(self, title: str, steps: int, log: Log | None):
         self.title, self.steps, self.log = title, steps, log
-        self.loss = ""  # until one is logged
+        self.loss = ""  # until a loss is logged
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

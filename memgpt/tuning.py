@@ -1,4 +1,4 @@
-"""What a fine-tuning changes: all weights, a part of them, or small additions that are merged into them at the end."""
+"""Which weights fine-tuning trains: all, a part, or small additions that are merged into the others at the end."""
 
 import copy
 import json
@@ -16,10 +16,10 @@ from memgpt.model.model import Block, FeedForward, Prefix
 
 
 def prepare(model: PreTrainedModel, params: Finetune, steps: int) -> PreTrainedModel:
-    """Leave trainable what `params.tune` names; the head always is. Returns the model to train: itself, or wrapped.
+    """Make trainable only what `params.tune` names, and the head. Returns the model to train: itself, or wrapped.
 
     Raises:
-        UserError: if what is to be trained is not there.
+        UserError: if `params.tune` names a memory and the model has none.
     """
     trunk = model.base_model
     tables = {f"{name}.weight" for name, module in trunk.named_modules() if getattr(module, "_memory_table", False)}
@@ -48,7 +48,7 @@ def prepare(model: PreTrainedModel, params: Finetune, steps: int) -> PreTrainedM
 
 
 def whole(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it is saved: itself, or a copy with what was added merged into its matrices."""
+    """The model as it is saved: itself, or a copy with the additions merged into its matrices."""
     if hasattr(model, "merge_and_unload"):
         return copy.deepcopy(model).merge_and_unload()
     if not any(isinstance(module, Widened) for module in model.modules()):
@@ -62,13 +62,13 @@ def whole(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _blocks(model: PreTrainedModel) -> list[Block]:
-    """Of the trunk, and of a head that reads with one: the configuration knows one width for all."""
+    """The blocks of trunk and head. A head's block is included because the configuration has one width for all."""
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
 class Widened(torch.nn.Module):
-    """A feed-forward layer with a bottleneck adapter beside it (arXiv 2110.04366, the parallel kind). The adapter has
-    the layer's own form, so that merging it only makes the layer wider. It starts as "adds nothing"."""
+    """A feed-forward layer with a bottleneck adapter in parallel (arXiv 2110.04366). The adapter has the same structure
+    as the layer, so merging it only makes the layer wider. At first it adds nothing."""
 
     def __init__(self, layer: FeedForward, size: int):
         super().__init__()
@@ -103,19 +103,19 @@ class Widened(torch.nn.Module):
 
 
 def allocate_ranks(model: PreTrainedModel, step: int) -> None:
-    """AdaLoRA's part of an optimizer step: move the budget of ranks to where it pays. Nothing for other models."""
+    """AdaLoRA's part of an optimizer step: reallocates the budget of ranks by importance. No effect on other models."""
     update = getattr(model.base_model, "update_and_allocate", None)
     if update is not None:
         update(step)
 
 
 RANKS = "ranks.safetensors"
-_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # by which AdaLoRA ranks what it has added
+_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # AdaLoRA's importance scores
 
 
 def write_ranks(model: PreTrainedModel, directory: Path) -> None:
-    """What training with AdaLoRA goes on from, into a checkpoint: peft's own files hold matrices that are cut already,
-    and not the scores. Nothing for other models."""
+    """Write the state with which AdaLoRA resumes into a checkpoint, because peft's own files hold truncated matrices
+    and no scores. No effect on other models."""
     allocator = getattr(model.base_model, "rankallocator", None)
     if allocator is None:
         return
@@ -131,13 +131,13 @@ def write_ranks(model: PreTrainedModel, directory: Path) -> None:
 
 
 def read_ranks(model: PreTrainedModel, directory: Path) -> bool:
-    """Go on from what `write_ranks` wrote, if it did."""
+    """Resume from what `write_ranks` wrote, if it did. Returns whether it did."""
     if not (directory / RANKS).exists():
         return False
     allocator, weights = model.base_model.rankallocator, dict(model.named_parameters())
     with safe_open(directory / RANKS, "pt") as file, torch.no_grad():
         allocator.peft_config.rank_pattern = json.loads(file.metadata()["pattern"])
-        for key in file.keys():  # noqa: SIM118  # it is no mapping
+        for key in file.keys():  # noqa: SIM118  # the file is not a mapping
             kind, _, name = key.partition(" ")
             if kind == "weight":
                 weights[name].copy_(file.get_tensor(key))
