@@ -71,9 +71,9 @@ class Pretraining:
         return self.loss(model, shown, positions, labels, self.params.z_loss, _count(labels), **mode)
 
     def _prepare(self, whole: PreTrainedModel, device: torch.device) -> Callable[..., torch.Tensor]:
-        """The loss, compiled if `compile` is set. On a GPU (Ampere or later), our model's attention runs document by
-        document, without a mask over whole rows. It is compiled by block: blocks of a kind share code, so this takes
-        a sixth of the time (9 s for preset `base` on an H100), and the code around them has its own kernels."""
+        """The loss, compiled if `compile` is set. On a GPU, our model is compiled block by block: blocks of a kind
+        share code, so this takes a sixth of the time (9 s for preset `base` on an H100), and the code around them has
+        its own kernels. From Ampere on, its attention runs document by document, without a mask over whole rows."""
         if device.type == "cuda" and isinstance(whole, MemGPTForCausalLM):
             if torch.cuda.get_device_capability(device) >= (8, 0):
                 whole.set_attn_implementation("text_by_text")
@@ -185,7 +185,7 @@ def mask(
     draw: torch.Generator,
     rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids [B, T] → (masked input_ids, labels). `fraction` of the tokens are masked, never a document's first.
+    """input_ids [B, T] → (corrupted input_ids, labels). `fraction` of the tokens are chosen, never a document's first.
 
     rows: number of rows of the whole batch, if input_ids is only this process's share."""
     device, shape = input_ids.device, (rows or len(input_ids), input_ids.shape[1])

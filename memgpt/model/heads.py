@@ -129,8 +129,8 @@ class InterestHead(nn.Module):
         """
         interest = self.encode_reader(items[history])
         logits = interest @ items.T / self.temperature - log_frequency
-        # Items already read are never recommended again, so they do not compete, unless they are the target:
-        # `memgpt.tables` makes no histories that repeat items, but with such ones the loss would be infinite.
+        # Items already read are never recommended again, so they do not compete, unless they are the target. Histories
+        # from `memgpt.tables` repeat no items, but with others a masked target would make the loss infinite.
         seen = torch.zeros_like(logits).scatter_add(
             -1, history[:, None, :].expand(-1, history.shape[1], -1), _causal_ones(history).to(logits.dtype)
         )

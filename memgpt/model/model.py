@@ -127,7 +127,7 @@ def make_norm(config: MemGPTConfig, size: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention, if `qk_norm` with RMS-normalised queries and keys, over the text or a window."""
+    """Grouped-query self-attention over the whole text or a window; `qk_norm` RMS-normalises queries and keys."""
 
     def __init__(self, config: MemGPTConfig, layer_idx: int):
         super().__init__()
@@ -257,7 +257,7 @@ class MemGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers visits only modules with weights of their own if the class is not its own: so leaves are marked.
+        # For classes outside transformers only modules with own weights are visited, so the marks are on the leaves.
         super()._init_weights(module)
         if isinstance(module, NGramHash):
             init.copy_(module.canonical_ids, torch.arange(len(module.canonical_ids)))
@@ -358,7 +358,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         packed row; attention and n-grams stay within them in every mode. context_ids [B, n]: the tokens before
         `input_ids` when decoding with a cache, −1 where hidden; by default those that the cache was last used with.
         memory_ids [B, T]: the tokens that inputs_embeds represent, −1 for none. Without them the memories are silent,
-        also for the tokens that follow in the cache. With input_ids: the same, −1 where masks made by `generate` hide
+        also for the tokens that follow in the cache. With input_ids: these, −1 where masks made by `generate` hide
         them. [B, 0]: the memories are silent; compiled code needs this for each token after such vectors. `generate`
         passes context_ids and memory_ids. memory_entry: the result of `read_memory` for these ids, if already known.
         """

@@ -59,11 +59,9 @@ class LookBack(nn.Module):
 def longest_run(
     tokens: torch.Tensor, earlier: torch.Tensor, position_ids: torch.Tensor, window: int, longest: int
 ) -> torch.Tensor:
-    """The longest run for each of the last T positions, and of equally long ones the nearest, encoded in one number
-    [B, T]: length · window + (window − distance back).
-
-    tokens, earlier [B, window + longest − 1 + T]: ids to compare. tokens: −2 at padding and masks; earlier: −1 at these
-    and before these. position_ids [B or 1, longest − 1 + T]."""
+    """For each of the last T positions, the longest run, and of equally long ones the nearest, as one number:
+    length · window + window − distance back, [B, T]. tokens, earlier [B, window + longest − 1 + T]: ids to compare;
+    tokens is −2 at padding and masks, earlier −1 at these and before them. position_ids [B or 1, longest − 1 + T]."""
     length = position_ids.shape[1] - longest + 1
     place = torch.arange(position_ids.shape[1], device=tokens.device, dtype=torch.int32)[:, None]
     back = torch.arange(window, device=tokens.device, dtype=torch.int32)
@@ -78,8 +76,8 @@ def longest_run(
 
 
 class RecallMemory(GatedMemory):
-    """Adds to a token's hidden state the embedding of the recalled token and one of the run's length. At first it adds
-    nothing."""
+    """Adds to a token's hidden state a gated projection of the recalled token's embedding plus an embedding of the
+    run's length. At first it adds nothing."""
 
     def __init__(self, config: MemGPTConfig):
         super().__init__(config, config.hidden_size, kernel=0)

@@ -101,7 +101,7 @@ class _File:
         if hasattr(mmap, "MADV_RANDOM"):
             mapping.madvise(mmap.MADV_RANDOM)  # no read-ahead, because the next row is elsewhere
         self._bytes = np.frombuffer(mapping, np.uint8)
-        # Blocks are aligned by memory address, because the system aligns what it maps around a touched page so.
+        # Blocks are counted by memory address, by which the system aligns what it maps around a touched page.
         self._shift = self._bytes.ctypes.data & ((1 << _BLOCK) - 1)
         self._mapped = np.zeros(((self._shift + len(self._bytes)) >> _BLOCK) + 1, bool)
         self._room = held >> _BLOCK

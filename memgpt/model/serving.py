@@ -165,8 +165,8 @@ def grouped_sdpa(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' sdpa for CPUs, but for few queries (short texts, decoding) those of a group are multiplied by their
-    shared key and value head in one product. sdpa would copy these heads, and so the cache, for every query head.
+    """transformers' sdpa for CPUs, except that few queries (short texts, decoding) are multiplied per group, in one
+    product with their shared key and value head. sdpa would copy these heads, and so the cache, for every query head.
 
     query [B, H, T, W], key and value [B, G, S, W], attention_mask [B or 1, 1, T, S] (boolean, true: seen; or additive)
     → [B, T, H, W].

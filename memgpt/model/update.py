@@ -109,7 +109,7 @@ def choose_rows(new: torch.Tensor, old: torch.Tensor, share: float) -> torch.Ten
 
 
 def restrict_to_memory(model: PreTrainedModel, rows: torch.Tensor | None = None) -> None:
-    """Freeze everything but the memory table and, if `rows` (bool [rows]) is given, all other rows of it.
+    """Freeze everything except the memory table. If `rows`, bool [rows], is given, also freeze the table's other rows.
 
     Frozen rows and weights stay bit-identical as long as the optimizer changes nothing whose gradient is zero, so the
     table must have no weight decay. Call this once per model, before creating the optimizer.
