@@ -76,9 +76,11 @@ def without_rows(model: PreTrainedModel, optimizer: Any) -> Iterator[None]:
     """Within this context the optimizer's state lacks what `write` writes."""
     states = [_state(optimizer, table) for _, table in _divided(model)]
     kept = [(state, state.pop(_KEPT)) for state in states if _KEPT in state]
-    yield
-    for state, squares in kept:
-        state[_KEPT] = squares
+    try:
+        yield
+    finally:
+        for state, squares in kept:
+            state[_KEPT] = squares
 
 
 def write(model: PreTrainedModel, optimizer: Any, directory: Path) -> None:
