@@ -1,7 +1,7 @@
-"""MemGPT: a memory-augmented GPT for language tasks, and the pipeline that keeps it fresh.
+"""MemGPT: a memory-augmented GPT for language tasks, and the pipeline that keeps it up to date.
 
-`from memgpt import MemGPTTokenizer, MemGPTForTokenClassification` and the other model classes; loaded on first use, so
-that the command line starts without torch.
+The model classes, as in `from memgpt import MemGPTTokenizer, MemGPTForTokenClassification`, are imported on first use,
+so that the command line starts without torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,5 +1,5 @@
-"""Writing so that a kill at any moment leaves the old file or the new one, never half of one, and folders of which it
-leaves nothing that `memgpt gc` would not know.
+"""Atomic writes: a kill at any moment leaves the old file or the new one, never a partial one. Temporary folders that a
+kill leaves behind are recognised and removed by `memgpt gc`.
 """
 
 import fcntl
@@ -16,16 +16,16 @@ from typing import Any
 
 import psutil
 
-TEMPORARY = "memgpt-temporary-"  # how the names of `temporary` folders begin
+TEMPORARY = "memgpt-temporary-"  # prefix of the names of `temporary` folders
 
 
 @contextmanager
 def replacing(target: Path | str) -> Iterator[Path]:
-    """Yield a path beside `target` to write a file or a directory to; on success it takes `target`'s place.
+    """Yield a path beside `target` to write a file or a directory to; on success it replaces `target`.
 
-    A file is replaced in one step. A directory is moved away first, so between the two renames a reader finds none.
-    Names start with a dot and end in `.partial`; what a killed writer left behind is swept away by the next one, and
-    what it had moved away comes back.
+    A file is replaced in one step. A directory is moved away first, so between the two renames readers find none.
+    The names of these paths start with a dot and end in `.partial`. The next writer removes what a killed one left
+    behind, and restores the directory that it had moved away.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def write_json(target: Path | str, value: Any) -> None:
 
 @contextmanager
 def temporary() -> Iterator[Path]:
-    """A folder for this user's eyes only, gone with the `with`. What a kill leaves of it is not locked, and gc's."""
+    """A folder readable by this user only, removed with the `with`. After a kill it is unlocked, so gc removes it."""
     descriptor = None
     while descriptor is None:
         folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
@@ -75,9 +75,9 @@ def temporary() -> Iterator[Path]:
 
 
 def share(folder: Path) -> int | None:
-    """The descriptor of a shared lock on a folder itself, which gc then leaves alone; None if gc was faster.
+    """Lock a folder itself, shared, so that gc leaves it alone; return the descriptor, or None if gc was faster.
 
-    The system drops the lock when the process dies, however that ends.
+    The system releases the lock when the process ends, however that happens.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -86,7 +86,7 @@ def share(folder: Path) -> int | None:
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     if os.fstat(descriptor).st_nlink and folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
         return descriptor
-    os.close(descriptor)  # what was locked has been removed meanwhile
+    os.close(descriptor)  # the locked folder was removed meanwhile
     return None
 
 
@@ -95,13 +95,13 @@ def _beside(target: Path, kind: str) -> Path:
 
 
 def _sweep(target: Path) -> None:
-    """Nothing of a writer that lives, in this process or another, nor of a target with a longer name."""
+    """Clean up after dead writers of this target; what belongs to living ones, or to longer target names, stays."""
     form = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-[0-9a-f]{{8}}(\.old)?\.partial")
     for leftover in list(target.parent.iterdir()):
         match = form.fullmatch(leftover.name)
         if match is None or psutil.pid_exists(int(match[1])):
             continue
-        with suppress(FileNotFoundError):  # somebody else sweeps here too
+        with suppress(FileNotFoundError):  # another process may sweep at the same time
             if match[2] and not target.exists():
                 leftover.rename(target)
             else:

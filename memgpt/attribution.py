@@ -1,9 +1,9 @@
-"""Why a prediction was made: what each token, and each entry of the memory, added to its score.
+"""Why a prediction was made: how much each token and each memory entry contributed to its score.
 
-Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) by captum, from a text of mask tokens, whose memory is
-silent, to the text itself. The embeddings and the outputs of the memory layers are varied together and each as an input
-of its own, since the memory is addressed by token ids and no gradient reaches those. Shares therefore add up to what
-the text as a whole moved the score (completeness), and a memory layer's share is that of the n-grams it read.
+Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) by captum, from a text of mask tokens, which reads
+nothing from the memory, to the text itself. No gradient reaches the token ids that address the memory, so the outputs
+of the memory layers are inputs of their own, varied together with the embeddings. The shares therefore add up to the
+change of the score from masks to text (completeness), and a memory layer's share is that of the n-grams it read.
 """
 
 import warnings
@@ -25,13 +25,13 @@ from memgpt.model.word_votes import Features
 from memgpt.predict.batching import encode
 from memgpt.predict.words import encode_rows, split_words, windows
 
-_BATCH = 16  # points of the path at once
+_BATCH = 16  # points of the integration path at once
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The n-gram `text` whose last token is at `position`; share: what its memory moved, all layers together. recalled:
-    what that n-gram was followed by earlier in the text, after an arrow, moved it."""
+    """The n-gram `text` whose last token is at `position`. share: the contribution of its memory entry, all layers
+    together. recalled: it is that of the token that followed the n-gram earlier, shown in `text` after an arrow."""
 
     text: str
     n: int
@@ -42,11 +42,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Attribution:
-    """One prediction. score = start + sum of `shares` + sum of `memory`, but for `error`.
+    """One prediction. score = start + sum of `shares` + sum of `memory`, up to `error`.
 
-    tokens, shares: a text's tokens and what each moved, by its embedding and by the votes that look at
-    it; memory: what each entry of the knowledge memory moved, and each token that was recalled.
-    score, start: of the prediction for the text, and for the text of masks; `unit` says what it counts.
+    tokens, shares: a text's tokens and the contribution of each, by its embedding and by the word votes that look at
+    it. memory: the contribution of each entry of the knowledge memory and of each recalled token.
+    score, start: the prediction's score for the text, and for the text of mask tokens, in `unit`.
     """
 
     answer: str
@@ -63,13 +63,13 @@ class Attribution:
 
 
 def explain(task: str, directory: Path, texts: list[str], steps: int = 64) -> list[Attribution]:
-    """Attributions of what the model of a task in `directory` answers.
+    """Attributions of the predictions of a task's model in `directory`.
 
-    ner: one per entity found, of its words' mean log-odds of being of its type. sentiment: one per text, of the
-    log-odds of its label. recommendation: texts are a reader's history, oldest first, as texts or item ids (an id
-    stands for its title); one per text, of its part in the similarity to the item offered first, the other texts given.
-    A text is read up to the model's window; for an entity, in the window that shows it best. Of an ensemble the first
-    member is explained.
+    ner: one per entity found; its score is the mean log-odds of its words being of its type. sentiment: one per text,
+    of the log-odds of its label. recommendation: `texts` are a reader's history, oldest first, as texts or item ids
+    (an id stands for its title); one per text, of the similarity to the first item offered, the other texts fixed.
+    A text is truncated to the model's window; an entity is explained in the window with the most context around it.
+    Of an ensemble the first member is explained.
 
     Raises:
         ValueError: for an empty text.
@@ -104,7 +104,7 @@ def _ner(predictor: Any, text: str, steps: int) -> list[Attribution]:
     ranges = windows([*map(len, words)], size)
     for entity in predictor.predict([text])[0]:
         inside = [i for i, (start, end) in enumerate(places) if entity["start"] <= start and end <= entity["end"]]
-        # the window that shows most of its surroundings, as when it was found
+        # the window with the most context around it, as in prediction
         first, last = max(ranges, key=lambda shown: min(inside[0] - shown[0], shown[1] - 1 - inside[-1]))
         ids = [*chain.from_iterable(words[first:last])][:size]
         firsts = [sum(map(len, words[first:i])) for i in inside if first <= i < last]
@@ -119,7 +119,7 @@ def _ner(predictor: Any, text: str, steps: int) -> list[Attribution]:
 
 
 def _recommendation(predictor: Any, history: list[str], steps: int) -> list[Attribution]:
-    """What of the texts read speaks for the first item offered; the ranking's other signals have no tokens."""
+    """How the texts read support the first item offered; the ranking's other signals have no tokens."""
     model = predictor.model
     best = predictor.predict([{"history": history, "k": 1}])[0]
     if not best:
@@ -148,7 +148,7 @@ def _encode(predictor: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _log_odds(logits: torch.Tensor, labels: list[int]) -> torch.Tensor:
-    """log p / (1 - p) of being one of the labels, [..., L] → [...]: unlike p it still moves where the model is sure."""
+    """log(p / (1 - p)) of being one of the labels, [..., L] → [...]: unlike p it does not saturate."""
     others = [label for label in range(logits.shape[-1]) if label not in labels]
     return logits[..., labels].logsumexp(-1) - logits[..., others].logsumexp(-1)
 
@@ -180,8 +180,8 @@ def _attribute(
         finally:
             for hook in hooks:
                 hook.remove()
-    # Mean gradients along the path: shares of any part of an input are its product with these.
-    with warnings.catch_warnings():  # it warns that layers may depend on each other, which here is meant
+    # Mean gradients along the path: the share of any part of an input is its product with these.
+    with warnings.catch_warnings():  # captum warns that layers may depend on each other, which is intended here
         warnings.filterwarnings("ignore", message="Multiple layers provided")
         gradients = LayerIntegratedGradients(score, layers, multiply_by_inputs=False).attribute(
             text, baselines=masks, n_steps=steps, internal_batch_size=min(_BATCH, steps)
@@ -217,21 +217,21 @@ def _attribute(
 
 
 def _shown(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Each token's text. Of a character that takes several tokens the first shows it, the others nothing."""
+    """Each token's text. If a character takes several tokens, the first shows it and the others are empty."""
     shown, first = [""] * len(ids), 0
     for place in range(len(ids)):
         text = tokenizer.decode(ids[first : place + 1])
         if "\ufffd" not in text or place - first == 3:  # no character has more bytes
             shown[first], first = text, place + 1
-    if first < len(ids):  # the text was cut within one
+    if first < len(ids):  # the text was cut within a character
         shown[first] = tokenizer.decode(ids[first:])
     return shown
 
 
 def _looked_at(words: torch.Tensor, features: Features, moved: torch.Tensor) -> torch.Tensor:
-    """words [T]: of each token; moved [T, F]: by the votes for each token → [T]: by those that look at each word, at
-    its first token. A vote that looks at several words counts for each in equal parts; beyond the edges, for the
-    nearest."""
+    """words [T]: the word of each token; moved [T, F]: contribution of the votes for each token → [T]: of the votes
+    that look at each word, at its first token. A vote that looks at several words is divided equally among them; one
+    that looks beyond the edges counts for the nearest word."""
     last = int(words[-1])
     of_word = moved.new_zeros(last + 1)
     for feature, votes in zip(features, moved.T, strict=True):
@@ -244,11 +244,11 @@ def _looked_at(words: torch.Tensor, features: Features, moved: torch.Tensor) -> 
 def _entries(
     memory: KnowledgeMemory, ngram_hash: Any, heard: tuple[torch.Tensor, ...], slope: torch.Tensor
 ) -> list[tuple[int, torch.Tensor]]:
-    """n → what the n-gram ending at each position moved [T]: gate and convolution are linear in what was read, so an
-    entry's share is exact, with what the convolution carries on to later positions."""
+    """n → contribution of the n-gram ending at each position [T], including what the convolution carries on to later
+    positions. Gate and convolution are linear in the values read, so an entry's share is exact."""
     hidden, entry, position_ids, _ = heard
     gate = memory.gate(hidden, entry[:, ngram_hash.lead :])
-    pull = gate * slope  # of the convolved values, [1, T, D]
+    pull = gate * slope  # gradient of the convolved values, [1, T, D]
     felt = pull.clone()
     for back in range(1, min(memory.lead, felt.shape[1] - 1) + 1):
         reached = pull * memory.taps[back - 1] * (position_ids >= back)[..., None]

@@ -1,5 +1,5 @@
-"""The model card of a version: Markdown with the front matter that the Hugging Face hub reads, made of the run's own
-files, so that no number in it is typed by hand. After *Model Cards for Model Reporting* (arXiv 1810.03993)."""
+"""The model card of a version: Markdown with the front matter that the Hugging Face hub reads. All its numbers come
+from the run's own files, none is typed by hand. After *Model Cards for Model Reporting* (arXiv 1810.03993)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,13 +35,13 @@ _SERIOUS = 0.05  # a drop whose whole interval lies above this is named among th
 def write(
     model: str, report: dict[str, Any], tags: dict[str, str], sources: dict[str, dict[str, Any]], story: dict[str, Any]
 ) -> str:
-    """The card. report: of evaluate; tags: of the version; sources: name → manifest of the tables that the model
-    learned from, with their sha256; story: its lineage."""
+    """The card. report: from evaluate; tags: the version's; sources: name → manifest of the tables that the model
+    was trained on, with their sha256; story: its lineage."""
     numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
     primary = report["primary"]
 
     def table(chosen: Callable[[str], bool], n: float = report["n"]) -> str:
-        """A row per number; n: what it was measured on, unless the report says so of the number itself."""
+        """A row per metric. n: the rows it was measured on, unless the report has a number for this metric."""
         shown = [name for name in sorted(numbers) if chosen(name) and not name.endswith(("_ci_low", "_ci_high", "_n"))]
         rows = [
             f"| {name} | {numbers[name]:.4f} | {_interval(numbers, name)} | {numbers.get(f'{name}_n', n):g} |"
@@ -145,7 +145,7 @@ def _front_matter(model: str, report: dict[str, Any], sources: dict[str, dict[st
 
 
 def _limits(numbers: dict[str, float], synthetic: bool) -> str:
-    """What the run itself showed to be weak."""
+    """Weaknesses that the run's own numbers show."""
     found = ["Measured on data like its training data; on other text expect less."]
     if synthetic:
         found.append("Trained on generated text, at least in part: its numbers say nothing about real text.")

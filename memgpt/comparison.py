@@ -1,5 +1,5 @@
-"""Two models side by side on the present test set: every metric with the interval of its difference, and the examples
-on which they answer differently."""
+"""Two models side by side on the current test set: every metric with the interval of its difference, and the examples
+for which their predictions differ."""
 
 import json
 import sys
@@ -19,12 +19,12 @@ from memgpt.errors import UserError
 from memgpt.tasks import judge
 
 WORK = Path(".memgpt/compare")
-_RESAMPLES = 200  # of metrics that are no function of summed statistics: each resample is measured anew
+_RESAMPLES = 200  # for metrics that are not functions of summed statistics: each resample is recomputed in full
 
 
 @dataclass(frozen=True)
 class Row:
-    """A metric of both, b's less a's, and the 95 % interval of that; on n rows."""
+    """A metric of both models, its difference b - a with the 95 % interval, and the number of rows n."""
 
     metric: str
     a: float
@@ -37,8 +37,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """changed: examples {input, gold, a, b, effect}, the greatest effect first; effect is how much worse a was than b,
-    as `mistakes` measures it, so that b has repaired those above zero."""
+    """changed: examples {input, gold, a, b, effect}, the largest effect first. effect: how much worse a is than b, as
+    `mistakes` measures it; above zero b is better."""
 
     model: str
     metrics: list[Row]
@@ -46,11 +46,11 @@ class Comparison:
 
 
 def compare(config: Config, a: str, b: str, model: str | None = None) -> Comparison:
-    """a, b: versions (`ner@champion`, `ner/3`), a bare model (models/ner as it is here), or an experiment or commit of
-    git, whose model is `model` or the other's.
+    """a, b: a version (`ner@champion`, `ner/3`), a bare model (the local models/ner), or a DVC experiment or git
+    commit. For the last two, `model` or the other side says which model.
 
     Raises:
-        UserError: if there is no such thing, the two are of different models, or one does not predict.
+        UserError: if one does not exist, the two are of different models, or one does not predict.
     """
     names = {registry.parse(side)[0] for side in (a, b) if registry.names_version(side)} | ({model} if model else set())
     if len(names) != 1:
@@ -69,7 +69,7 @@ def compare(config: Config, a: str, b: str, model: str | None = None) -> Compari
 
 
 def _answers(config: Config, model: str, sides: list[str], rows: list[dict[str, Any]]) -> list[list[Any]]:
-    """What each side answers to the rows: versions in processes of their own, with their own code; files with ours."""
+    """Each side's predictions: versions in separate processes with their own code, directories with this checkout's."""
     answers: dict[str, list[Any]] = {}
     with ExitStack() as stack:
         stack.enter_context(tracking.locked(WORK / f"{model}.lock"))
@@ -136,7 +136,7 @@ def _metrics(config: Config, judging: ModuleType, rows: list[dict[str, Any]], a:
 
 
 def _measured_anew(judging: ModuleType, rows: list[dict[str, Any]], a: list[Any], b: list[Any], seed: int) -> list[Row]:
-    """The other metrics; one that some resample does not have, such as of a rare label, is left out of that."""
+    """The other metrics. A resample that lacks a metric, such as one of a rare label, is not counted for it."""
     from tqdm import tqdm
 
     whole = judging.metrics(rows, a), judging.metrics(rows, b)
@@ -177,7 +177,7 @@ def _changed(
 
 
 def _said(model: str, answer: Any) -> Any:
-    """What of an answer counts as a change: not how sure it was."""
+    """The part of an answer that is compared: not its confidence."""
     if model == "sentiment":
         return answer["label"]
     if model == "ner":

@@ -10,7 +10,7 @@ from ruamel.yaml.error import YAMLError
 from memgpt.errors import UserError
 
 PARAMS = Path("params.yaml")
-TABLES = Path("data/tables")  # of ingest, a folder per source
+TABLES = Path("data/tables")  # output of ingest, a folder per source
 SOURCES = ("corpus", "ner", "sentiment", "recommendation")
 TASKS = ("ner", "sentiment", "recommendation")
 MODELS = ("base", *TASKS)
@@ -31,8 +31,8 @@ class Source(Section):
     """Where one kind of data comes from.
 
     uri: `sample://newsroom`, a file, glob or folder, `s3://bucket/prefix` or `hf://[org/]name?config=…&split=…`.
-    columns: our column → the source's, where the names differ; null: none, though one has a usual name.
-    labels: the label or entity-type set, pinned; null infers it from train.
+    columns: our column → the source's, where the names differ; null: none, even if one has a usual name.
+    labels: the allowed labels or entity types; null infers them from train.
     licence: licence of the source; null takes what the source says.
     """
 
@@ -71,8 +71,8 @@ class Tokenize(Section):
 
 
 class Training(Section):
-    """What every training stage needs. Fractions are of the number of steps: the learning rate rises over
-    `warmup_fraction`, stays, and falls to zero over the last `decay_fraction` (1: it falls from the top on)."""
+    """What every training stage needs. The learning rate rises over `warmup_fraction` of the steps, stays constant, and
+    falls to zero over the last `decay_fraction` (1: it falls right after the warm-up)."""
 
     batch_size: Positive
     learning_rate: Rate
@@ -85,12 +85,12 @@ class Training(Section):
 
 
 class Pretrain(Training):
-    """learning_rate is that of AdamW, matrix_learning_rate Muon's. masked_share_*: share of the steps that predict
-    masked tokens, at the start and the end of the run. update: which weights a run that starts from `init` changes;
-    "memory" changes, of the memory rows that the new text reads more than the old did, the best `update_share`.
-    memory_rows: of each hash head of the memory; None for as many as the preset has. memory_least: 0, or how often an
-    n-gram must occur to be given a row of the memory, which then is its own.
-    float8: matrix products of the blocks in 8 bits, where the GPU has them."""
+    """learning_rate is AdamW's, matrix_learning_rate Muon's. masked_share_*: share of the steps that predict masked
+    tokens, at the start and the end of the run. update: which weights change in a run that starts from `init`;
+    "memory": of the memory rows that the new text reads more than the old did, the best `update_share`.
+    memory_rows: rows per hash head of the memory; None: the preset's number. memory_least: how often an n-gram must
+    occur to own a memory row; 0: all n-grams that hash to a row share it.
+    float8: 8-bit matrix products in the blocks, on GPUs that have them."""
 
     init: str | None
     preset: Literal["tiny", "small", "base"]
@@ -131,8 +131,8 @@ class Pretrain(Training):
 
 
 class Tuning(Training):
-    """Training on labelled data. ema_decay: 0, or of the moving average of the weights that is kept in place of the
-    last ones. adversarial: 0, or the length of the step on the embeddings against which is trained as well (FGM)."""
+    """Training on labelled data. ema_decay: decay of the moving average of the weights, which replaces the final ones;
+    0: none. adversarial: length of the adversarial step on the embeddings, trained on as well (FGM); 0: none."""
 
     optimizer: Literal["adamw", "sgd", "adafactor"]
     dropout: Annotated[float, Field(ge=0, lt=1)]
@@ -141,8 +141,8 @@ class Tuning(Training):
 
 
 class Augment(Section):
-    """Training rows to add, as shares of those there are: with words replaced by others that the core reads alike, with
-    words dropped or swapped, in small or capital letters only, of parts of two rows."""
+    """Training rows to add, as shares of the existing ones: with words replaced by others of similar embedding, with
+    words dropped or swapped, in lower or upper case only, or combined from parts of two rows."""
 
     synonyms: NonNegative
     word_edits: NonNegative
@@ -151,14 +151,14 @@ class Augment(Section):
 
 
 class AugmentNER(Augment):
-    """mention_replacement: with other names of the same type."""
+    """mention_replacement: rows with names replaced by others of the same type."""
 
     mention_replacement: NonNegative
 
 
 class Multitask(Tuning):
-    """mixing_temperature: a task is drawn in proportion to its examples to the power of one over this. balancing: of
-    the tasks' losses: none, or by how uncertain each task is found to be (a learned weight for each)."""
+    """mixing_temperature: a task is drawn in proportion to its number of examples to the power of 1 /
+    mixing_temperature. balancing: how the tasks' losses are weighted: equally, or by a learned uncertainty per task."""
 
     steps: Positive
     mixing_temperature: Annotated[float, Field(ge=1)]
@@ -170,11 +170,11 @@ class Multitask(Tuning):
 
 
 class Finetune(Tuning):
-    """tune: what is trained beside the head: all, backbone (all but the memory), memory (the rows that the data reads),
+    """tune: what is trained besides the head: all, backbone (all but the memory), memory (the rows that the data read),
     head (nothing else), adapter (`rank` more hidden units in each feed-forward layer), prefix (`rank` keys and values
-    that every token sees in each layer), or low-rank changes of the backbone's matrices, of rank `rank`, merged into
-    them at the end. patience: 0, or after how many epochs without a better validation score to stop; the best epoch is
-    kept. soup: how many fine-tunings, with other seeds, to average as long as that helps on validation."""
+    that every token sees in each layer), lora or adalora (low-rank changes of the backbone's matrices, of rank `rank`,
+    merged into them at the end). patience: stop after so many epochs without a better validation score, and keep the
+    best epoch; 0: never. soup: fine-tunings with different seeds to average, as long as that helps on validation."""
 
     start: Literal["base", "multitask"]
     tune: Literal["all", "backbone", "memory", "head", "adapter", "prefix", "lora", "adalora"]
@@ -197,8 +197,7 @@ class Finetune(Tuning):
 
 class FinetuneLabels(Finetune):
     """word_votes: rows of the table in which the words around a token, or the words and word pairs of a text, vote for
-    its label, 0 for none. ensemble: how many fine-tunings, with other seeds, answer together, by the mean of their
-    probabilities."""
+    its label; 0: none. ensemble: fine-tunings with different seeds whose probabilities are averaged."""
 
     word_votes: Annotated[int, Field(ge=0)]
     ensemble: Positive
@@ -215,15 +214,15 @@ class FinetuneNER(FinetuneLabels):
 
 
 class FinetuneSentiment(FinetuneLabels):
-    """class_balance: a text's loss is weighted by how frequent its label is, to the power of minus this."""
+    """class_balance: a text's loss is weighted by the frequency of its label to the power of -class_balance."""
 
     class_balance: Fraction
     augment: Augment
 
 
 class FinetuneRecommendation(Finetune):
-    """rerank: learn on validation how to weigh the match of texts against popularity, recency, co-visitation
-    and taste, which is learned from choices in `taste_epochs`."""
+    """rerank: learn on validation how to weight text match, popularity, recency, co-visitation and taste. Taste is
+    learned from users' choices in `taste_epochs`."""
 
     max_history: Positive
     similarity_temperature: Rate
@@ -238,8 +237,8 @@ class FinetuneTasks(Section):
 
 
 class Evaluate(Section):
-    """robustness: how many test rows are asked again with changes, 0 for none. mistakes: how many of the worst are
-    written down. before: whether the pretrained core is measured too, untouched."""
+    """robustness: number of test rows that are predicted again with changes; 0: none. mistakes: number of the worst
+    mistakes to write out. before: also measure the untouched pretrained core."""
 
     bootstrap: Positive
     seed: int
@@ -249,9 +248,9 @@ class Evaluate(Section):
 
 
 class Gate(Section):
-    """floor: the primary metric below which a challenger is rejected (larger is better for every model: `base` is
-    judged by minus its bits per byte, so its floor is negative). margin: how much worse the lower bound may be; 0
-    demands superiority. slices: name → the largest drop against the champion that is accepted there."""
+    """floor: the primary metric below which a challenger is rejected. Larger is better for every model; `base` is
+    judged by minus its bits per byte, so its floor is negative. margin: how far the interval's lower bound may lie
+    below the champion; 0 demands superiority. slices: name → the largest accepted drop against the champion."""
 
     floor: float
     margin: NonNegative
@@ -259,7 +258,7 @@ class Gate(Section):
 
 
 class Promote(Section):
-    """timeout_seconds: in which a version must load, and then answer; one that takes longer does not predict."""
+    """timeout_seconds: limit for a version to load, and again to answer; a slower one counts as not predicting."""
 
     bootstrap: Positive
     seed: int
@@ -271,7 +270,7 @@ class Promote(Section):
 
 
 class MaxPsi(Section):
-    """Population stability index above which a distribution has drifted; by custom 0.1 is little, 0.25 much."""
+    """Population stability index above which a distribution has drifted; by convention 0.1 is little, 0.25 much."""
 
     length: Rate
     tokens: Rate
@@ -280,11 +279,11 @@ class MaxPsi(Section):
 
 
 class Monitor(Section):
-    """Texts that arrive; no stage of the pipeline reads this. uri: a file, glob or folder, or `s3://bucket/prefix`.
-    text: its column of texts; null: one of the usual names. false_alarms: surges that are reported by chance, per topic
-    and year. history_weeks: what a day is compared with; a topic with texts on fewer than least_days of it is not
-    judged. drift_days: the latest, which are compared with the training tables from drift_texts texts on. retrain:
-    start a retraining, for a person to approve, on a surge or drift, at most once in cooldown_days."""
+    """Arriving texts; no stage of the pipeline reads this section. uri: a file, glob or folder, or
+    `s3://bucket/prefix`. text: the text column; null: one of the usual names. false_alarms: surges reported by chance,
+    per topic and year. history_weeks: the past that a day is compared with; a topic with texts on fewer than least_days
+    of it is not judged. drift_days: the latest days, compared with the training tables if they have drift_texts texts.
+    retrain: on a surge or drift start a retraining, for a person to approve, at most once in cooldown_days."""
 
     uri: str | None
     text: str | None
@@ -301,7 +300,7 @@ class Monitor(Section):
 
 
 class Runtime(Section):
-    """slots: how many of pretrain, multitask and finetune run at once, over all checkouts of a user on a machine."""
+    """slots: pretrain, multitask and finetune runs active at once, at most, over a user's checkouts on a machine."""
 
     threads: Positive | None
     slots: Positive | None
@@ -396,7 +395,7 @@ def write(document: Any, path: Path | str = PARAMS) -> None:
 def _yaml() -> YAML:
     yaml = YAML()
     yaml.preserve_quotes = True
-    yaml.width = 4096  # never wraps: what is not changed stays as it is
+    yaml.width = 4096  # no wrapping, so that unchanged lines stay as they are
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     return yaml
 
@@ -420,7 +419,7 @@ def _plain(value: Any) -> Any:
 def _explain(error: ValidationError) -> str:
     import difflib
 
-    errors = error.errors()  # a misspelt key is also a missing one: say how it was spelt
+    errors = error.errors()  # a misspelt key is also reported as missing: prefer the misspelling
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
@@ -433,7 +432,7 @@ def _explain(error: ValidationError) -> str:
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
-    if first["type"] == "value_error":  # keys that do not go together
+    if first["type"] == "value_error":  # incompatible values
         return f"{key}: {first['ctx']['error']}"
     if first["type"] == "missing":
         return f"{key}: missing; add it (the committed params.yaml shows every key)"

@@ -1,4 +1,4 @@
-"""What a person sees while a flow runs, and at its end."""
+"""Terminal output while a flow runs, and at its end."""
 
 import json
 import os
@@ -22,8 +22,8 @@ STYLES = {"promote": "green", "unchanged": "dim", "hold": "yellow", "reject": "r
 
 
 class Board:
-    """A line per stage when it ends. Meanwhile, on a terminal, a live line with what it said last; elsewhere, such as
-    in a log, what it says, at most every ten seconds. Any thread may call."""
+    """A line per stage when it ends. Meanwhile a terminal shows a live line with the stage's last message; elsewhere,
+    such as in a log, its messages are printed at most every ten seconds. Any thread may call."""
 
     EVERY = 10.0  # seconds
 
@@ -56,7 +56,7 @@ class Board:
             self._told[name] = now
 
     def note(self, name: str, text: str) -> None:
-        """What the stage says: `pretrain: step 40/400` is shown without its own name."""
+        """Show a message of the stage; `pretrain: step 40/400` is shown without the stage's name."""
         with self._lock:
             if name not in self._rows:
                 return
@@ -70,7 +70,7 @@ class Board:
     def end(self, name: str, outcome: str, style: str = "") -> None:
         with self._lock:
             seconds = 0.0
-            if name in self._rows:  # it may have failed before it began
+            if name in self._rows:  # the stage may have failed before `begin`
                 row, began = self._rows.pop(name)
                 self._live.remove_task(row)
                 seconds = time.monotonic() - began
@@ -80,7 +80,7 @@ class Board:
         self.console.print(text, markup=False, style=style)
 
     def table(self, rows: Sequence[dict[str, str]]) -> None:
-        """`rows` as a table; not cut to a narrow terminal, which wraps it."""
+        """Print `rows` as a table; it is not cut for a narrow terminal, which wraps it."""
         drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name in rows[0]:
             drawn.add_column(name, justify="right" if name in ("value", "baseline", "champion", "version") else "left")
@@ -116,7 +116,7 @@ def rows(found: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def tracking_uri() -> str:
-    """To be shown: without a password."""
+    """The tracking store's URI for display, without a password."""
     return tracking.shown(tracking.location())
 
 

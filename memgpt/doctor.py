@@ -1,5 +1,5 @@
-"""Is this installation whole, and is what runs here well? Findings for `memgpt doctor`, each with its fix. Nothing is
-changed, made or started."""
+"""The checks of `memgpt doctor`: is this installation complete, and is what runs here healthy? Each problem is reported
+with its fix. Nothing is changed, created or started."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ State = Literal["well", "note", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """note: works, but somebody should know."""
+    """state "note": it works, but somebody should know."""
 
     what: str
     state: State
@@ -30,7 +30,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Every check; one that fails with a user's mistake is a finding, not the end."""
+    """The findings of all checks; a UserError in a check is a finding, and the other checks still run."""
     checks: list[Callable[[], Iterator[Finding]]] = [
         _installation,
         _checkout,
@@ -78,7 +78,7 @@ def _installation() -> Iterator[Finding]:
 
 
 def _differing(lock: Path) -> Iterator[str]:
-    """The packages of the lock that are missing here or of another version."""
+    """The packages of the lock that are missing here or have another version."""
     from packaging.requirements import Requirement
 
     for line in lock.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
@@ -168,7 +168,7 @@ def _prefect() -> Iterator[Finding]:
 
 
 def _services() -> Iterator[Finding]:
-    """What `make up` started, which `make down` would have struck off."""
+    """What `make up` started. `make down` removes the notes, so a noted process that is gone has died."""
     for noted in sorted(housekeeping.UP.glob("*.json")):
         if process := housekeeping.service(noted.stem):
             yield Finding(noted.stem, "well", f"runs (process {process.pid})")

@@ -1,6 +1,6 @@
-"""Process-wide settings that must be in place before the libraries are imported: no telemetry, no hub noise, threads.
+"""Process-wide settings that must be in place before libraries are imported: no telemetry, few messages, threads.
 
-Called first thing by the command line and by the flows; nothing happens at import.
+The command line and the flows call `prepare` first; importing this module changes nothing.
 """
 
 import gc
@@ -13,14 +13,14 @@ from pathlib import Path
 from memgpt.errors import UserError
 
 _SETTINGS = {
-    # nobody is phoned: each library has its own switch
+    # no telemetry: each library has its own switch
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "GX_ANALYTICS_ENABLED": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # noise in a normal run
+    # no messages that a normal run does not need
     "GIT_PYTHON_REFRESH": "quiet",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",
@@ -29,18 +29,18 @@ _SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # of 7, which are minutes without a word: `tracking.patiently` has patience
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default 7 take minutes in silence; `tracking.patiently` retries
     "DATASETS_VERBOSITY": "error",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # a thread that waits sleeps: on cores that are shared, spinning makes training up to eight times slower
+    # waiting threads sleep: on shared cores, spinning makes training up to eight times slower
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-# New objects after which Python looks for garbage, instead of 700: the libraries make half a million that stay, and
-# looking through them again and again is up to a fifth of a start.
+# New objects that trigger Python's garbage collection, instead of 700. The libraries create half a million objects that
+# stay; scanning them again and again takes up to a fifth of the start-up time.
 GARBAGE = 10_000
 _NOISY = (
     *("alembic", "mlflow", "great_expectations", "httpx", "urllib3", "botocore", "matplotlib"),
-    *("torchao", "torch.utils._pytree"),  # transformers imports torchao where it is, which tells what does not suit it
+    *("torchao", "torch.utils._pytree"),  # transformers imports torchao if installed; it logs what is incompatible
 )
 
 
@@ -58,19 +58,19 @@ def prepare() -> None:
 
 
 def shared_folder(name: str) -> Path:
-    """Where all checkouts of this user meet on this machine; by machine, since homes are shared over networks."""
+    """A folder shared by all checkouts of this user on this machine; per machine, since homes may be on a network."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "memgpt" / name / socket.gethostname()
 
 
 def rank() -> int:
-    """Which of torchrun's processes this is; 0, the one that tells, logs and writes, also without torchrun."""
+    """Rank of this torchrun process, 0 without torchrun. Rank 0 prints, logs and writes."""
     return int(os.environ["RANK"]) if "LOCAL_RANK" in os.environ else 0
 
 
 def threads(configured: int | None) -> int:
-    """How many threads a stage computes with: the flow's share of the cores (MEMGPT_THREADS), else
-    `runtime.threads`, else every core this process may use."""
+    """Number of threads of a stage: the flow's share of the cores (MEMGPT_THREADS), else `runtime.threads`, else every
+    core that this process may use."""
     share = os.environ.get("MEMGPT_THREADS")
     if share:
         if not share.isdecimal():

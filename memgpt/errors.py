@@ -1,17 +1,17 @@
-"""The one exception for what a user can mend."""
+"""The one exception for errors that a user can fix."""
 
 from pathlib import Path
 
 
 class UserError(ValueError):
-    """A user's mistake: the message is one line that names the key, file or row, and the fix.
+    """A user's mistake. The message is one line that names the key, file or row, and the fix.
 
-    The command line prints the message without a stack trace and exits with 1; a stack trace is for our own bugs.
+    The command line prints it without a stack trace and exits with status 1; stack traces are for our own bugs.
     """
 
 
 def existing(path: Path) -> Path:
-    """What an earlier stage makes. transformers would look for a missing folder on the hub, by its name.
+    """`path`, an earlier stage's output, if it exists. transformers would look for a missing folder on the hub.
 
     Raises:
         UserError: if it is not there.

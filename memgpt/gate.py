@@ -1,7 +1,7 @@
-"""The gate: may this challenger become champion? The rules, and the processes in which each version predicts.
+"""The gate: may this challenger become champion? The rules, and the processes in which the versions predict.
 
-Everything is decided on prediction files: each version reads the same frozen test inputs in its own process, with its
-own packaged code (`isolated.py`), and `decide` compares what they answered.
+Only predictions decide: each version reads the same frozen test inputs in its own process, with its own packaged code
+(`isolated.py`), and `decide` compares the answers.
 """
 
 import json
@@ -26,7 +26,7 @@ from memgpt.config import Config, Gate
 from memgpt.errors import UserError
 
 Outcome = Literal["promote", "reject", "hold", "unchanged"]
-SEPARATOR = "\x1f"  # between pre-split words on their way through the served model: ASCII's unit separator
+SEPARATOR = "\x1f"  # joins pre-split words for the served model: ASCII's unit separator
 _TIMED_ROWS, _TIMED_SECONDS, _ROUNDS = 32, 2.0, 5
 
 
@@ -38,7 +38,7 @@ class Decision:
 
 
 class VersionError(Exception):
-    """A registered version does not load, does not predict, or answers something else than it was asked."""
+    """A registered version does not load, does not predict, or does not give one answer per input."""
 
 
 def decide(
@@ -54,11 +54,11 @@ def decide(
     incomparable: str | None = None,
     replace: bool = False,
 ) -> Decision:
-    """The verdict on per-example statistics [n, k] of challenger, champion and baseline over the same n test rows.
+    """The verdict on per-example statistics [n, k] of challenger, champion and baseline on the same n test rows.
 
-    champion: None if there is none, or none to compare with. baseline: needed where there is no champion.
-    slices: name → which rows [n] belong to it. incomparable: why the champion's numbers mean something else.
-    replace: an operator's word that releases a hold, never a rejection.
+    champion: None if there is none, or none that is comparable. baseline: required without a champion.
+    slices: name → mask [n] of its rows. incomparable: why the champion's numbers cannot be compared.
+    replace: an operator's request, which releases a hold, never a rejection.
     """
     value = float(score(challenger.sum(axis=0)))
     if not np.isfinite(challenger).all() or not np.isfinite(value):
@@ -115,11 +115,11 @@ def check_slices(model: str, gate: Gate, known: Mapping[str, np.ndarray]) -> Non
 
 
 class Version:
-    """One registered version, loading and predicting in a child process of its own.
+    """One registered version, which loads and predicts in its own child process.
 
-    uri: `models:/name/version`. The child's noise goes to `<folder>/v<version>.log`; inputs, predictions and the
-    version's files, as downloaded, are in a temporary folder that ends with the `with`.
-    timeout: seconds to wait for an answer; None for as long as it takes.
+    uri: `models:/name/version`. The child's output goes to `<folder>/v<version>.log`. Inputs, predictions and the
+    version's downloaded files are in a temporary folder, which is removed with the `with`.
+    timeout: seconds to wait for an answer; None: no limit.
     """
 
     def __init__(self, uri: str, folder: Path, threads: int, timeout: float | None = None) -> None:
@@ -131,7 +131,7 @@ class Version:
         self.log = self.folder / f"{self.label}.log"
         threaded = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with ExitStack() as stack, self.log.open("w") as log:
-            # Of this process alone: another may ask the same version, and what is asked may be somebody's texts.
+            # Private to this process: another may use the same version, and the inputs may be private texts.
             exchange = stack.enter_context(atomic.temporary())
             self.inputs, self.out, files = exchange / "inputs.json", exchange / "answers.json", exchange / "version"
             files.mkdir()
@@ -159,18 +159,18 @@ class Version:
         self._exchange.close()
 
     def ask(self, inputs: list[Any], params: dict[str, Any] | None = None) -> None:
-        """Have the inputs predicted as soon as the model is loaded; `answer` waits for it."""
+        """Request predictions, which start once the model is loaded; `answer` waits for them."""
         self.inputs.write_text(json.dumps(inputs), encoding="utf-8")
         self.asked = len(inputs)
         self._send({"do": "predict", "inputs": str(self.inputs), "params": params, "out": str(self.out)})
 
     def answer(self) -> list[Any]:
-        """The predictions that were asked for, one per input.
+        """The predictions that `ask` requested, one per input.
 
         Raises:
             VersionError: if the version does not load or predict, or takes longer than `timeout` for either.
         """
-        if not self._loaded:  # said once, by the first answer
+        if not self._loaded:  # the child reports this once, before its first answer
             self.weight_bytes = self._receive("load")["bytes"]
             self._loaded = True
         self._receive("predict")
@@ -180,13 +180,13 @@ class Version:
         return predictions
 
     def seconds(self, rows: int) -> float:
-        """How long it takes to predict the first rows once more."""
+        """Time to predict the first rows again."""
         self._send({"do": "time", "rows": rows})
         return self._receive("predict")["seconds"]
 
     def _send(self, command: dict[str, Any]) -> None:
         assert self.process.stdin
-        with suppress(BrokenPipeError):  # it ended: what it said last, or its exit status, is the answer
+        with suppress(BrokenPipeError):  # the child has ended: `_receive` gets its last message or exit status
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
 
@@ -199,7 +199,7 @@ class Version:
             self.process.kill()
 
         timer = threading.Timer(self.timeout or threading.TIMEOUT_MAX, give_up)
-        timer.daemon = True  # nobody waits for it at an interrupt
+        timer.daemon = True  # so that an interrupt does not wait for it
         timer.start()
         try:
             line = self.process.stdout.readline()
@@ -215,10 +215,10 @@ class Version:
 
 
 def try_out(config: Config, model: str, uri: str, folder: Path, hint: str) -> None:
-    """Load a version and have it answer its example, in a process of its own.
+    """Load a version and let it predict its example, in a separate process.
 
     Raises:
-        UserError: if it does not, with the hint what to do then.
+        UserError: if that fails; `hint` says what to do then.
     """
     threads = environment.threads(config.runtime.threads)
     with Version(uri, folder, threads, config.promote.timeout_seconds) as version:
@@ -230,15 +230,15 @@ def try_out(config: Config, model: str, uri: str, folder: Path, hint: str) -> No
 
 
 def as_served(inputs: list[Any]) -> tuple[list[Any], dict[str, Any] | None]:
-    """Test inputs in the form that the served model takes, with its params: words that are already split travel as one
-    text each, since the signature is a list of texts; offsets stay the same, the separator being one character."""
+    """Test inputs in the form that the served model takes, with its params. The signature is a list of texts, so words
+    that are already split are joined to one text. Offsets stay the same, since the separator is one character."""
     if inputs and all(isinstance(value, list) for value in inputs):
         return [SEPARATOR.join(words) for words in inputs], {"separator": SEPARATOR}
     return inputs, None
 
 
 def cost(challenger: Version, champion: Version | None, rows: int) -> dict[str, float]:
-    """Size, time per row, and their ratios to the champion, timed in turns: a machine that gets slower slows both.
+    """Size, time per row, and their ratios to the champion's. Both are timed in turn: a slowdown affects both.
 
     On at most 32 rows, for at most about 2 s.
     """

@@ -1,4 +1,4 @@
-"""What happened to a model's champion: the records of promotions and rollbacks, read for people and for scripts."""
+"""The history of a model's champion: the records of promotions and rollbacks, for people and for scripts."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,8 +17,8 @@ MOVES = ("promote", "rollback")  # the verdicts that move the champion
 
 @dataclass(frozen=True)
 class Entry:
-    """One decision. before: the champion's version then, version: the one decided on; state: done, intent (a process
-    was killed; the next promotion settles it) or abandoned; why: a person's words; reasons: the gate's."""
+    """One decision. before: the champion's version at the time; version: the one decided on; state: done, intent (the
+    process was killed; the next promotion settles it) or abandoned; why: a person's reason; reasons: the gate's."""
 
     when: str
     verdict: str
@@ -33,10 +33,10 @@ class Entry:
 
 
 def of(client: "MlflowClient", model: str, *, every: bool = False) -> list[Entry]:
-    """The decisions on a model, newest first: what moved the champion, or `every` one.
+    """The decisions on a model, newest first: those that moved the champion, or `every` one.
 
     Raises:
-        UserError: if nothing was ever decided on it.
+        UserError: if there was no decision on it.
     """
     found = registry.records(client, model)
     if not found:
@@ -75,7 +75,7 @@ def table(entries: list[Entry]) -> Table:
 
 
 def _shown(numbers: dict[str, float]) -> str:
-    """The score and its interval, and the rows it was judged on."""
+    """The score with its interval, and the number of test rows."""
     if "value" not in numbers:
         return ""
     interval = f" [{numbers['ci_low']:.3f}, {numbers['ci_high']:.3f}]" if "ci_low" in numbers else ""

@@ -1,4 +1,4 @@
-"""What piles up, and what must not be lost: gc, backup and upgrade. Safe while stages, flows and servers run."""
+"""Removing unused files, and protecting the databases: gc, backup, upgrade. Safe while stages, flows, servers run."""
 
 import fcntl
 import json
@@ -37,14 +37,14 @@ class Item:
 
 
 def gc(days: float, dry_run: bool) -> Iterator[Item]:
-    """Remove checkpoints, worktrees and temporary folders that no process works in and that are older than `days`, then
-    what no commit, experiment or present file names from DVC's cache.
+    """Remove checkpoints, worktrees and temporary folders that no process uses and that are older than `days`, then
+    from DVC's cache what no commit, experiment or present file refers to.
 
-    A lock tells what is in use, not a file with a process id: it ends with its process.
+    Locks show what is in use, not files with process ids: a lock ends with its process.
     """
     checkpoints = [*checkpoint.ROOT.glob("*"), *(WORKSPACE / checkpoint.ROOT).glob("*")]
     for place in sorted(path for path in (*checkpoints, *_temporary()) if path.is_dir()):
-        with suppress(FileNotFoundError), _unused(place) as unused:  # processes come and go meanwhile
+        with suppress(FileNotFoundError), _unused(place) as unused:  # its owner may remove it meanwhile
             yield _dispose(place, unused, days, dry_run)
     for place in sorted(path for path in provenance.WORKTREES.glob("*") if path.is_dir()):
         lock = place.with_name(f"{place.name}.lock")
@@ -57,8 +57,8 @@ def gc(days: float, dry_run: bool) -> Iterator[Item]:
 
 
 def service(name: str) -> psutil.Process | None:
-    """A process that `make up` started, if it still runs: it holds a lock on the note of its id, which ends with it. An
-    id may be used again, and when a process began looks different once the clock was set.
+    """A process that `make up` started, if it still runs: it holds a lock on the file with its id. The id alone proves
+    nothing, since it may be reused; nor does the start time, which changes if the clock is set.
     """
     note = UP / f"{name}.json"
     with suppress(FileNotFoundError, json.JSONDecodeError, psutil.NoSuchProcess), _unused(note, fcntl.LOCK_SH) as free:
@@ -68,17 +68,17 @@ def service(name: str) -> psutil.Process | None:
 
 
 def running() -> str | None:
-    """The flow or stage that works here or in the workspace now, if any."""
+    """The flow or stage that is running here or in the workspace, if any."""
     return works_in(Path()) or works_in(WORKSPACE)
 
 
 def works_in(root: Path) -> str | None:
-    """The flow or stage that works in a checkout now, if any."""
+    """The flow or stage that is running in a checkout, if any."""
     if (root / RETRAIN).exists():
         with _unused(root / RETRAIN, fcntl.LOCK_SH) as free:
             if not free:
                 return f"memgpt retrain (process {(root / RETRAIN).read_text(encoding='utf-8').partition(' ')[0]})"
-    for folder, _, files in os.walk(root / ".dvc/tmp"):  # experiments may have a folder and a lock of their own there
+    for folder, _, files in os.walk(root / ".dvc/tmp"):  # experiments may have their own folder and lock there
         with suppress(OSError, json.JSONDecodeError):  # gone, or being written
             text = Path(folder, "rwlock").read_text(encoding="utf-8") if "rwlock" in files else "{}"
             for held in json.loads(text).values():
@@ -89,7 +89,7 @@ def works_in(root: Path) -> str | None:
 
 
 def _temporary() -> Iterator[Path]:
-    """This user's temporary folders of `atomic`, which a kill leaves: copies of versions and of texts."""
+    """This user's temporary folders of `atomic`, which a kill leaves behind: copies of versions and of texts."""
     for path in Path(tempfile.gettempdir()).glob(f"{atomic.TEMPORARY}*"):
         with suppress(FileNotFoundError):
             if path.lstat().st_uid == os.getuid():
@@ -100,7 +100,7 @@ def _dispose(place: Path, unused: bool, days: float, dry_run: bool) -> Item:
     size = _size(place)
     if not unused:
         return Item(str(place), size, "in use")
-    folders = [place, *(Path(folder) for folder, _, _ in os.walk(place))]  # with `place`: one that is gone raises
+    folders = [place, *(Path(folder) for folder, _, _ in os.walk(place))]  # `place` too: raises if it is gone
     age = (time.time() - max(folder.stat().st_mtime for folder in folders)) / _DAY
     if age < days:
         return Item(str(place), size, f"{age:.1f} days old")
@@ -111,9 +111,9 @@ def _dispose(place: Path, unused: bool, days: float, dry_run: bool) -> Item:
 
 @contextmanager
 def _unused(path: Path, lock: int = fcntl.LOCK_EX) -> Iterator[bool]:
-    """Whether nobody holds a lock on the file or directory; nobody gets one meanwhile.
+    """Whether nobody holds a lock on the file or directory; meanwhile nobody can get one.
 
-    lock: LOCK_SH to look for an exclusive one, since two that look at once must not take each other for its holder.
+    lock: LOCK_SH to look for an exclusive lock, so that two concurrent checks do not take each other for its holder.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -126,7 +126,7 @@ def _unused(path: Path, lock: int = fcntl.LOCK_EX) -> Iterator[bool]:
 
 
 def _cache(dry_run: bool) -> Item:
-    """With a stage at work the cache is left alone: what it has read or written is not yet in dvc.lock."""
+    """Leaves the cache alone while a stage runs, since what it has read or written is not in dvc.lock yet."""
     if busy := running():
         return Item("DVC's cache", 0, f"{busy} works here")
     where = processes.said([sys.executable, "-m", "dvc", "cache", "dir"], "DVC's cache")
@@ -141,7 +141,7 @@ def _cache(dry_run: bool) -> Item:
 
 
 def _size(path: Path) -> int:
-    """Bytes of the files below, which may come and go meanwhile: os.walk, unlike rglob, passes over what is gone."""
+    """Bytes of all files below `path`. Files may disappear meanwhile: os.walk, unlike rglob, skips those."""
     total = 0
     for folder, _, files in os.walk(path):
         for file in files:
@@ -154,7 +154,7 @@ def _size(path: Path) -> int:
 
 
 def theirs() -> dict[str, str]:
-    """The operator's own databases, not ours to back up or upgrade: the file that one stands for → how, in a line."""
+    """Databases that the operator backs up and upgrades: the file that each replaces → a line that says how."""
     told = "{} names what is yours to back up and to upgrade: {}"
     found = {}
     if not _mlflow().startswith("sqlite:///"):
@@ -166,7 +166,7 @@ def theirs() -> dict[str, str]:
 
 
 def databases() -> dict[str, Path]:
-    """The SQLite files of MLflow and of the local Prefect server, those that are there and in use."""
+    """The SQLite files of MLflow and of the local Prefect server that exist and are in use."""
     files = {"mlflow.db": _mlflow(), "prefect.db": _prefect()[1]}
     found = {name: Path(url.partition(":///")[2].partition("?")[0]) for name, url in files.items()}
     return {name: path for name, path in found.items() if name not in theirs() and path.is_file()}
@@ -177,8 +177,8 @@ def _mlflow() -> str:
 
 
 def _prefect() -> tuple[str, str]:
-    """The variable that says which database the Prefect server uses, if any does, and its URL; of another than SQLite's
-    only the beginning."""
+    """The environment variable that names the Prefect server's database, if one does, and the database's URL. If it is
+    not SQLite, the URL may be its beginning only."""
 
     def said(key: str) -> tuple[str, str]:
         names = f"PREFECT_API_DATABASE_{key}", f"PREFECT_SERVER_DATABASE_{key}"  # the latter since 3.1
@@ -193,12 +193,12 @@ def _prefect() -> tuple[str, str]:
 
 
 def backup(folder: Path) -> list[Path]:
-    """Copy the databases to a new folder named by the time (UTC), each as it is at one moment, whoever writes.
+    """Copy the databases to a new folder named by the time (UTC). Each copy is consistent, even while others write.
 
-    SQLite's online backup: copying the file would miss what is still in its log, or tear a page.
+    Uses SQLite's online backup: a copy of the file would miss what is still in its log, or contain a torn page.
 
     Raises:
-        UserError: if there is none, or one is damaged.
+        UserError: if there is no database, or one is damaged.
     """
     found = databases()
     if not found:
@@ -220,10 +220,10 @@ def backup(folder: Path) -> list[Path]:
 
 
 def upgrade() -> tuple[list[Path], list[Path]]:
-    """Bring the databases to the schema of the installed MLflow and Prefect; the backups made first, the upgraded.
+    """Migrate the databases to the installed MLflow's and Prefect's schema. Returns the backups made before, and them.
 
     Raises:
-        UserError: if a run goes on, or an upgrade fails, naming the backup to go back to.
+        UserError: if something is running, or an upgrade fails; it names the backup to restore.
     """
     if busy := running():
         raise UserError(f"{busy} works here; wait for it, or end it, before the databases are upgraded")

@@ -1,4 +1,4 @@
-"""A look inside a model, for people: what `memgpt explain` and `memgpt usage` read, print and draw."""
+"""The output of `memgpt explain` and `memgpt usage`: what happens inside a model, as text, JSON and HTML."""
 
 import dataclasses
 import json
@@ -21,13 +21,13 @@ from memgpt.model import inspection
 if TYPE_CHECKING:
     from memgpt.attribution import Attribution
 
-_TOP = 8  # n-grams of the memory that are listed
-_CHUNK = 1 << 16  # tokens that are looked up at once
-_BAR = 8  # characters of the loudest
+_TOP = 8  # memory entries listed
+_CHUNK = 1 << 16  # tokens looked up at once
+_BAR = 8  # characters of the longest bar
 
 
 def explain(directory: Path, text: str, as_json: bool) -> None:
-    """Print the memory's part in each token of the text, read as the model in `directory` reads."""
+    """Print the memory's contribution to each token of the text, in the attention mode of the model in `directory`."""
     model = _load(directory)
     mode = "causal" if (model.config.architectures or [""])[0].endswith("CausalLM") else "bidirectional"
     try:
@@ -38,7 +38,7 @@ def explain(directory: Path, text: str, as_json: bool) -> None:
 
 
 def attribute(task: str, directory: Path, texts: list[str], as_json: bool, html: Path | None) -> None:
-    """Print what moved the answer of a task's model, and draw it to `html`, a page that needs no other file."""
+    """Print what contributed to the answer of a task's model, and write it to `html`, a self-contained page."""
     from memgpt import attribution
 
     try:
@@ -91,7 +91,7 @@ def _loudest(each: "Attribution") -> list[Any]:
 
 
 def _sign(share: float) -> str:
-    """Blue speaks for the answer, red against it; told apart by the colour-blind too."""
+    """Blue supports the answer, red opposes it; the colour-blind can tell these two apart."""
     strength = "bold " if abs(share) > 0.5 else "" if abs(share) > 0.15 else "dim "
     return f"{strength}{'blue' if share > 0 else 'red'}"
 
@@ -145,8 +145,8 @@ def _load(directory: Path) -> PreTrainedModel:
 
 
 def _batches(directory: Path, split: str, limit: int, vocabulary: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The first `limit` tokens of a split as one row after the other, [1, T], with each document's positions."""
-    from memgpt.stages.pretrain import positions  # a second's import, with all that trains
+    """The first `limit` tokens of a split, in successive rows [1, T], with the positions within each document."""
+    from memgpt.stages.pretrain import positions  # slow to import (one second), with the whole training code
 
     path = directory / f"{split}.npy"
     if not path.is_file():
@@ -174,7 +174,7 @@ def _print(records: list[dict[str, Any]], table: Table, as_json: bool) -> None:
 
 def _console() -> Console:
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=400)  # elsewhere no line is broken
+    return console if console.is_terminal else Console(highlight=False, width=400)  # elsewhere lines are not wrapped
 
 
 def _table(*columns: str) -> Table:
@@ -213,7 +213,7 @@ def _explanation(records: list[dict[str, Any]]) -> Table:
 
 
 def _style(share: float) -> str:
-    """Of something that is `share` of the loudest."""
+    """The style of a strength that is `share` of the largest."""
     return "dim" if share < 0.25 else "default" if share < 0.5 else "yellow" if share < 0.75 else "bold red"
 
 

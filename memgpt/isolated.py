@@ -1,12 +1,12 @@
-"""One registered version in a process of its own: `python -I isolated.py models:/memgpt-ner/3 FOLDER`, for
-gate.Version. FOLDER: where its files are downloaded to; MLflow's own choice would stay for ever.
+"""One registered version in its own process: `python -I isolated.py models:/memgpt-ner/3 FOLDER`, for gate.Version. Its
+files are downloaded to FOLDER; in the folder that MLflow would choose they would stay for ever.
 
-Run as a file, isolated (-I), so that nothing of the checkout is imported first: two versions' code in one process mix
-silently, and an imported checkout wins over both. Standard library and MLflow only.
+It runs as a file, isolated (-I), so that nothing of the checkout is imported first: the code of two versions in one
+process would mix silently, and an imported checkout would override both. Standard library and MLflow only.
 
-JSON lines in, JSON lines out. {"do": "predict", "inputs": PATH, "params": {}|null, "out": PATH} answers {"rows": n};
-{"do": "time", "rows": n} predicts the first n of these again and answers {"seconds": s}. The first line out says that
-the model loaded: {"bytes": size of its weights}. {"error": "..."} instead of any answer ends the process.
+Input and output are JSON lines. The first output reports that the model loaded: {"bytes": size of its weights}.
+{"do": "predict", "inputs": PATH, "params": {}|null, "out": PATH} is answered by {"rows": n}. {"do": "time", "rows": n}
+predicts the first n of these again; the answer is {"seconds": s}. {"error": "..."} instead ends the process.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from typing import Any
 def main(uri: str, folder: str) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the gate, not even mid-prediction
-    gc.set_threshold(10_000)  # as in memgpt/environment.py, which is out of reach
+    gc.set_threshold(10_000)  # as in memgpt/environment.py, which cannot be imported here
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the model's libraries print goes to the log, not between the answers
 
@@ -50,7 +50,7 @@ def main(uri: str, folder: str) -> None:
                 start = time.perf_counter()
                 model.predict(inputs[: command["rows"]], params=params)
                 answer({"seconds": time.perf_counter() - start})
-    except Exception as error:  # whatever a version does wrong is its verdict, with the trace in the log
+    except Exception as error:  # whatever fails in a version is its answer, with the stack trace in the log
         import traceback
 
         traceback.print_exc()
@@ -58,7 +58,7 @@ def main(uri: str, folder: str) -> None:
 
 
 def packaged_home() -> Path:
-    """The model's own directory, of which the imported code must be part."""
+    """The model's own directory, which must contain the imported code."""
     memgpt = sys.modules.get("memgpt")
     home = Path(str(memgpt.__file__)).resolve().parents[2] if memgpt else None  # HOME/code/memgpt/__init__.py
     if home is None or not (home / "MLmodel").is_file():

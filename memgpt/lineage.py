@@ -1,4 +1,4 @@
-"""What a model directory says about where it came from: `lineage.json`, deterministic and known when the stage ends."""
+"""Where a model directory came from: `lineage.json`, which is deterministic and written when the stage ends."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ def digest(path: Path | str) -> str:
 
 
 def weights_digest(directory: Path | str) -> str:
-    """sha256 over a model directory's weights, an ensemble's members among them, and, for recommendation, its item
-    index: equal means the same model.
+    """sha256 over a model directory's weights and configuration, with those of an ensemble's members, and, for
+    recommendation, its item index. Equal digests mean the same model.
 
     Raises:
         UserError: if the directory holds no weights.
@@ -51,7 +51,7 @@ def write(
     seed: int,
     metrics: dict[str, float],
 ) -> None:
-    """Write `lineage.json` into a finished model directory; `inputs` are named as given, relative to the root."""
+    """Write `lineage.json` into a finished model directory; `inputs` are recorded as given, relative to the root."""
     atomic.write_json(
         directory / FILE,
         {
@@ -67,7 +67,7 @@ def write(
 
 
 def libraries() -> dict[str, str]:
-    """The versions of those on which a model's bytes depend."""
+    """The versions of the libraries on which a model's bytes depend."""
     return {library: version(library).partition("+")[0] for library in _LIBRARIES}
 
 

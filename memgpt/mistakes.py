@@ -1,7 +1,7 @@
-"""The worst mistakes of an evaluation, for people to read: what was asked, what is right, what was answered.
+"""The worst mistakes of an evaluation, for people to read: input, gold answer and prediction.
 
-Worst is: sentiment, the surest of a wrong label; ner, the most entities missed, made up or mistyped; recommendation,
-the right item ranked last; base, the most bits per byte.
+The worst are: for sentiment the wrong labels of highest probability; for ner the most entities missed, invented or
+mistyped; for recommendation the right item ranked last; for base the most bits per byte.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from memgpt.predict.words import joined_words, spans_from_tags
 from memgpt.tasks import rows_of
 
 Record = dict[str, Any]
-_CHARACTERS = 1000  # of a text
+_CHARACTERS = 1000  # of a text that are kept
 
 
 def worst(
@@ -27,9 +27,9 @@ def worst(
 def judged(
     model: str, rows: list[Record], predictions: list[Any], statistics: np.ndarray, tables: Path
 ) -> list[Record]:
-    """A record {input, gold, prediction, badness} for every row; badness 0: right.
+    """A record {input, gold, prediction, badness} for every row; badness 0 means right.
 
-    statistics: of the rows, as the task's module gives them.
+    statistics: those of the rows, from the task's module.
     """
     titles = {}
     if model == "recommendation":
@@ -65,7 +65,7 @@ def _ner(row: Record, prediction: list[Record], numbers: np.ndarray) -> Record:
 
 
 def _recommendation(row: Record, prediction: list[Record], titles: dict[str, str]) -> Record:
-    """badness: the share of the ranking that stands before the right item; 1 if it was not offered."""
+    """badness: the share of the ranking before the right item; 1 if it was not offered."""
     ranked = [item["item_id"] for item in prediction]
     place = ranked.index(row["item_id"]) if row["item_id"] in ranked else len(ranked)
     return {

@@ -1,5 +1,5 @@
-"""Does the corpus hold the tasks' held-out texts? A long text is found by a shared 13-gram of words, a short one as a
-whole paragraph or sentence; both after normalisation (GPT-3's contamination rule, Brown et al. 2020, appendix C)."""
+"""Finds the tasks' held-out texts in the corpus: a long text by a shared 13-gram of words, a short one as a whole
+paragraph or sentence, both after normalisation (GPT-3's contamination rule, Brown et al. 2020, appendix C)."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -26,20 +26,20 @@ def normalise(text: str) -> str:
 
 
 class Hits(NamedTuple):
-    """Where a document meets the held-out texts: numbers of its lines, and indices of the texts."""
+    """Where a document contains held-out texts: the numbers of its lines, and the indices of the texts."""
 
     lines: set[int]
     texts: set[int]
 
 
 class HeldOut:
-    """The held-out texts, indexed; about 1 µs per word of the corpus to look up.
+    """An index of the held-out texts; a look-up takes about 1 µs per word of the corpus.
 
-    A rolling hash over word numbers finds candidates with array operations; each is then compared word for word.
+    A rolling hash over word numbers finds candidates with array operations; each is then compared word by word.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self._numbers: dict[str, int] = {}  # word → number from 1; 0 is every word that no long held-out text has
+        self._numbers: dict[str, int] = {}  # word → number from 1; 0: any word that is in no long held-out text
         self._short: dict[str, list[int]] = {}
         grams: dict[int, list[tuple[tuple[int, ...], int]]] = {}
         for index, text in enumerate(texts):
@@ -56,7 +56,7 @@ class HeldOut:
         self._codes = np.array(sorted(grams), dtype=np.uint64)
 
     def hits(self, document: str) -> Hits:
-        """Lines (split at \\n) of the document that hold a held-out text or a part of one; a 13-gram may span lines."""
+        """Where the document (lines split at \\n) has a held-out text or a part of one; a 13-gram may span lines."""
         by_line = [words(line) for line in document.split("\n")]
         lines: set[int] = set()
         texts: set[int] = set()
@@ -98,9 +98,9 @@ class HeldOut:
 
 
 def clean(documents: Sequence[str], held_out: HeldOut) -> tuple[list[str], int]:
-    """The documents without the paragraphs (lines) that hold a held-out text, and how many were removed.
+    """The documents without the paragraphs (lines) that contain a held-out text, and how many were removed.
 
-    The documents stay aligned: one that is removed whole is "".
+    The documents stay aligned: one that is removed whole becomes "".
     """
     cleaned = []
     removed = 0

@@ -1,5 +1,5 @@
-"""A model directory as an MLflow model that loads without this project: weights, the code that reads them, pinned
-requirements, signature, example, model card. Nothing in it is a pickle."""
+"""Packages a model directory as an MLflow model that loads without this project: weights, the code that reads them,
+pinned requirements, signature, example, model card. It contains no pickle."""
 
 import inspect
 import shutil
@@ -13,14 +13,14 @@ from memgpt import lineage, predict
 
 CODE = Path(memgpt.__file__).parent  # the package to pack
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas")
-_PARTS = ("__init__.py", "model", "predict")  # of the package: what prediction imports
-# What a consumer may set: MLflow passes on only keys that have a value already.
+_PARTS = ("__init__.py", "model", "predict")  # of the package, imported by prediction
+# Options that a consumer may set, with their defaults: MLflow passes on only keys that already have a value.
 _SERVING = {
     key: given.default
     for key, given in inspect.signature(predict.load).parameters.items()
     if given.default is not inspect.Parameter.empty
 }
-# Made up, like the newsroom; never a user's data. An item that nobody has seen is given by its text.
+# Invented, like the newsroom, never a user's data. The items are in no catalogue, so they are given by their texts.
 EXAMPLES: dict[str, list[Any]] = {
     "base": ["Shares of Norvale Systems rose after the quarterly report."],
     "ner": ["Ada Brandt of Norvale Systems opened the new plant in Westhaven on Monday."],
@@ -39,12 +39,12 @@ EXAMPLES: dict[str, list[Any]] = {
 
 
 def requirements() -> list[str]:
-    """Exact versions of what is installed. No local suffix: `torch==2.13.0+cpu` exists on no ordinary index."""
+    """Exact versions of the installed packages. No local suffix: `torch==2.13.0+cpu` is on no ordinary index."""
     return [f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS]
 
 
 def stage_code(target: Path) -> Path:
-    """Copy what prediction needs of the package to `target`/memgpt."""
+    """Copy the parts of the package that prediction needs to `target`/memgpt."""
     for part in _PARTS:
         if (CODE / part).is_dir():
             shutil.copytree(CODE / part, target / "memgpt" / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -60,10 +60,10 @@ def code_digest() -> str:
 
 
 def save(model: str, directory: Path, card: str, target: Path, run_id: str) -> None:
-    """Write the MLflow model that run `run_id` will hold to `target`, which must not exist.
+    """Write the MLflow model for run `run_id` to `target`, which must not exist.
 
-    MLflow would load the model here to write down the example's answer; so the example and the params are added
-    afterwards, and the first to load it is a process of its own with the packaged code.
+    Given an example, MLflow would load the model in this process to record the answer. So the example and the params
+    are added afterwards, and the model is first loaded by a separate process with the packaged code.
     """
     import mlflow.pyfunc
     from mlflow.models import Model
