@@ -1,13 +1,13 @@
-"""Texts that arrive: the share of negative ones by topic and day, surges of it, drift away from the training tables.
+"""Arriving texts: the share of negative ones by topic and day, surges of it, and drift from the training tables.
 
-A surge is judged against the topic's own past weeks. Texts of one day share its news, so that counts vary more than
-binomial ones: X negative texts of n are beta-binomial with an intraclass correlation rho (Skellam 1948), estimated from
-Pearson's statistic (Williams 1982) around the means of the weekdays. A weekday's mean is shrunk towards that of the
-others by how much weekdays are seen to differ (random effects: DerSimonian & Laird 1986), and its uncertainty widens
-the prediction. docs/monitoring.md has the measured rate of false alarms and the power.
+A surge is judged against the topic's own past weeks. Texts of one day share its news, so counts vary more than binomial
+ones: X negative texts of n are beta-binomial with an intraclass correlation rho (Skellam 1948), estimated from
+Pearson's statistic (Williams 1982) around the weekdays' means. A weekday's mean is shrunk towards that of the others,
+depending on how much weekdays are seen to differ (random effects: DerSimonian & Laird 1986). Its uncertainty widens the
+prediction. docs/monitoring.md has the measured rate of false alarms and the power.
 
-State, in one folder: `texts.parquet`, a row per text that was scored, and `state.json`, what was judged and told. Each
-is replaced whole; the texts first, so that a run that is cut short is repeated without scoring a text twice.
+State is in one folder: `texts.parquet`, a row per scored text, and `state.json`, what was judged and announced. Each is
+replaced whole, the texts first, so that an interrupted run can be repeated without scoring a text twice.
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ from memgpt.errors import UserError
 
 FOLDER = Path(".memgpt/monitor")
 TRAIN, TOKENIZER = config.TABLES / "sentiment/train.parquet", Path("models/tokenizer/tokenizer.json")
-REFERENCE = "reference"  # a copy of both
-WINDOWS = (1, 3)  # days: a sharp surge shows on the first, a lasting one in the sum
-LATE = 3  # days after which texts that come late are counted, and their day is not judged again
-LAST_LOOK = 0.8  # of what is left of a day's false alarms, spent when it is over
-RHO = 0.02  # intraclass correlation of a day's texts, where nothing is known of it
-SHOWN = 56  # days of a picture
-_NAMED = 30  # characters of a topic in its title, and in a file's name, which file systems limit in bytes
-_SAVE = 60.0  # seconds between two savings while texts are scored
+REFERENCE = "reference"  # folder with a copy of both
+WINDOWS = (1, 3)  # days: one day shows a sharp surge, the sum of three a lasting one
+LATE = 3  # days: texts that arrive later are counted, but their day is not judged again
+LAST_LOOK = 0.8  # share of a day's remaining false alarms that a look after its end may spend
+RHO = 0.02  # prior of the intraclass correlation of a day's texts
+SHOWN = 56  # days in a picture
+_NAMED = 30  # characters of a topic in picture titles and file names, which file systems limit in bytes
+_SAVE = 60.0  # seconds between saves while texts are scored
 _REFERENCE = 5000  # training rows that the latest texts are compared with, at most
 _RESAMPLES = 500
 _BINS = {"length": 10, "tokens": 20}
@@ -61,8 +61,8 @@ _TEXTS = pa.schema(
 
 @dataclass(frozen=True)
 class Surge:
-    """Of a topic, in the `days` that end on `day`: so many of the texts negative, more than `limit` would be expected
-    only as often as stated."""
+    """In the `days` that end on `day`, `negative` of a topic's `texts` were negative. limit: the largest number that is
+    not a surge; probability: of at least `negative`."""
 
     topic: str
     day: str
@@ -98,8 +98,8 @@ class Drift:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run found. surges, drifts: not announced yet (`announce`); drifting: all at present. trends: a row for
-    each topic with texts on the latest day."""
+    """What a run found. surges, drifts: those not announced yet (`announce`); drifting: all current drifts. trends: a
+    row for each topic with texts on the latest day."""
 
     version: str
     source: str
@@ -125,13 +125,13 @@ def run(
     now: datetime | None = None,
     progress: Callable[[int, int], None] = lambda done, texts: None,
 ) -> Report:
-    """Score the texts that are new at `monitor.uri` (or `uri`), judge the days they belong to, and draw the trends.
+    """Score the new texts at `monitor.uri` (or `uri`), judge the days they belong to, and draw the trends.
 
-    now: in UTC, for rows without a time and against times in the future. progress: told how many of how many new texts
-    are scored.
+    now: the time in UTC; its day is that of rows without a time or with a time in the future. progress: called with
+    the number of scored texts and of all new texts.
 
     Raises:
-        UserError: for texts that cannot be read, naming file and row; for a folder that has another source's texts.
+        UserError: for texts that cannot be read, naming file and row; for a folder with another source's texts.
     """
     monitor = settings.monitor
     uri = uri or monitor.uri
@@ -172,8 +172,8 @@ def run(
 
 
 def announce(report: Report, folder: Path = FOLDER) -> None:
-    """Remember that the surges and drifts of a report have been told: each is told once, a drift again once it has
-    been over."""
+    """Record that the surges and drifts of a report have been announced. Each is announced once; a drift again only
+    after it had ended."""
     with tracking.locked(folder / "lock"):
         state = _state(folder, report.source)
         told = {(surge.topic, surge.day) for surge in report.surges}
@@ -204,8 +204,8 @@ def note_retraining(report: Report, now: datetime, folder: Path = FOLDER) -> Non
 
 
 def _state(folder: Path, uri: str) -> dict[str, Any]:
-    """files: path → digest, read already. looks: day → topic → [share of the day's false alarms that is spent, texts at
-    the last look, whether the day was over then]. drift: what drifts → whether that was announced."""
+    """files: path → digest of files already read. looks: day → topic → [share of the day's false alarms already spent,
+    texts at the last look, whether the day was over by then]. drift: what drifts → whether that was announced."""
     empty: dict[str, Any] = {"uri": uri, "files": {}, "looks": {}, "surges": [], "drift": {}, "retrained": None}
     try:
         state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -223,7 +223,7 @@ def _none() -> pd.DataFrame:
 def _new(
     files: list[dict[str, Any]], column: str | None, known: set[str], today: date, cache: Path | None
 ) -> tuple[list[scoring.Row], int]:
-    """Rows that were never scored, each once, with key and day; and how many rows have no text."""
+    """The rows that were never scored, each once, with key and day; and the number of rows without text."""
     rows, blank = [], 0
     for file in files:
         for row in scoring.read(file, column, cache=cache):
@@ -244,7 +244,7 @@ def _score(
     folder: Path,
     progress: Callable[[int, int], None],
 ) -> pd.DataFrame:
-    """`seen` with the rows and their labels, saved."""
+    """Add the rows with their predicted labels to `seen`, save the result and return it."""
     waiting, scored, saved = iter(rows), [], time.monotonic()
     while chunk := list(islice(waiting, scoring.CHUNK)):
         for row, answer in zip(chunk, ask(chunk), strict=True):
@@ -264,7 +264,7 @@ def _save(texts: pd.DataFrame, folder: Path) -> None:
 
 
 def _forget(texts: pd.DataFrame, folder: Path, last: date) -> None:
-    """Keep no text longer than it is needed: those of `last` and before go."""
+    """Delete the texts that are no longer needed: those of day `last` and before."""
     old = (texts["day"] <= last) & texts["text"].notna()
     if old.any():
         _save(texts.assign(text=texts["text"].mask(old, None)), folder)
@@ -274,10 +274,10 @@ def _forget(texts: pd.DataFrame, folder: Path, last: date) -> None:
 
 
 def _judge(monitor: config.Monitor, texts: pd.DataFrame, today: date, state: dict[str, Any], report: Report) -> Report:
-    """The report with what is unusual; `state` notes what was looked at."""
+    """The report with what is unusual added; the looks are recorded in `state`."""
     counts = _counts(texts, monitor.negative)
     last: date = texts["day"].max()
-    # the first run judges the last day alone, a later one every day from a few before the last that was judged
+    # the first run judges the last day only, a later one every day from LATE days before the last judged one
     looked = [date.fromisoformat(day) for day in state["looks"]] or [last]
     first = max(min(looked), max(looked) - timedelta(days=LATE))
     known = {(surge["topic"], surge["day"]) for surge in state["surges"]}
@@ -286,7 +286,7 @@ def _judge(monitor: config.Monitor, texts: pd.DataFrame, today: date, state: dic
         looks[day.isoformat()] = before = state["looks"].get(day.isoformat(), {})
         for topic, count in counts.items():
             _, all_texts = count.until(day, 7 * monitor.history_weeks + 1)
-            now, usual = int(all_texts[-1]), all_texts[:-1:7].mean()  # of this weekday
+            now, usual = int(all_texts[-1]), all_texts[:-1:7].mean()  # usual: mean of this weekday
             spent, then, was_over = before.get(topic, (0.0, 0, False))
             over = day < today
             if not now or (now == then and over == was_over):
@@ -315,14 +315,14 @@ def _judge(monitor: config.Monitor, texts: pd.DataFrame, today: date, state: dic
 
 @dataclass(frozen=True)
 class Counts:
-    """Texts of a topic, and the negative ones, by day from `start` on."""
+    """Daily numbers of a topic's texts, and of the negative ones, from `start` on."""
 
     start: date
     negative: np.ndarray
     texts: np.ndarray
 
     def until(self, day: date, days: int) -> tuple[np.ndarray, np.ndarray]:
-        """(negative, texts) of the `days` days that end with `day`; zero before the start."""
+        """(negative, texts) of the `days` days that end with `day`; zero outside the data."""
         end = (day - self.start).days + 1
         places = np.arange(end - days, end)
         held = (places >= 0) & (places < len(self.texts))
@@ -341,8 +341,8 @@ def _counts(texts: pd.DataFrame, negative: str) -> dict[str, Counts]:
 
 
 def judge(monitor: config.Monitor, topic: str, count: Counts, day: date, share: float) -> Surge | None:
-    """The surge in the days that end with `day`, if there is one: over one day, or over three. share: of the day's
-    false alarms, what this look at it may spend."""
+    """The surge in the days that end with `day`, over one day or over three; None if there is none. share: the part of
+    the day's false alarms that this look may spend."""
     level = alarm_level(monitor.false_alarms, share)
     found = []
     for days in WINDOWS:
@@ -360,26 +360,26 @@ def judge(monitor: config.Monitor, topic: str, count: Counts, day: date, share: 
 
 
 def spend(spent: float, over: bool, filled: float) -> float:
-    """What the next look at a day may spend, as a share of the day's false alarms, of which `spent` is gone.
+    """What the next look at a day may spend, as a share of the day's false alarms, of which `spent` is used up.
 
-    Half of them are spent while the day grows, as its texts come in (filled: of the usual number; linear spending
-    function, Lan & DeMets 1983). The first look when it is `over` may spend four fifths of the rest; a later one, at
-    texts that come late, of what is left then.
+    While the day grows, half of them are spent as its texts come in (filled: their number relative to the usual one;
+    linear spending function, Lan & DeMets 1983). The first look after the day is `over` may spend four fifths of the
+    rest; each later one, at late texts, four fifths of what is then left.
     """
     return LAST_LOOK * (1 - spent) if over else max(0.0, 0.5 * min(1.0, filled) - spent)
 
 
 def alarm_level(false_alarms: float, share: float = LAST_LOOK) -> float:
-    """Chance at which a window is a surge, where a look may spend a `share` of the day's part of the yearly
-    `false_alarms`; by default that of a day which is looked at once, when it is over."""
+    """Probability at or below which a window is a surge, if the look may spend `share` of a day's part of the yearly
+    `false_alarms`. Default: the only look at a day, after its end."""
     return false_alarms / 365 * share / len(WINDOWS)
 
 
 def predict(negative: np.ndarray, texts: np.ndarray, ahead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The beta-binomial distribution of the negative ones among the texts of the days right after a history.
+    """The beta-binomial distribution of the number of negative texts in the days right after a history.
 
-    negative, texts: [..., 7 W], counts of each day of W weeks. ahead: [..., d], texts of the d <= 7 days after it.
-    Returns mean share and intraclass correlation [...] of their sum.
+    negative, texts: [..., 7 W], daily counts of W weeks. ahead: [..., d], texts on the d <= 7 days after them.
+    Returns mean share and intraclass correlation [...] of the sum over these days.
     """
     x, n = (counts.reshape(*counts.shape[:-1], -1, 7).astype(float) for counts in (negative, texts))
     held = n > 0
@@ -391,17 +391,17 @@ def predict(negative: np.ndarray, texts: np.ndarray, ahead: np.ndarray) -> tuple
     pearson = (held * (x - n * share[..., None, :]) ** 2 / np.maximum(n * smooth * (1 - smooth), 1e-9)).sum((-1, -2))
     freedom = held.sum((-1, -2)) - (all_texts > 0).sum(-1)
     weight = (held * (n - 1) * (1 - n / np.maximum(all_texts, 1)[..., None, :])).sum((-1, -2))
-    caution = np.sqrt(2 * np.maximum(freedom, 1))  # a standard error: too small a rho costs false alarms
-    # few texts a day cannot tell it: a prior worth 100 of them
+    caution = np.sqrt(2 * np.maximum(freedom, 1))  # one standard error, added since a small rho causes false alarms
+    # few texts a day cannot determine rho: a prior worth 100 texts is added
     rho = np.clip((pearson - freedom + caution + 100 * RHO) / (weight + 100), 0, 0.5)[..., None]
-    # how much weekdays differ; a day counts for as many independent texts as it is worth
+    # tau: how much weekdays differ; worth: how many independent texts a weekday's texts are worth
     worth = (n / np.maximum(1 + (n - 1) * rho[..., None], 1)).sum(-2)
     whole = worth.sum(-1, keepdims=True)
     between = (worth * (share - overall) ** 2).sum(-1, keepdims=True) / (overall * (1 - overall))
     chance = (all_texts > 0).sum(-1, keepdims=True) - 1
     room = np.maximum(whole - (worth**2).sum(-1, keepdims=True) / np.maximum(whole, 1e-9), 1e-9)
     tau = np.clip((between - chance) / room, 0, 0.5)
-    # each weekday's mean between its own and the others', and what all this is worth
+    # each weekday's mean, shrunk towards the others'; known: the number of texts that this estimate is worth
     rest = whole - worth
     others = ((worth * share).sum(-1, keepdims=True) - worth * share + 0.5) / (rest + 1)
     prior = 1 / (tau + 1 / (rest + 1))
@@ -414,7 +414,7 @@ def predict(negative: np.ndarray, texts: np.ndarray, ahead: np.ndarray) -> tuple
 
 
 def survival(texts: np.ndarray | int, mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Chance of k or more, for k of 0 … the largest of `texts`: [..., K + 1]; beta-binomial, vectorised."""
+    """Probability of k or more, for k from 0 to K, the largest of `texts`: [..., K + 1]; beta-binomial, vectorised."""
     n = np.asarray(texts, float)[..., None]
     mean, spread = (np.clip(value, 1e-9, 1 - 1e-9) for value in (mean, spread))  # both 0 where there are no texts
     a, b = ((part * (1 / spread - 1))[..., None] for part in (mean, 1 - mean))
@@ -429,11 +429,11 @@ def survival(texts: np.ndarray | int, mean: np.ndarray, spread: np.ndarray) -> n
 
 
 def drifts(monitor: config.Monitor, texts: pd.DataFrame, reference: Path) -> list[Drift]:
-    """What the latest texts have drifted in, against the training table of sentiment. reference: as `keep_reference`
-    leaves it.
+    """In what the latest texts have drifted from the training table of sentiment. reference: the folder that
+    `keep_reference` wrote.
 
-    The population stability index (Lewis 1994; Siddiqi 2006) must exceed `monitor.max_psi`, and what chance alone gives
-    so few texts: the largest of 500 samples of as many training rows. None if the latest days have too few texts.
+    A drift's population stability index (Lewis 1994; Siddiqi 2006) exceeds `monitor.max_psi`, and what chance gives for
+    so few texts: the largest of 500 samples of as many training rows. Empty if the latest days have too few texts.
     """
     latest = texts[(texts["day"] > texts["day"].max() - timedelta(days=monitor.drift_days)) & texts["text"].notna()]
     if len(latest) < monitor.drift_texts:
@@ -460,7 +460,7 @@ def drifts(monitor: config.Monitor, texts: pd.DataFrame, reference: Path) -> lis
 
 
 def stability(before: np.ndarray, after: np.ndarray, rows: int, others: int) -> np.ndarray:
-    """Population stability index of distributions [..., B] over as many rows, with half a row added to each bin."""
+    """Population stability index of distributions [..., B] over `rows` and `others` rows, half a row added per bin."""
     bins = before.shape[-1]
     p, q = ((share * n + 0.5) / (n + 0.5 * bins) for share, n in ((before, rows), (after, others)))
     return ((p - q) * np.log(p / q)).sum(-1)
@@ -473,8 +473,8 @@ def _by_chance(rows: np.ndarray, count: int) -> float:
 
 
 def keep_reference(target: Path, version: str) -> None:
-    """Copy the training table and the tokenizer to a folder, once for a version: while a retraining makes them anew,
-    they are gone."""
+    """Copy the training table and the tokenizer to a folder, once per version: they are missing while a retraining
+    rebuilds them."""
     note = target / "version"
     if note.exists() and note.read_text(encoding="utf-8") == version:
         return
@@ -497,7 +497,7 @@ def _tokenizer(path: Path) -> Callable[[str], list[int]]:
 
 
 def _shares(values: list[list[int]], edges: np.ndarray) -> np.ndarray:
-    """[texts, bins]: the shares of a text's values (its length, its tokens) in each bin."""
+    """[texts, bins]: the share of each text's values (its length, or its tokens) in each bin."""
     bins = len(edges) + 1
     return np.stack([np.bincount(np.searchsorted(edges, one), minlength=bins) / max(1, len(one)) for one in values])
 
@@ -525,7 +525,7 @@ def table(report: Report) -> Table:
 
 
 def _trend(monitor: config.Monitor, topic: str, count: Counts, day: date) -> dict[str, Any] | None:
-    """The latest day of a topic as text; limit: the most negative texts that are nothing unusual, "" if not judged."""
+    """A topic's latest day as text. limit: the largest number of negative texts that is usual; "" if not judged."""
     negative, texts = count.until(day, 1)
     if not texts[0]:
         return None
@@ -539,7 +539,7 @@ def _trend(monitor: config.Monitor, topic: str, count: Counts, day: date) -> dic
 
 
 def band(texts: int, mean: np.ndarray, spread: np.ndarray, false_alarms: float) -> tuple[int, int]:
-    """Between how many negative texts a day is nothing unusual, judged once, on its own."""
+    """The smallest and the largest usual number of negative texts, for a single day that is judged once."""
     level = alarm_level(false_alarms)
     chances = survival(texts, mean, spread)
     low = np.flatnonzero(chances >= 1 - level).max()
@@ -570,14 +570,14 @@ def _draw(monitor: config.Monitor, texts: pd.DataFrame, folder: Path) -> None:
                     low, high = band(all_texts[-1], mean, spread, monitor.false_alarms)
                     row |= {"expected": mean, "low": low / all_texts[-1], "high": high / all_texts[-1]}
             rows.append(row)
-        table = pd.DataFrame(rows).astype({"day": "datetime64[ns]"})  # a topic may have had no texts for long
+        table = pd.DataFrame(rows).astype({"day": "datetime64[ns]"})  # a topic may have no texts on these days
         shown = " ".join(topic.split())
         shown = shown if len(shown) <= _NAMED else f"{shown[: _NAMED - 1]}…"
         pictures.draw_trend(picture(folder, topic), f"{shown}: share of {monitor.negative} texts", table)
 
 
 def picture(folder: Path, topic: str) -> Path:
-    """Named after the topic; by a hash too where that does not make a file's name, which several topics might share."""
+    """Named after the topic, with a hash where the topic is no file name, since several topics might share the name."""
     name = re.sub(r"[^\w-]+", "-", topic)[:_NAMED]
     mark = "" if name == topic else "-" + hashlib.sha256(topic.encode()).hexdigest()[:8]
     return folder / f"{name}{mark}.png"

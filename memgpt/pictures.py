@@ -1,4 +1,4 @@
-"""What an evaluation looks like, as PNG: a confusion matrix or a curve, and how far probabilities can be trusted."""
+"""PNG pictures: an evaluation's confusion matrix or curve, its calibration curve, and the monitor's trends."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def draw(target: Path, title: str, table: pd.DataFrame, calibration: np.ndarray | None) -> None:
     """`table` has the columns actual and predicted, a row per decision, or two columns of a curve.
 
-    calibration: [bins, (confidence, accuracy, share)], drawn beside it, or None. The bytes depend on these alone.
+    calibration: [bins, (confidence, accuracy, share)], drawn beside it, or None. The file depends on these alone.
     """
     import matplotlib
 
@@ -69,9 +69,9 @@ def _calibration(axes: "Axes", bins: np.ndarray) -> None:
 
 
 def draw_trend(target: Path, title: str, table: pd.DataFrame) -> None:
-    """A share by day, with the band in which it is nothing unusual; days outside it are marked.
+    """A share by day, with the band of usual values; days above it are marked.
 
-    `table` has day, share, expected, low and high; NaN where there is none.
+    `table` has day, share, expected, low and high; NaN where there is no value.
     """
     import matplotlib
 
@@ -79,7 +79,7 @@ def draw_trend(target: Path, title: str, table: pd.DataFrame) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
-    axes.set_title(title, fontsize=10, parse_math=False)  # a topic may have dollars
+    axes.set_title(title, fontsize=10, parse_math=False)  # a topic may contain dollar signs
     known = table[table["share"].notna()]
     axes.fill_between(known["day"], known["low"], known["high"], alpha=0.2, step="mid", label="nothing unusual")
     axes.plot(known["day"], known["expected"], linestyle="--", linewidth=1, color="gray", label="expected")

@@ -1,8 +1,8 @@
-"""Before fine-tuning: the pretrained core as it is, its weights untouched, read out by the simplest thing that can
-answer: logistic regression on its features; for recommendation, which needs no labels, their cosine.
+"""The core before fine-tuning: its weights are untouched, and the simplest possible model reads its features: logistic
+regression, or, for recommendation, which needs no labels, cosine similarity.
 
-What a task's model scores above this is what fine-tuning the core has brought (linear probes: Alain and Bengio 2016,
-arXiv 1610.01644). A function per task gives answers in the predictor's format.
+What a task's model scores above this is the gain by fine-tuning the core (linear probes: Alain and Bengio 2016,
+arXiv 1610.01644). One function per task gives answers in the predictor's format.
 """
 
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ from memgpt.predict.batching import by_length, encode, pad
 from memgpt.predict.words import encode_rows, joined_words, spans_from_tags
 from memgpt.tasks import rows_of
 
-_EXAMPLES = 20_000  # of train, words or texts: a line through features is found with fewer
+_EXAMPLES = 20_000  # of train, words or texts: a linear model needs no more
 _WINDOW = 512  # subword tokens of a text
 
 
 def before(task: str, core: Path, tables: Path, rows: list[dict[str, Any]]) -> list[Any]:
-    """What the core in `core` answers to a task's test rows, its head fitted on train."""
+    """The predictions of the core in `core` for a task's test rows, with a head fitted on train."""
     if task == "ner":
         return _ner(_Core(core), tables, rows)
     return (_sentiment if task == "sentiment" else _recommendation)(_Core(core), tables, rows)
@@ -41,7 +41,7 @@ class _Core:
 
     @torch.no_grad()
     def hidden(self, rows: list[list[int]]) -> Iterator[tuple[int, np.ndarray]]:
-        """Ids of texts → (which text, its features [T, D]), read in both directions."""
+        """Token ids of texts → (index of the text, its features [T, D]), read bidirectionally."""
         rows = [row[:_WINDOW] for row in rows]
         for batch in by_length(rows):
             arguments = pad([rows[i] for i in batch], self.tokenizer.pad_token_id)
@@ -56,7 +56,7 @@ class _Core:
         return np.stack([found[i] for i in range(len(texts))])
 
     def words(self, rows: list[list[str]]) -> list[np.ndarray]:
-        """Features of each word's first subword, [words, D]; of those that lie in the window."""
+        """Features of each word's first subword, [words, D]; only of words in the window."""
         encoded = encode_rows(self.tokenizer, rows)
         found: dict[int, np.ndarray] = {}
         for i, state in self.hidden([[*chain.from_iterable(words)] for words in encoded]):
@@ -73,7 +73,7 @@ def _fitted(features: np.ndarray, labels: list[str]) -> Pipeline | DummyClassifi
 
 def _sentiment(core: _Core, tables: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     train = rows_of(tables, "sentiment", "train")
-    if len(train) > _EXAMPLES:  # drawn, since files may be sorted by label
+    if len(train) > _EXAMPLES:  # a random sample, since files may be sorted by label
         drawn = np.random.default_rng(0).choice(len(train), _EXAMPLES, replace=False)
         train = [train[i] for i in np.sort(drawn)]
     classifier = _fitted(core.pooled([row["text"] for row in train]), [row["label"] for row in train])
@@ -103,7 +103,7 @@ def _ner(core: _Core, tables: Path, rows: list[dict[str, Any]]) -> list[list[dic
 
 
 def _recommendation(core: _Core, tables: Path, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The unread items nearest to the mean of those read; the catalogue's mean is taken off first."""
+    """The unread items nearest to the mean of those read, after subtracting the catalogue's mean."""
     from memgpt.predict.recommendation import item_text
 
     items = rows_of(tables, "recommendation", "items")

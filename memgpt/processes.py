@@ -1,9 +1,9 @@
-"""Children that die together: a command, and all that it starts, ends when its parent does, however that ends.
+"""Child processes that end with their parent: a command and all that it starts, however the parent ends.
 
-Between the parent and the command stands a guard, this file run as a script. It starts the command in a process group
-of its own and reads the pipe on its standard input, which nobody writes to: that it ends means that the parent wants
-the command stopped or is gone (kill -9 included), and the guard ends the whole group. `dvc repro` needs this: killed,
-it leaves the stage's command running, which then writes into the outputs of the next run.
+Between the parent and the command is a guard, this file run as a script. It starts the command in a process group of
+its own, and reads the pipe on its standard input, to which nobody writes. The pipe ends when the parent wants the
+command stopped or is gone (kill -9 included); then the guard ends the whole group. `dvc repro` needs this: if killed,
+it leaves the stage's command running, which would then write into the outputs of the next run.
 """
 
 import os
@@ -21,46 +21,46 @@ GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 
 
 class Stopped(Exception):
-    """A child is asked for after `stop`."""
+    """A command was ended by `stop`, or requested after it."""
 
 
 def start(
     command: Sequence[str], env: Mapping[str, str] | None = None, output: int | IO[bytes] = subprocess.PIPE
 ) -> subprocess.Popen[bytes]:
-    """The guard of `command`, whose exit status it takes (128 + n for signal n). Closing its stdin ends the group."""
+    """Start `command` under a guard, which exits with its status (128 + n for signal n); closing stdin ends both."""
     return subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, *command],
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=subprocess.STDOUT,
         env=env,
-        process_group=0,  # a Ctrl-C in the terminal reaches the parent, which then decides
+        process_group=0,  # Ctrl-C in the terminal reaches only the parent, which then decides
     )
 
 
 def said(command: Sequence[str], what: str | None = None, fix: str = "") -> str:
-    """The standard output of a command whose output nobody watches meanwhile.
+    """Run a command without showing its output, and return its standard output.
 
     Raises:
-        UserError: if it fails or is not there: `what` it was for, or the command, what it said of an error, or its last
-            line, and the `fix`.
+        UserError: if it fails or does not exist. The message has `what` it was for (else the command), its error line
+            (else its last line), and the `fix`.
     """
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return done.stdout.strip()
         lines = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()
-        named = (line.partition(": ")[2] for line in lines if line.startswith(("ERROR: ", "fatal: ")))  # DVC's, git's
+        named = (line.partition(": ")[2] for line in lines if line.startswith(("ERROR: ", "fatal: ")))  # of DVC and git
         told = next(named, lines[-1])
     except OSError as error:
         told = f"{command[0]}: {error.strerror}"
-    from memgpt.errors import UserError  # not where this file runs as the guard, which sees no package
+    from memgpt.errors import UserError  # here, since the guard runs this file without the package
 
     raise UserError("; ".join(filter(None, (f"{what or ' '.join(command)}: {told}", fix))))
 
 
 class Children:
-    """Commands that run now, from any thread; `stop` ends them all and refuses more."""
+    """Runs commands, from any thread; `stop` ends all that are running and refuses more."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -68,10 +68,10 @@ class Children:
         self._stopped = False
 
     def run(self, command: Sequence[str], env: Mapping[str, str], on_line: Callable[[str], None]) -> int:
-        """Run to the end; every line of output, and what a bar draws over itself, goes to `on_line` as it comes.
+        """Run to the end; each line of output, and each update of a progress bar, is passed to `on_line` as it comes.
 
         Raises:
-            Stopped: if `stop` was called, before or meanwhile.
+            Stopped: if `stop` was called before, or while it ran.
         """
         with self._lock:
             if self._stopped:
@@ -104,7 +104,7 @@ class Children:
 
 
 def end(guard: subprocess.Popen[bytes]) -> None:
-    """End a guard's group and wait until it is gone; nothing happens if it has ended."""
+    """End a guard's group and wait until it is gone; does nothing if it has already ended."""
     _hang_up(guard)
     try:
         guard.wait(GRACE + 5)
@@ -128,7 +128,7 @@ def _guard(command: list[str]) -> int:
     status = child.wait()
     if not _exists(child.pid):
         return status if status >= 0 else 128 - status
-    with suppress(ProcessLookupError):  # the command is gone, something that it started is not
+    with suppress(ProcessLookupError):  # the command has ended, but not all that it started
         os.killpg(child.pid, signal.SIGTERM)
     _kill_after_grace(child.pid)
     return status if status >= 0 else 128 - status

@@ -1,4 +1,4 @@
-"""Where a version came from and what came of it, and the same version made anew from what it says of itself."""
+"""Where a version came from and what was made from it, and how to reproduce it from its own records."""
 
 import json
 import os
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 WORKTREES = Path(".memgpt/worktrees")
-_DIGEST = 7  # characters of a hash that are enough to name what it is of
+_DIGEST = 7  # characters of a hash that are enough to identify it
 
 
 def of(client: "MlflowClient", model: str, version: str) -> dict[str, Any]:
-    """All that a version says about where it came from, with its parents and children among the registered versions.
+    """A version's record of where it came from, with its parents and children among the registered versions.
 
     Raises:
         UserError: if it has no lineage, or its files are gone from the artifact store.
@@ -63,15 +63,15 @@ def of(client: "MlflowClient", model: str, version: str) -> dict[str, Any]:
 
 
 def came_of(client: "MlflowClient", what: str) -> dict[str, list[str]]:
-    """The other way: the versions made from `what`, a commit's or a file's hash (seven characters or more), a flow run
-    or a path of the checkout such as data/tables/ner → how they used it.
+    """The reverse: the versions made from `what` → how they used it. `what` is the hash of a commit or file (seven
+    characters or more), a flow run, or a path in the checkout such as data/tables/ner.
 
     Raises:
-        UserError: if nothing came of it.
+        UserError: if no version was made from it.
     """
     path = Path(what)
     digest = what
-    if path.exists():  # a model's directory goes by its weights, as versions do
+    if path.exists():  # a model directory is identified by its weights, as versions are
         digest = lineage.weights_digest(path) if (path / "model.safetensors").exists() else lineage.digest(path)
     found: dict[str, list[str]] = {}
     if len(digest) >= _DIGEST:
@@ -90,7 +90,7 @@ def came_of(client: "MlflowClient", what: str) -> dict[str, list[str]]:
 
 
 def lines(told: dict[str, Any]) -> list[str]:
-    """What `of` found, for people."""
+    """The record from `of` as lines for people."""
     name = told["version"].removeprefix("models:/memgpt-")
     dirty = ", with uncommitted changes" if told["dirty"] else ""
     parent = ", ".join(told["parent_versions"]) or "not registered" if told["parent"] else "none"
@@ -118,8 +118,8 @@ def lines(told: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a reproduction. match: "identical" (equal weights and metrics), "within the interval" of the
-    version's own score, or "differs"; notes: what was not as it was then."""
+    """The result of a reproduction. match: "identical" (equal weights and metrics), "within the interval" of the
+    version's own score, or "differs"; notes: which conditions were not the original ones."""
 
     match: str
     metrics: dict[str, tuple[Any, Any]]
@@ -130,11 +130,11 @@ class Outcome:
 def reproduce(
     client: "MlflowClient", model: str, version: str, hear: Callable[[str], None], *, data_only: bool = False
 ) -> Outcome:
-    """Make a version anew: its commit in a worktree of its own, its params.yaml and sources lock, an empty cache, every
-    stage up to its evaluation; with data_only, no further than its tables.
+    """Reproduce a version in a worktree of its commit, with its params.yaml and sources lock and an empty cache. Every
+    stage up to its evaluation runs; with data_only, only those up to its tables.
 
     Raises:
-        UserError: if it has no lineage, the commit is unknown here, or a stage fails, in its own words.
+        UserError: if it has no lineage, the commit is unknown here, or a stage fails, with the stage's message.
     """
     tags = registry.lineage_tags(client, model, version)
     notes = ["its commit had uncommitted changes, which are lost"] if tags["dirty"] == "true" else []
@@ -171,7 +171,7 @@ def reproduce(
 
 
 def table(made: Outcome) -> Table:
-    """What differs, beside the score."""
+    """The score, and the metrics that differ."""
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("metric", "then", "now"):
         drawn.add_column(column, justify="left" if column == "metric" else "right")
@@ -182,7 +182,7 @@ def table(made: Outcome) -> Table:
 
 
 def add_worktree(folder: Path, commit: str) -> None:
-    """A clean checkout of `commit` in `folder`, in place of what is there.
+    """A clean checkout of `commit` in `folder`; replaces what is there.
 
     Raises:
         UserError: if this repository does not have the commit.
@@ -190,7 +190,7 @@ def add_worktree(folder: Path, commit: str) -> None:
     remove_worktree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     processes.said(
-        # Twice: also in place of one that a kill left locked while it was made.
+        # --force twice: also replaces a worktree that a kill left locked during its creation.
         ["git", "worktree", "add", "--quiet", "--detach", "--force", "--force", str(folder), commit],
         f"commit {commit}",
         "`git fetch` it, or work in the repository it was made in",
@@ -203,7 +203,7 @@ def remove_worktree(folder: Path) -> None:
 
 
 def _dvc(folder: Path, hear: Callable[[str], None], *stages: str) -> None:
-    """Run stages in the worktree with its own code, cache and tracking store, unchanged ones too."""
+    """Run stages, even unchanged ones, in the worktree with its own code, cache and tracking store."""
     said: list[str] = []
 
     def on_line(line: str) -> None:
@@ -241,14 +241,14 @@ def _story(run: str, model: str, version: str) -> dict[str, Any]:
     try:
         return json.loads(load_text(f"runs:/{run}/model/artifacts/model/{lineage.FILE}"))
     except (MlflowException, OSError):
-        registry.intact(model, version)  # raises if the store is only away: of a download MLflow does not say why
+        registry.intact(model, version)  # raises if the store does not answer; MLflow's download does not tell
         raise UserError(
             f"{registry.uri(model, version)}: its files are gone from the artifact store; restore them from a backup"
         ) from None
 
 
 def _pinned(client: "MlflowClient", run: str) -> dict[str, str]:
-    """Of registry.PINNED, what was kept with a version's run: name → text."""
+    """The files of registry.PINNED that were stored with a version's run: name → text."""
     from mlflow.artifacts import load_text
 
     kept = {file.path for file in client.list_artifacts(run, "pinned")}

@@ -1,8 +1,8 @@
 """The model registry: versions with their lineage, aliases, and the record of every decision.
 
-Only `promote` and `rollback` change it, and every change follows one path: `carry_out` records the intent as a run of
-the experiment `promotions`, applies it, and marks the run done. What a kill leaves open is settled by `reconcile` at
-the next start: finished if the champion alias has moved, else abandoned. `apply` may be repeated at will.
+Only `promote` and `rollback` change it. Every change follows one path: `carry_out` records the intent as a run of the
+experiment `promotions`, applies it, and marks the run done. What a kill leaves open, `reconcile` settles at the next
+start: finished, unless it was to move the champion alias and has not; then abandoned. `apply` may be repeated.
 """
 
 import getpass
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
-# What a version must say about itself. `content` is the hash of the rest but the origin: equal content is one version.
+# The tags that a version must have. `content` is the hash of those in CONTENT: equal content means the same version.
 CONTENT = (
     "weights",
     "lineage",
@@ -45,11 +45,11 @@ REQUIRED = (*CONTENT, "content", *ORIGIN)
 PINNED = (
     "params.yaml",
     "data/sources.lock.json",
-)  # kept with a version: its commit may hold others
+)  # files stored with a version, since its commit may have others
 _LINEAGE = {"stage", "inputs", "params", "parent", "seed", "versions", "metrics"}  # keys of lineage.json
 _REPORT = {"primary", "value", "ci_low", "ci_high", "n", "baseline"}
 _DESCRIPTION = 4900  # characters: MLflow's column has 5,000, and databases other than SQLite enforce it
-_PRODUCTS = (":!dvc.lock", ":!reports", ":!models", ":!data")  # what the pipeline writes makes no commit dirty
+_PRODUCTS = (":!dvc.lock", ":!reports", ":!models", ":!data")  # the pipeline's outputs make no commit dirty
 
 
 def name(model: str) -> str:
@@ -83,7 +83,7 @@ def names_version(text: str) -> bool:
 
 
 def resolve(client: "MlflowClient", text: str) -> tuple[str, str]:
-    """The model and the number of the version that `text` names; a bare model's is its champion.
+    """The model and the number of the version that `text` names; a bare model means its champion.
 
     Raises:
         UserError: if there is no such model, alias or version.
@@ -105,7 +105,7 @@ def resolve(client: "MlflowClient", text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A finished model directory with all that a version must say about itself, except the run that registers it."""
+    """A finished model directory with all that a version must record, except the run that registers it."""
 
     model: str
     directory: Path
@@ -124,7 +124,7 @@ def candidate(model: str, root: Path = Path()) -> Candidate:
     """models/<model> with its lineage, test report, manifests, lock and commit.
 
     Raises:
-        UserError: naming what is missing: without whole lineage nothing is registered.
+        UserError: naming what is missing: without complete lineage nothing is registered.
     """
     directory = existing(root / "models" / model)
     story = lineage.read(directory)
@@ -159,7 +159,7 @@ def candidate(model: str, root: Path = Path()) -> Candidate:
         "flow_run": os.environ.get("PREFECT__FLOW_RUN_ID") or "none",
     }
     digest = hashlib.sha256(_compact(content).encode()).hexdigest()
-    for source, manifest in sources.items():  # as it was when the model learned, where its lineage says so
+    for source, manifest in sources.items():  # the hash at training time, if the lineage has it
         tables = root / "data" / "tables" / source
         manifest["sha256"] = story["inputs"].get(f"data/tables/{source}") or lineage.digest(tables)
     learned_from = {
@@ -172,9 +172,9 @@ def candidate(model: str, root: Path = Path()) -> Candidate:
 
 
 def commit_at_start(root: Path) -> tuple[str, bool]:
-    """HEAD, and whether tracked or new files differ from it, apart from what the pipeline writes.
+    """HEAD, and whether tracked or new files differ from it, apart from the pipeline's outputs.
 
-    MEMGPT_COMMIT (`<sha>` or `<sha>-dirty`) is what a flow noted when it started: HEAD may have moved since.
+    MEMGPT_COMMIT (`<sha>` or `<sha>-dirty`), noted by a flow at its start, takes precedence: HEAD may have moved since.
     """
     noted = os.environ.get("MEMGPT_COMMIT")
     if noted:
@@ -208,10 +208,10 @@ def version_tags(client: "MlflowClient", model: str, version: str) -> dict[str, 
 def lineage_tags(
     client: "MlflowClient", model: str, version: str, required: Sequence[str] = REQUIRED
 ) -> dict[str, str]:
-    """A version's tags, with those that are `required`.
+    """A version's tags, which include all `required` ones.
 
     Raises:
-        UserError: if it lacks one, as a version does that something else than `memgpt promote` registered.
+        UserError: if one is missing, as in a version that was not registered by `memgpt promote`.
     """
     tags = version_tags(client, model, version)
     if missing := missing_lineage(tags, required):
@@ -220,10 +220,10 @@ def lineage_tags(
 
 
 def intact(model: str, version: str) -> bool:
-    """Whether the version's files are still where the registry says; loading them is the gate's business.
+    """Whether the version's files are still where the registry says; whether they load is checked by the gate.
 
     Raises:
-        UserError: if the store of the artifacts does not answer (Away), or refuses to.
+        UserError: if the artifact store does not answer (Away), or refuses access.
     """
     from mlflow.artifacts import list_artifacts
     from mlflow.exceptions import MlflowException
@@ -251,9 +251,9 @@ def versions(client: "MlflowClient", model: str) -> "list[ModelVersion]":
 
 
 def register(client: "MlflowClient", candidate: Candidate) -> str:
-    """Package and register the candidate, and return its version; one with the same content is used again.
+    """Package and register the candidate, and return its version; an existing one with the same content is reused.
 
-    The version appears together with all its tags: there is no moment at which it has no lineage.
+    The version is created together with all its tags, so it never exists without lineage.
     """
     if not client.search_registered_models(f"name = '{name(candidate.model)}'"):
         client.create_registered_model(name(candidate.model))
@@ -279,7 +279,7 @@ def register(client: "MlflowClient", candidate: Candidate) -> str:
 
 
 def _description(text: str) -> str:
-    """A card without its front matter, as far as the registry's column holds it."""
+    """A card without its front matter, truncated to what the registry's column holds."""
     body = text.split("---\n", 2)[2]
     if len(body) <= _DESCRIPTION:
         return body
@@ -298,7 +298,7 @@ Verdict = Literal["promote", "reject", "hold", "unchanged", "rollback"]
 
 @dataclass(frozen=True)
 class Change:
-    """A decision to be recorded and applied. before: the champion's version, if any; reason: a person's words."""
+    """A decision to record and apply. before: the champion's version, if any; reason: the one that a person gave."""
 
     model: str
     verdict: Verdict
@@ -311,7 +311,7 @@ class Change:
 
 
 def carry_out(client: "MlflowClient", change: Change) -> str:
-    """Record the intent, apply it, mark it done. Returns the id of its run."""
+    """Record the intent, apply it, mark it done. Returns the id of the run that records it."""
     tags = {
         "state": "intent",
         "model": change.model,
@@ -332,8 +332,8 @@ def carry_out(client: "MlflowClient", change: Change) -> str:
 
 
 def apply(client: "MlflowClient", tags: Mapping[str, str], at: int) -> None:
-    """Bring the registry to what a record says; `at`: its time in ms. The champion alias moves first; may be repeated,
-    since setting what is set and deleting what is gone change nothing."""
+    """Bring the registry to the state that a record asks for; `at`: its time in ms. The champion alias moves first.
+    Idempotent: setting what is set and deleting what is gone change nothing."""
     model, verdict, version, before = name(tags["model"]), tags["verdict"], tags["to"], tags["from"]
     when = datetime.fromtimestamp(at / 1000, UTC).isoformat(timespec="seconds")
     note = f"{when} by {tags['actor']}: {tags['reasons']}"
@@ -360,7 +360,7 @@ def close(client: "MlflowClient", run_id: str, state: str) -> None:
 def records(client: "MlflowClient", model: str) -> "list[Run]":
     """Every decision on a model, newest first."""
     if client.get_experiment_by_name(tracking.PROMOTIONS) is None:
-        return []  # looking makes nothing
+        return []  # reading does not create the experiment
     found, token = [], None
     while token != "":
         page = client.search_runs(
@@ -372,7 +372,7 @@ def records(client: "MlflowClient", model: str) -> "list[Run]":
 
 
 def reconcile(client: "MlflowClient", model: str) -> list[str]:
-    """Settle the decisions of this model that a killed process left open; returns a line for each."""
+    """Finish or abandon the decisions on this model that a killed process left open; returns a line for each."""
     query = f"tags.state = 'intent' and tags.model = '{model}'"
     settled = []
     for run in client.search_runs([tracking.experiment(tracking.PROMOTIONS)], query, order_by=["start_time ASC"]):
@@ -389,7 +389,7 @@ def reconcile(client: "MlflowClient", model: str) -> list[str]:
 
 
 def actor() -> str:
-    """Who decides when nobody is named: MEMGPT_ACTOR, the flow run, else the user."""
+    """Who decides if nobody is named: MEMGPT_ACTOR, else the flow run, else the system user."""
     named = os.environ.get("MEMGPT_ACTOR")
     flow = os.environ.get("PREFECT__FLOW_RUN_ID")
     if named or flow:

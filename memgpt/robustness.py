@@ -1,19 +1,19 @@
-"""How far a score can be trusted: what small changes of the input do to it, what must not change an answer and does,
+"""Robustness of a model: the effect of small input changes on its score, of changes that should not change an answer,
 and a bias probe. Behavioural testing after CheckList (Ribeiro et al. 2020, arXiv 2005.04118).
 
-Every number but robustness_n, the rows it was measured on, is a share or a difference of the primary metric:
+Every number but robustness_n, the rows measured, is a share or a difference of probabilities or the primary metric:
 
-drop_CHANGE         score on the rows as they are, less that on the changed ones, with its paired 95 % interval
-flips_names, _numbers         ner: share of sentences whose entities' places or types change when every name is replaced
+drop_CHANGE         score on the original rows minus that on the changed ones, with its paired 95 % interval
+flips_names, _numbers         ner: share of sentences whose entities' places or types change if every name is replaced
                               by another of its type and length, or every digit outside of names by another
-flips_, shift_, gap_GROUPS    sentiment: the same text said by members of two groups: share of other labels, mean total
-                              variation of the probabilities, and the largest difference between two groups' mean
-                              probability of a label; shift_GROUPS_same: the shift between two members of one group
+flips_, shift_, gap_GROUPS    sentiment: the same text said by members of two groups. flips: share of different labels;
+                              shift: mean total variation of the probabilities; gap: largest difference between two
+                              groups' mean probability of a label; shift_GROUPS_same: shift within one group
 wrong_CLAUSE                  sentiment: share of texts that a clearly positive (negative) clause makes more negative
-                              (positive); wrong_negation, _negation_of_bad: of good sentences that a negation makes
-                              more positive, of bad ones that it makes more negative
-overlap_order, _case          recommendation: share of the ten best that stay when all but the latest item of the
-                              history are shuffled, or its texts are written in capitals
+                              (positive). wrong_negation: of good sentences that a negation makes more positive;
+                              wrong_negation_of_bad: of bad sentences that it makes more negative
+overlap_order, _case          recommendation: share of the ten best that stay if all but the latest item of the
+                              history are shuffled, or if its texts are in upper case
 """
 
 import re
@@ -36,9 +36,9 @@ Predict = Callable[[list[Any]], list[Any]]
 Change = Callable[[str, np.random.Generator], str]
 
 TYPO_SHARE = 0.3  # of the words of four letters or more
-_TOLERANCE = 0.01  # of a probability: less is no move
+_TOLERANCE = 0.01  # of a probability: smaller changes do not count
 _TOP = 10
-# Written for this probe. Four members each; what groups a name suggests to a reader is all that is meant.
+# Written for this probe, four members each. A group means only what its names suggest to a reader.
 FIRST_NAMES: dict[str, tuple[str, ...]] = {
     "English, women": ("Emily", "Sarah", "Claire", "Laura"),
     "English, men": ("James", "Oliver", "Peter", "Simon"),
@@ -65,7 +65,7 @@ _GROUPS: dict[str, tuple[dict[str, tuple[str, ...]], str]] = {
     "nationalities": (NATIONALITIES, "The {} manager said: {}"),
 }
 _CLAUSES = {"positive": "This is excellent news.", "negative": "This is terrible news."}
-# A model that takes every `not` for bad news is right about the first kind alone.
+# A model that takes every `not` for bad news is right only about the first kind.
 _NEGATIONS = {
     "negation": (
         ("The company reached its targets.", "The company did not reach its targets."),
@@ -91,7 +91,7 @@ _NEGATIONS = {
 
 
 def typos(text: str, random: np.random.Generator) -> str:
-    """In some words of four letters or more two neighbours swapped, or one letter dropped; the first one stays."""
+    """Swap two neighbouring letters, or drop one, in some words of four letters or more; the first letter stays."""
 
     def slip(match: re.Match[str]) -> str:
         word = match[0]
@@ -105,7 +105,7 @@ def typos(text: str, random: np.random.Generator) -> str:
 
 
 def without_punctuation(text: str, random: np.random.Generator) -> str:
-    """Marks gone, but for those inside of numbers (3.5)."""
+    """Remove punctuation, except inside numbers (3.5)."""
     kept = (
         mark
         for place, mark in enumerate(text)
@@ -126,7 +126,7 @@ CHANGES: dict[str, Change] = {
 def measure(
     model: str, predict: Predict, rows: list[Row], judging: ModuleType, tables: Path, *, resamples: int, seed: int
 ) -> dict[str, float]:
-    """The numbers of one model on `rows`, its test rows or a sample of them; none for the base model.
+    """The robustness of one model on `rows`, its test rows or a sample of them; empty for the base model.
 
     predict: inputs → answers. judging: the task's module in `memgpt.tasks`. The same seed gives the same changes.
     """
@@ -152,16 +152,16 @@ def measure(
 
 
 def sample(rows: list[Row], size: int, seed: int) -> list[Row]:
-    """At most `size` of the rows, in their order."""
+    """A random sample of at most `size` rows, in their order."""
     if size >= len(rows):
         return rows
     return [rows[place] for place in sorted(np.random.default_rng(seed).choice(len(rows), size, replace=False))]
 
 
 def changed_row(model: str, row: Row, change: Change, random: np.random.Generator) -> Row:
-    """The row with a change of its text; what is right stays aligned with it.
+    """The row with its text changed; the gold answer stays aligned with it.
 
-    A word that vanishes goes with its tag if it is O; a word of an entity, or a text that would vanish whole, stays.
+    A word that becomes empty is removed if its tag is O; a word of an entity, or a text that would become empty, stays.
     """
     if model == "sentiment":
         text = change(row["input"]["text"], random)
@@ -189,7 +189,7 @@ def _ner(predict: Predict, rows: list[Row], answers: list[Any], random: np.rando
         return words
 
     def renumbered(row: Row) -> list[str]:
-        pairs = zip(row["input"], row["tags"], strict=True)  # a number in a name may be what it is known by
+        pairs = zip(row["input"], row["tags"], strict=True)  # numbers in names stay: they may identify them
         return [re.sub(r"\d", digit, word) if tag == "O" else word for word, tag in pairs]
 
     def digit(_: re.Match[str]) -> str:
@@ -202,7 +202,7 @@ def _ner(predict: Predict, rows: list[Row], answers: list[Any], random: np.rando
 
 
 def _flips(predict: Predict, rows: list[Row], answers: list[Any], changed: list[list[str]]) -> float:
-    """Of the sentences that were changed, the share whose entities lie elsewhere or are of another type."""
+    """Of the sentences that were changed, the share whose entities' places or types differ."""
     places = [place for place, (row, words) in enumerate(zip(rows, changed, strict=True)) if row["input"] != words]
     theirs = predict([changed[place] for place in places])
     moved = [
@@ -213,7 +213,7 @@ def _flips(predict: Predict, rows: list[Row], answers: list[Any], changed: list[
 
 
 def _spans(words: Sequence[str], entities: list[dict[str, Any]]) -> set[tuple[str, int, int]]:
-    """Entities by their words, since letters move."""
+    """Entities by word positions, since character offsets change."""
     places = joined_words(words)
     first, last = {start: i for i, (start, _) in enumerate(places)}, {end: i for i, (_, end) in enumerate(places)}
     return {(entity["type"], first[entity["start"]], last[entity["end"]]) for entity in entities}
@@ -238,7 +238,7 @@ def _bias(predict: Predict, rows: list[Row]) -> dict[str, float]:
 def _said(
     predict: Predict, rows: list[Row], groups: dict[str, tuple[str, ...]], frame: str, shift: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [groups, texts, labels] and labels [groups, texts], text i said by member i + shift of a group."""
+    """Probabilities [groups, texts, labels] and labels [groups, texts]; member i + shift of a group says text i."""
     inputs = [
         {**row["input"], "text": frame.format(members[(i + shift) % len(members)], row["input"]["text"])}
         for members in groups.values()
@@ -251,7 +251,7 @@ def _said(
 
 
 def _variation(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean total variation of distributions [..., labels]: how much probability moves."""
+    """Mean total variation distance between distributions [..., labels]."""
     return float(np.abs(a - b).sum(-1).mean() / 2)
 
 
@@ -277,7 +277,7 @@ def _directions(predict: Predict, rows: list[Row], answers: list[Any]) -> dict[s
 
 
 def _as_texts(rows: list[Row], predict: Predict, tables: Path) -> tuple[list[Row], Predict]:
-    """Readers whose history is given by its texts, and a predictor that leaves out what they have read all the same."""
+    """Readers whose history is given as texts, and a predictor that still leaves out the items they have read."""
     from memgpt.predict.recommendation import item_text
 
     items = rows_of(tables, "recommendation", "items")

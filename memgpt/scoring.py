@@ -1,15 +1,15 @@
-"""Batch scoring: files of texts, a registered version → Parquet parts, in a folder or on S3, that a second run goes on
-with.
+"""Batch scoring: a registered version predicts files of texts and writes Parquet parts to a folder or S3. A second run
+resumes an interrupted one.
 
-Each part has the rows of one chunk, in the order of the input, and is there whole or not at all. `_plan.json` says what
-a run began with, so that another version or other content never mixes in; `_manifest.json` comes last. The columns:
+Each part has the rows of one chunk, in the order of the input, and is written whole or not at all. `_plan.json` records
+what a run began with, so that another version or input is never mixed in. `_manifest.json` comes last. The columns:
 
-    id, topic, time      of the input row, null where it has none; time in UTC
+    id, topic, time      of the input row, null where missing; time in UTC
     text                 of the input row; for recommendation `history`, a list of item ids and texts
-    origin               where the row stands: the file and its line
+    origin               file and line of the row
     base                 nats, tokens, bytes, bits_per_byte
     ner                  entities: a list of {text, type, score, start, end}
-    sentiment            label, score_LABEL for each label, predicted_topic (null if the version learnt no topics)
+    sentiment            label, score_LABEL for each label, predicted_topic (null if trained without topics)
     recommendation       items: a list of {item_id, title, score}
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CHUNK = 2000  # rows
 PLAN, MANIFEST = "_plan.json", "_manifest.json"
-_WORK = Path(".memgpt/score")  # what passes between a version's process and this one
+_WORK = Path(".memgpt/score")  # per target: the lock, and the log of the version's process
 _ENTITY = pa.struct(
     [("text", pa.string()), ("type", pa.string()), ("score", pa.float64()), ("start", pa.int64()), ("end", pa.int64())]
 )
@@ -50,7 +50,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scored:
-    """What a run did. skipped: of the parts, those that were there already."""
+    """The result of a run. skipped: the parts that existed already."""
 
     version: str
     rows: int
@@ -71,11 +71,11 @@ def score(
 ) -> Scored:
     """Score every row at `uri` with the version that `reference` names, into the parts at `target`.
 
-    column: the input's column of texts, if it has none of the usual names. force: first remove what is there.
-    progress: told how many of how many rows are done.
+    column: the input's text column, if it has none of the usual names. force: first remove existing parts.
+    progress: called with the number of rows done and of all rows.
 
     Raises:
-        UserError: for input that cannot be read, naming file and row; for a target that was begun with something else.
+        UserError: for input that cannot be read, naming file and row; for a target with parts from another plan.
     """
     tracking.use()
     client = tracking.client()
@@ -91,13 +91,13 @@ def score(
         "chunk": chunk,
     }
     work = _WORK / hashlib.sha256(target.encode()).hexdigest()[:16]
-    # Of two runs into one target, the second goes on where the first ends.
+    # Of two runs into one target, the second waits and continues where the first ended.
     with tracking.locked(work / "lock"), downloads(files) as cache:
         present = _begin(out, target, plan, force)
         if MANIFEST in present:
             manifest = json.loads(out.read(MANIFEST))
             return Scored(version, manifest["rows"], manifest["parts"], manifest["parts"])
-        # Before any work: a bad row is told at once.
+        # Reads all rows before any scoring, so that a bad row is reported at once.
         total = sum(len(_checked(file, model, column, cache)) for file in files)
         rows = (row for file in files for row in _checked(file, model, column, cache))
         done = parts = skipped = 0
@@ -117,18 +117,18 @@ def score(
 
 
 def labels(client: "MlflowClient", model: str, number: str) -> list[str]:
-    """What a version of sentiment answers with.
+    """The labels of a version of sentiment.
 
     Raises:
-        UserError: if it does not say so.
+        UserError: if it does not name them.
     """
     return json.loads(registry.lineage_tags(client, model, number, ["labels"])["labels"])
 
 
 def find(key: str, uri: str) -> list[dict[str, Any]]:
-    """The data files at a path, a glob, a folder or s3://bucket/prefix, each with what tells its content.
+    """The data files at a path, a glob, a folder or s3://bucket/prefix, each with what identifies its content.
 
-    key: what the URI is called in a message.
+    key: the name of the URI in error messages.
     """
     kind = sources.scheme(key, uri)
     if kind not in ("file", "s3"):
@@ -138,15 +138,15 @@ def find(key: str, uri: str) -> list[dict[str, Any]]:
 
 
 def downloads(files: list[dict[str, Any]]) -> AbstractContextManager[Path | None]:
-    """Where `read` keeps what it downloads of these files, each once: not in the cache of sources, where somebody's
-    texts would stay."""
+    """A folder where `read` keeps its downloads of these files, each once. It is temporary: in the cache of sources,
+    private texts would stay."""
     return atomic.temporary() if any(file["scheme"] == "s3" for file in files) else nullcontext()
 
 
 def read(
     file: dict[str, Any], column: str | None = None, history: bool = False, cache: Path | None = None
 ) -> list[Row]:
-    """The rows of a file that `find` found, as `tables.read_texts` gives them. cache: from `downloads`."""
+    """The rows of a file from `find`, as `tables.read_texts` gives them. cache: from `downloads`."""
     entry = {"uri": file["uri"], "scheme": file["scheme"], "files": [file]}
     if file["scheme"] == "s3":
         assert cache
@@ -160,7 +160,7 @@ def read(
 
 @contextmanager
 def asking(settings: Config, model: str, number: str, work: Path) -> Iterator[Callable[[list[Row]], list[Any]]]:
-    """Rows → answers of a registered version, in a process of its own that loads once.
+    """Rows → answers of a registered version, which loads once, in a separate process.
 
     Raises:
         UserError: if the version does not load or predict.
@@ -240,7 +240,7 @@ def _json(value: Any) -> bytes:
 
 
 class _Place(Protocol):
-    """Named files, each there whole or not at all."""
+    """Named files, each written whole or not at all."""
 
     def names(self) -> set[str]: ...
     def read(self, name: str) -> bytes: ...
@@ -269,7 +269,7 @@ class _Folder:
 
 
 class _Bucket:
-    """An object appears with its last byte."""
+    """S3: an object appears only when it is complete."""
 
     def __init__(self, target: str) -> None:
         from memgpt.sources import s3  # boto3 is slow to import
@@ -306,10 +306,10 @@ def _open(target: str) -> _Place:
 
 
 def _begin(out: _Place, target: str, plan: dict[str, Any], force: bool) -> set[str]:
-    """The names of what is there of this plan already, once the plan is written down.
+    """Write the plan if it is new; return the names of the files that already exist of this plan.
 
     Raises:
-        UserError: saying what differs, if the target holds something else.
+        UserError: saying what differs, if the target has files of another plan.
     """
     present = out.names()
     ours = {name for name in present if name in (PLAN, MANIFEST) or _is_part(name)}
@@ -320,7 +320,7 @@ def _begin(out: _Place, target: str, plan: dict[str, Any], force: bool) -> set[s
         return present
     if ours and not force:
         raise UserError(f"{target}: has {min(ours)} but no {PLAN}; name another output, or start anew with --force")
-    for name in sorted(ours, key=lambda name: name != MANIFEST):  # the manifest first: it promises the others
+    for name in sorted(ours, key=lambda name: name != MANIFEST):  # the manifest first: it vouches for the others
         out.remove(name)
     out.write(PLAN, _json(plan))
     return set()
@@ -331,7 +331,7 @@ def _is_part(name: str) -> bool:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """What the target was begun with, and what it is now, in words; None if nothing differs."""
+    """The first difference between two plans, in words; None if there is none."""
     for key, what in (("version", "version"), ("chunk", "chunks of"), ("column", "column")):
         if old[key] != new[key]:
             return f"{what} {old[key]}, now {new[key]}"

@@ -1,7 +1,7 @@
-"""Which settings of a fine-tuning do best on validation: a search with Optuna, and a range test of the learning rate.
+"""Hyperparameters of a fine-tuning: a search with Optuna, and a range test of the learning rate.
 
-A study is kept in SQLite and goes on where it was stopped, the fine-tuning of a killed trial included. Validation
-decides; the test split is never read.
+A study is stored in SQLite and resumes where it was stopped, including the fine-tuning of a killed trial. Trials are
+scored on validation; the test split is never read.
 """
 
 import copy
@@ -41,7 +41,7 @@ def parse_space(task: str, assignments: list[str]) -> Space:
     """`key=low..high`, the range of a rate or fraction, or `key=a,b,c`; keys of finetune.<task>.
 
     Raises:
-        UserError: for anything else, and for a value that the setting does not take.
+        UserError: for anything else, and for a value that the setting does not accept.
     """
     space: Space = {}
     document = config.read()
@@ -64,20 +64,20 @@ def parse_space(task: str, assignments: list[str]) -> Space:
 
 
 def _settings(task: str, document: Any, assignments: list[str], source: str) -> Finetune:
-    """finetune.<task> of the document, with values as `--set` takes them; the document stays as it is."""
+    """finetune.<task> of the document, with values in the form of `--set`; the document is not changed."""
     changed = config.override(copy.deepcopy(document), [f"finetune.{task}.{each}" for each in assignments], source)
     return getattr(config.parse(changed).finetune, task)
 
 
 def search(task: str, space: Space, trials: int, told: Told) -> "Study":
-    """Go on until the study has `trials` trials that were finished or pruned: worse than the median after an epoch, or
-    of values that do not go together or cannot be trained with.
+    """Continue until the study has `trials` finished or pruned trials. A trial is pruned if it is worse than the median
+    after an epoch, or if its values are incompatible or cannot be trained.
 
-    One study for each question: another space, other settings, data or core begin a new one. told: after each trial,
-    its number, its validation score (None: pruned), its values, and why those could not be trained with.
+    Another space, other settings, data or another core start a new study. told: called after each trial with its
+    number, its validation score (None: pruned), its values, and why they could not be trained.
 
     Raises:
-        UserError: if none of the trials could be finished. The study is forgotten then, and the next call begins anew.
+        UserError: if no trial could be finished. The study is then deleted, so that the next call starts a new one.
     """
     import optuna
     from optuna.trial import TrialState
@@ -98,9 +98,9 @@ def search(task: str, space: Space, trials: int, told: Told) -> "Study":
             direction="maximize",
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
         )
-        # What begins anew in each process draws other values than the trials before it.
+        # The sampler starts anew in each process: another seed, so that it does not repeat the earlier trials' values.
         study.sampler = optuna.samplers.TPESampler(seed=params.seed + len(study.get_trials()))
-        for left in study.get_trials(states=(TrialState.RUNNING,)):  # by a process that died: the lock is ours
+        for left in study.get_trials(states=(TrialState.RUNNING,)):  # of a process that died, since we have the lock
             study.tell(left.number, state=TrialState.FAIL)
             study.enqueue_trial(left.params)
         while len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))) < trials:
@@ -112,10 +112,10 @@ def search(task: str, space: Space, trials: int, told: Told) -> "Study":
                 try:
                     assignments = [f"{key}={value}" for key, value in values.items()]
                     score = _score(trial, task, _settings(task, document, assignments, "--space"))
-                except UserError as error:  # what another trial's values may not run into
+                except UserError as error:  # other values may train
                     score, why = None, str(error)
                     run.tags({"error": why})
-                except Exception:  # a trial that is killed stays open, and is tried again
+                except Exception:  # a killed trial, by contrast, stays open and is tried again
                     study.tell(trial, state=TrialState.FAIL)
                     raise
                 if score is None:
@@ -133,7 +133,7 @@ def search(task: str, space: Space, trials: int, told: Told) -> "Study":
 
 
 def _named(task: str, values: dict[str, Any]) -> dict[str, Any]:
-    """As params.yaml names them."""
+    """The values under their names in params.yaml."""
     return {"finetune": {task: values}}
 
 
@@ -143,7 +143,7 @@ def as_settings(task: str, study: "Study") -> str:
 
 
 def draw(study: "Study", target: Path) -> None:
-    """Score against each setting, a dot per trial."""
+    """Plot the score against each setting, a dot per trial."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,8 +170,8 @@ def draw(study: "Study", target: Path) -> None:
 def range_test(task: str, params: Finetune, steps: int = 100) -> tuple[list[tuple[float, float]], float | None]:
     """The loss while the learning rate rises from 1e-6 to 1 (Smith 2017, arXiv 1506.01186).
 
-    Returns (rate, smoothed loss) of each step until the loss has left its valley, and the rate at its steepest fall;
-    None if it falls by no more than batches differ.
+    Returns (rate, smoothed loss) of each step until the loss has risen far above its minimum, and the rate at its
+    steepest fall; None if it falls by no more than the noise between batches.
     """
     import torch
     from torch.utils.data import DataLoader, RandomSampler
@@ -214,8 +214,8 @@ def range_test(task: str, params: Finetune, steps: int = 100) -> tuple[list[tupl
 
 
 def _smoothed(losses: np.ndarray) -> tuple[np.ndarray, float]:
-    """The mean of the losses around each, weighed by a Gaussian whose deviation is a twentieth of all steps, and how
-    much of such a mean is chance: twice its standard error."""
+    """The losses smoothed by a Gaussian whose standard deviation is a twentieth of all steps, and their noise: twice
+    the standard error of a smoothed loss."""
     steps = np.arange(len(losses))
     weights = np.exp(-0.5 * ((steps[:, None] - steps) / max(1.0, 0.05 * len(losses))) ** 2)
     weights /= weights.sum(1, keepdims=True)
@@ -249,7 +249,7 @@ def _suggest(trial: "Trial", key: str, choice: tuple[float, float] | list[Any]) 
 
 
 def _tried(trial: "Trial | FrozenTrial") -> dict[str, Any]:
-    """A trial's values, of a range with three digits, but not beyond its ends: what is tried is what is printed."""
+    """A trial's values, as tried and printed: those of a range are rounded to three digits, within the range."""
     from optuna.distributions import FloatDistribution
 
     values = dict(trial.params)
@@ -260,7 +260,7 @@ def _tried(trial: "Trial | FrozenTrial") -> dict[str, Any]:
 
 
 def _score(trial: "Trial", task: str, params: Finetune) -> float | None:
-    """Of a fine-tuning with these settings on validation; None if it was pruned."""
+    """The validation score of a fine-tuning with these settings; None if it was pruned."""
     from optuna import TrialPruned
 
     from memgpt.stages import finetune

@@ -1,6 +1,6 @@
-"""At most so many heavy stages at once on a machine, over all checkouts of a user.
+"""Limits the number of heavy stages that run at once on a machine, over all checkouts of a user.
 
-A slot is a locked file: the system drops the lock when its holder dies, however that dies.
+A slot is a locked file: the system releases the lock when its holder ends, however that happens.
 """
 
 import fcntl
@@ -21,13 +21,13 @@ POLL, REMIND = 0.5, 30.0  # seconds
 
 @contextmanager
 def slot(title: str, configured: int | None) -> Iterator[None]:
-    """Wait for a slot and hold it; while waiting, tell who has them.
+    """Wait for a slot and hold it; while waiting, print who holds them.
 
-    title: what others are told about the holder. configured: how many there are, None for no limit; the environment's
-    MEMGPT_SLOTS wins, 0 for no limit.
+    title: the holder's name, as shown to others. configured: the number of slots, None for no limit; the environment
+    variable MEMGPT_SLOTS overrides it, with 0 for no limit.
 
     Raises:
-        UserError: if MEMGPT_SLOTS is no number.
+        UserError: if MEMGPT_SLOTS is not a number.
     """
     limit = _limit(configured)
     if not limit:
@@ -36,7 +36,7 @@ def slot(title: str, configured: int | None) -> Iterator[None]:
     place = environment.shared_folder("slots")
     place.mkdir(parents=True, exist_ok=True)
     held = _wait(place, limit, title)
-    # A child that is forked and not exec'ed would hold the lock on: it closes its copy of the file.
+    # A child that is forked without exec would keep the lock, so it closes its copy of the file.
     os.register_at_fork(after_in_child=held.close)
     with held:
         yield
@@ -52,7 +52,7 @@ def _limit(configured: int | None) -> int | None:
 
 
 def _wait(place: Path, limit: int, title: str) -> IO[str]:
-    """The locked file of a free slot."""
+    """Wait for a free slot and return its locked file."""
     told, last = "", 0.0
     while True:
         holders = []
@@ -63,14 +63,14 @@ def _wait(place: Path, limit: int, title: str) -> IO[str]:
             except BlockingIOError:
                 with file:
                     file.seek(0)
-                    holders.append(file.read() or "another process")  # empty for the moment in which it is written
+                    holders.append(file.read() or "another process")  # empty for the moment of writing
                 continue
             file.truncate(0)
             file.write(f"process {os.getpid()} ({title})")
             file.flush()
             return file
         text = f"waiting for one of {limit} slots: taken by {', '.join(holders)}"
-        # On a terminal the line stays; a log, and the flow's board, which shows a line now and then, hear it again.
+        # A terminal keeps the line. A log, and the flow's board, which shows a line now and then, get it repeatedly.
         if text != told or (time.monotonic() - last > REMIND and not sys.stderr.isatty()):
             print(f"{title.partition(' ')[0]}: {text}", file=sys.stderr, flush=True)
             told, last = text, time.monotonic()

@@ -1,9 +1,8 @@
 """Unlabelled rows: which are most worth labelling by hand, and which the model can label itself.
 
-Active learning: the most uncertain rows are clustered by the model's own features, weighted by their uncertainty, and
-each cluster is represented by its most uncertain row: *Diverse mini-batch active learning* (Zhdanov 2019, arXiv
-1901.05954).
-Self-training: the rows that the model is sure of, with its own labels, as further rows of the training split.
+Active learning: the most uncertain rows are clustered by the model's own features, weighted by their uncertainty. Each
+cluster is represented by its most uncertain row: *Diverse mini-batch active learning* (Zhdanov 2019, arXiv 1901.05954).
+Self-training: confident predictions become labels of further training rows.
 """
 
 from itertools import chain
@@ -23,16 +22,16 @@ from memgpt.sources import formats, naming
 from memgpt.tables import USUAL
 from memgpt.tasks.ner import predicted_tags
 
-_POOL = 10  # uncertain rows to choose from, for each that is asked for
-_LEAST_SURE = 3  # words of a sentence that speak for it
+_POOL = 10  # uncertain rows to choose from, per requested row
+_LEAST_SURE = 3  # the least certain words of a sentence, which represent it
 
 
 def suggest(task: str, directory: Path, path: Path, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """At most `count` rows of the file as {text | tokens, uncertainty, prediction, stands_for, reason, from}, the most
     uncertain first.
 
-    uncertainty: 1 − the largest probability; of ner, mean over the words that are least sure. stands_for: how many
-    of the uncertain rows are most like this one, itself among them. Equal rows are taken once.
+    uncertainty: 1 − the largest probability; for ner its mean over the least certain words. stands_for: the number of
+    uncertain rows that are most like this one, including itself. Equal rows are taken once.
 
     Raises:
         UserError: if the file cannot be read, or has no column of texts (for ner also: of tokens).
@@ -58,13 +57,13 @@ def suggest(task: str, directory: Path, path: Path, count: int, seed: int = 0) -
 
 
 def pseudo_label(task: str, directory: Path, path: Path, least: float) -> tuple[list[dict[str, Any]], int]:
-    """Rows of the file that the model is sure of, as training rows {text, label, topic?} or {tokens, tags}; and how
-    many rows the file has.
+    """The rows of which the model is confident, as training rows {text, label, topic?} or {tokens, tags}; and how many
+    rows the file has.
 
-    least: 1 − the row's `uncertainty`, as in `suggest`, is at least so much.
+    least: the least confidence: 1 − the row's `uncertainty`, as in `suggest`.
 
     Raises:
-        UserError: as `suggest`.
+        UserError: as in `suggest`.
     """
     _, rows, places, read = _read(task, path)
     predictor: Any = predict.load(task, directory)
@@ -80,12 +79,12 @@ def pseudo_label(task: str, directory: Path, path: Path, least: float) -> tuple[
     if topic is not None:
         for row, i in zip(found, kept, strict=True):
             value = read.frame[topic][places[i]]
-            row["topic"] = None if pd.isna(value) else str(value)  # not a number of Parquet's, which JSON does not take
+            row["topic"] = None if pd.isna(value) else str(value)  # JSON takes no numbers as Parquet gives them
     return found, count
 
 
 def _read(task: str, path: Path) -> tuple[str, list[Any], list[int], formats.Rows]:
-    """(name of the column, its values less repeated and empty ones, the row of each, all that the file has)."""
+    """(name of the column, its values without repeated and empty ones, the row of each, the file's content)."""
     if not path.is_file():
         raise UserError(f"{path}: not found; name a file of unlabelled rows")
     if not naming.data_format(path.name):
@@ -117,7 +116,7 @@ def _words(rows: list[Any]) -> list[list[str]]:
 
 @torch.no_grad()
 def _ask(predictor: Any, task: str, rows: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Uncertainty [N] and features [N, D] of each row, read up to the model's window."""
+    """Uncertainty [N] and features [N, D] of each row, truncated to the model's window."""
     model, tokenizer, window = predictor.model, predictor.tokenizer, predictor.model.config.window
     if task == "ner":
         encoded = encode_rows(tokenizer, _words(rows))

@@ -1,7 +1,7 @@
-"""What must hold of each source's tables, as Great Expectations suites.
+"""The checks of each source's tables, as Great Expectations suites.
 
-An expectation sees one table. What relates a table to another (a test text that is also in train or in the corpus, a
-click on an unknown item, a click out of order) is therefore a boolean column that `relate` adds to it beforehand.
+An expectation sees one table. A relation to another table (a test text that is also in train or in the corpus, a
+click on an unknown item, a click out of order) is therefore a boolean column that `relate` adds beforehand.
 """
 
 import re
@@ -27,7 +27,7 @@ from great_expectations.expectations.metrics.map_metric_provider import (
 from memgpt import config, tables
 from memgpt.overlap import HeldOut, normalise
 
-ROW = "row"  # 1-based number of a row in its table, by which a result names it
+ROW = "row"  # column with the 1-based number of a row in its table, by which results name it
 SPLITS = ("train", "validation", "test")
 MAX_SECONDS = 4_102_444_800  # the year 2100
 
@@ -143,7 +143,7 @@ class Outcome:
     success: bool
     checked: int
     unexpected: int
-    rows: list[int]  # 1-based, the first few that do not meet it
+    rows: list[int]  # 1-based, the first few that fail
     observed: float | None = None
 
 
@@ -151,7 +151,7 @@ class Outcome:
 
 
 def schema_checks() -> list[Check]:
-    """On a frame with one row per column: what it should be and what it is."""
+    """Checks of a frame with one row per column: its expected and its actual name and type."""
     pair = gxe.ExpectColumnPairValuesToBeEqual(column_A="expected", column_B="found", ignore_row_if="neither")
     return [Check("schema", "columns and types", None, pair)]
 
@@ -159,7 +159,7 @@ def schema_checks() -> list[Check]:
 def checks(
     source: str, frames: dict[str, pd.DataFrame], labels: list[str] | None, settings: config.Validate
 ) -> list[Check]:
-    """The suite of one source, for frames that `relate` has been over."""
+    """The suite of one source, for frames that `relate` has prepared."""
     if source == "recommendation":
         return list(_recommendation(frames, settings))
     found: list[Check] = []
@@ -230,7 +230,7 @@ def _nulls(table: str, columns: tuple[str, ...]) -> Iterator[Check]:
 
 
 def _never(table: str, name: str, column: str, flag: str, most: float) -> Check:
-    """At most this share of rows has the flag that `relate` computed."""
+    """At most the share `most` of rows has the flag that `relate` computed."""
     return Check(
         table, name, column, gxe.ExpectColumnValuesToBeInSet(column=flag, value_set=[False], mostly=1 - most), most
     )
@@ -246,7 +246,7 @@ def schema_frame(source: str, read: dict[str, pa.Table]) -> pd.DataFrame:
         schema = tables.SCHEMAS[_kind(source, name)]
         for field in schema:
             found = table.schema.field(field.name).type if field.name in table.column_names else "missing"
-            found = field.type if found == field.type else found  # equal also where a list's items have another name
+            found = field.type if found == field.type else found  # equal types may name a list's items differently
             rows.append((f"{name}.{field.name}: {field.type}", f"{name}.{field.name}: {found}"))
         rows += [("", f"{name}.{column}: unexpected") for column in table.column_names if column not in schema.names]
     return _numbered(pd.DataFrame(rows, columns=["expected", "found"]))
@@ -408,7 +408,7 @@ def _outcome(check: Check, result: Any, rows: int) -> Outcome:
 
 
 def _exceptions(info: Any) -> list[dict[str, Any]]:
-    """One dict, or one per metric."""
+    """`info` is one dict, or a dict of one per metric."""
     if not isinstance(info, dict):
         return []
     return [info] if "raised_exception" in info else [value for value in info.values() if isinstance(value, dict)]

@@ -1,4 +1,4 @@
-"""The page for people about one source's validation: self-contained, light and dark, counts but never a row's text."""
+"""The HTML page about one source's validation: self-contained, light and dark, with counts but never a row's text."""
 
 from collections.abc import Mapping
 from html import escape
@@ -23,7 +23,7 @@ p.note { color: var(--dim) }
 
 
 def render(report: Mapping[str, Any], pictures: Mapping[str, Mapping[str, int]]) -> str:
-    """HTML of a report as `validate` writes it, with one bar picture per entry of `pictures` (title → bar → count)."""
+    """HTML of a report as `validate` writes it, with one bar chart per entry of `pictures` (title → bar → count)."""
     source, failed = report["source"], report["failed"]
     verdict = (
         f'<span class="pass">All {report["checks"]} checks passed.</span>'
