@@ -1,4 +1,4 @@
-"""The tables of the pipeline: their columns, how a source's rows become them, and how rows without a split get one."""
+"""The tables of the pipeline: their columns, how a source's rows are converted, how rows without a split get one."""
 
 import ast
 import contextlib
@@ -80,15 +80,15 @@ LICENCE_COLUMNS = ("license", "licence")
 _LONGEST_NAME = 64  # characters of a column's name
 MILLISECONDS = 10**11  # a numeric time above this is in milliseconds: as seconds it would be after the year 5000
 
-_DAY = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240531; seconds would be of 1970
-_DAY_OR_MONTH_FIRST = re.compile(r"\d{1,2}[-/.]\d{1,2}[-/.]\d")  # 03/04/2024: nobody can tell
+_DAY = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240531; as seconds it would be in 1970
+_DAY_OR_MONTH_FIRST = re.compile(r"\d{1,2}[-/.]\d{1,2}[-/.]\d")  # 03/04/2024 is ambiguous
 
 _BIO = re.compile(r"O|[BI]-\S+")
 
 
 @dataclass(frozen=True)
 class Built:
-    """What one source became: table name → rows, and what the manifest says about them."""
+    """The result for one source: table name → rows, and what the manifest records about them."""
 
     tables: dict[str, pa.Table]
     labels: list[str] | None
@@ -100,7 +100,7 @@ def build(name: str, parts: Iterable[Part], source: config.Source, settings: con
     """The tables of one source.
 
     Raises:
-        UserError: naming the file and row of what cannot become a row of the table.
+        UserError: naming the file and row of what cannot be converted to a row of the table.
     """
     read = [formats.read(part, name) for part in parts]
     if name == "recommendation":
@@ -144,7 +144,7 @@ def write(table: pa.Table, path: Path | IO[bytes]) -> None:
 
 
 def content_hash(name: str, row: dict[str, Any]) -> str:
-    """Hex sha256 of what the row says (not of its labels), normalised: copies of a text share a split."""
+    """Hex sha256 of the row's normalised text, without its labels, so that copies of a text share a split."""
     text = " ".join(row["tokens"]) if name == "ner" else row["text"] or ""
     return hashlib.sha256((normalise(text) or text).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -152,8 +152,8 @@ def content_hash(name: str, row: dict[str, Any]) -> str:
 def _complete(
     name: str, splits: dict[str, list[dict[str, Any]]], settings: config.Ingest
 ) -> dict[str, list[dict[str, Any]]]:
-    """Keep the splits that the source has; what is missing is split off by content hash, so that rows never move as
-    data grows. The corpus needs no test split."""
+    """Keep the splits that the source has. Missing ones are split off by content hash, so that rows never change split
+    as data grows. The corpus needs no test split."""
     rest = splits.pop(WHOLE, None) or splits.pop("train", [])
     fractions = {"test": settings.test_fraction, "validation": settings.validation_fraction}
     if name == "corpus":
@@ -226,7 +226,7 @@ def _table(name: str, rows: list[dict[str, Any]]) -> pa.Table:
 def _columns(name: str, table: str, rows: Rows, mapping: Mapping[str, str | None]) -> dict[str, str]:
     """Our column → the source's, for the columns that the rows have."""
     has = [str(column) for column in rows.frame.columns]
-    taken = {mapping[column] for column in USUAL[table] if column in mapping}  # and not found by chance under another
+    taken = {mapping[column] for column in USUAL[table] if column in mapping}  # not for other columns
     found: dict[str, str] = {}
     for column, usual in USUAL[table].items():
         asked = mapping.get(column)
@@ -254,7 +254,7 @@ def _columns(name: str, table: str, rows: Rows, mapping: Mapping[str, str | None
 
 
 def _listed(columns: list[str]) -> str:
-    """The columns of a file, for a message; without a header line they are somebody's text, which is not shown."""
+    """The columns of a file, for an error message. Without a header line they are private text, which is not shown."""
     if any(len(column) > _LONGEST_NAME for column in columns):
         return "a first line that does not look like names of columns; a file begins with such a line"
     return ", ".join(columns)
@@ -281,7 +281,7 @@ def _present(value: Any) -> bool:
 
 
 def _string(value: Any) -> str | None:
-    """As text: 3 and 3.0 are both "3"; absent is None. Lone surrogates, which JSON lets in, become U+FFFD."""
+    """As text: 3 and 3.0 become "3", a missing value None. Lone surrogates, which JSON allows, become U+FFFD."""
     if not _present(value):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -332,12 +332,12 @@ def _ner_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
         yield {"id": _string(identity), "tokens": tokens, "tags": tags, "at": rows.at(index)}
 
 
-_ENDS = {"E": "I", "L": "I", "S": "B", "U": "B"}  # of BIOES and BILOU in BIO
+_ENDS = {"E": "I", "L": "I", "S": "B", "U": "B"}  # marks of BIOES and BILOU → BIO
 
 
 def _as_bio(sentences: list[list[str]]) -> list[list[str]]:
-    """The tags of a file in the schemes that say the same as BIO: BIOES, BILOU, and IOB1, where entities begin with I-
-    and with B- only beside another of their type. Others stay as they are: `bio_error` says what is wrong."""
+    """The tags of a file, converted to BIO from the equivalent schemes BIOES, BILOU and IOB1, where entities begin with
+    I-, and with B- only right after another of their type. Other tags are kept: `bio_error` says what is wrong."""
     if any(tag[1:2] == "-" and tag[0] in _ENDS for tags in sentences for tag in tags):
         return [[_ENDS.get(tag[0], tag[0]) + tag[1:] if tag[1:2] == "-" else tag for tag in tags] for tags in sentences]
     starts = [[tag[:2] for before, tag in pairwise(["O", *tags]) if _starts(before, tag)] for tags in sentences]
@@ -349,12 +349,12 @@ def _as_bio(sentences: list[list[str]]) -> list[list[str]]:
 
 
 def _starts(before: str, tag: str) -> bool:
-    """Whether an entity begins at a tag that follows another one, of no type or of another."""
+    """Whether an entity begins at `tag` because the tag before it has no type or another one."""
     return tag[:2] in ("B-", "I-") and before[2:] != tag[2:]
 
 
 def _sequence(value: Any, rows: Rows, index: int, column: str) -> list[str]:
-    """A list of strings; a cell of text is a list in JSON or Python, or words separated by white space."""
+    """A list of strings. A text cell is parsed as a JSON or Python list, else split at white space."""
     if isinstance(value, str) and value.startswith("["):
         for parse in (json.loads, ast.literal_eval):  # as Python and pandas write lists
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
@@ -432,12 +432,12 @@ def _recommendation(read: list[Rows], source: config.Source) -> Built:
 
 
 def read_texts(part: Part, column: str | None = None, history: bool = False) -> list[dict[str, Any]]:
-    """Rows {id, text, topic, time, at} of a file without labels; at: where the row stands. What a row lacks is None.
+    """Rows {id, text, topic, time, at} of a file without labels; at: file and line. What is missing is None.
 
-    column: of the texts, if it has none of its usual names. history: {id, history, …} instead, lists of strings.
+    column: the text column, if it has none of the usual names. history: rows have `history`, lists of strings, instead.
 
     Raises:
-        UserError: naming the file, or the row, that cannot be read so.
+        UserError: naming the file or row that cannot be read.
     """
     rows = formats.read(part)
     main = "history" if history else "text"
@@ -463,10 +463,10 @@ def read_texts(part: Part, column: str | None = None, history: bool = False) -> 
 
 def read_items(path: Path, columns: Mapping[str, str | None]) -> list[dict[str, Any]]:
     """Rows of the items table from a file in any of the formats. columns: ours → the file's, as in
-    data.recommendation.columns; those of interactions do not count.
+    data.recommendation.columns; those of interactions are ignored.
 
     Raises:
-        UserError: naming the file and row of an item without id or title, or with the id of another.
+        UserError: naming the file and row of an item without id or title, or with the id of another item.
     """
     if not path.is_file() or not naming.data_format(path.name):
         raise UserError(f"{path}: no such file, or not one of .{', .'.join(naming.FORMATS)}, each also .gz")
@@ -497,11 +497,11 @@ def _items(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
 
 
 def _joined(value: Any, separator: str) -> str:
-    """A|B or a list as one string."""
+    """A|B, or a list, as one string with `separator`."""
     if not isinstance(value, str) and hasattr(value, "__iter__"):
         return separator.join(_string(item) or "" for item in value)
     text = _string(value) or ""
-    # prose may hold a lone |; a list joined with it has no blanks around it
+    # prose may contain a |, but with spaces around it; a joined list has none
     return separator.join(text.split("|")) if "|" in text and " | " not in text else text
 
 
@@ -535,11 +535,11 @@ def _seconds(value: Any, rows: Rows, index: int, column: str) -> int:
 
 
 def leave_last_out(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """A user's last interaction → test, the one before → validation, the rest → train; ties go by item id. A user with
-    fewer than three stays in train. Sorted by user, time and item.
+    """Each user's last interaction → test, the one before → validation, the rest → train; ties are broken by item id.
+    A user with fewer than three stays in train. Sorted by user, time and item.
 
-    Of a user's interactions with one item the first counts: what was read is not offered again, so that the next item
-    could never be found if it had been read before.
+    Of a user's interactions with one item only the first counts. Items already read are not offered again, so a next
+    item that had been read before could never be found.
     """
     first: dict[tuple[str, str], dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: (row["user_id"], row["timestamp"], row["item_id"])):

@@ -1,11 +1,11 @@
-"""MLflow runs. Unconfigured, all is in `mlflow.db` and `mlartifacts/` of the repository. MLFLOW_TRACKING_URI points
-elsewhere: a server, or a database, for which MLFLOW_DEFAULT_ARTIFACT_ROOT says where artifacts go.
+"""MLflow runs. By default all is in `mlflow.db` and `mlartifacts/` of the repository. MLFLOW_TRACKING_URI names a
+server instead, or a database, for which MLFLOW_DEFAULT_ARTIFACT_ROOT says where artifacts go.
 
     tracking.use()
     with tracking.stage_run("finetune", "ner", {"finetune": {"ner": params}}) as run:
         run.metrics(stage(...))
 
-MLflow is imported on first use (1.5 s); explicit run ids throughout, never its process-wide active run.
+MLflow is imported on first use (1.5 s). Run ids are always explicit; its process-wide active run is never used.
 """
 
 import fcntl
@@ -39,22 +39,22 @@ PROMOTIONS = "promotions"  # the experiment of promotion records, one run per de
 PARENT = "MEMGPT_PARENT_RUN"  # environment: the flow's run, under which stage runs nest
 LOCAL = Path(".memgpt")
 
-PAUSES = (1, 2, 4, 8, 15, 30, 60)  # seconds to wait before something is tried again: two minutes in all
-NO_SERVER, NO_DATABASE = "no MLflow server answers", "no database there"  # it may be there again in a minute
-_TURN = 6_368_110  # any number that no other program locks
+PAUSES = (1, 2, 4, 8, 15, 30, 60)  # seconds between retries, two minutes in all
+NO_SERVER, NO_DATABASE = "no MLflow server answers", "no database there"  # both may be temporary
+_TURN = 6_368_110  # id of the database lock: any number that no other program locks
 _BATCH = 1000  # metrics in one request, MLflow's limit
-_NAME = re.compile(r"[^\w.\- /]")  # what MLflow refuses in a metric's name
+_NAME = re.compile(r"[^\w.\- /]")  # characters that MLflow refuses in a metric's name
 
 
 class Away(UserError):
-    """The tracking server does not answer, or the store of the artifacts."""
+    """The tracking server or the artifact store does not answer."""
 
 
 def patiently(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call MLflow; again, for two minutes, while its server or its store is away.
+    """Call MLflow; retry for two minutes while its server or artifact store does not answer.
 
     Raises:
-        Away: if it stays away.
+        Away: if it still does not answer.
     """
     for pause in (*PAUSES, None):
         try:
@@ -70,13 +70,13 @@ def patiently(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def away(error: Exception) -> Away | None:
-    """What an error of MLflow means, if it is that its server or the store of the artifacts does not answer."""
+    """The error in one line if it means that MLflow's server or the artifact store does not answer, else None."""
     told = explained(error)
     return told if isinstance(told, Away) else None
 
 
 def explained(error: Exception) -> UserError | None:
-    """What an error of MLflow means in one line, if it is its server's or the artifact store's, which may be away."""
+    """The error in one line if the artifact store or the connection to MLflow's server caused it, else None."""
     if isinstance(error, Away):
         return error
     if type(error).__module__.startswith(("botocore.", "boto3.")):
@@ -89,7 +89,7 @@ def explained(error: Exception) -> UserError | None:
 
 
 def _no_store(error: Exception) -> bool:
-    """Whether an error of boto3 is that the store does not answer, or has too much to do."""
+    """Whether an error of boto3 means that the store does not answer or is overloaded."""
     from boto3.exceptions import RetriesExceededError, S3UploadFailedError
     from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
 
@@ -108,8 +108,8 @@ def _no_answer(uri: str, reason: object) -> Away:
 
 
 def location(root: Path | str | None = None) -> str:
-    """The URI of the tracking store, with `root` as in `use`; a file's is absolute, since versions are loaded in
-    processes that work elsewhere."""
+    """The URI of the tracking store, with `root` as in `use`. A file's path is absolute, since versions are loaded in
+    processes with other working directories."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///"):
         root = Path(root or os.environ.get("DVC_ROOT") or ".").resolve()
@@ -118,12 +118,12 @@ def location(root: Path | str | None = None) -> str:
 
 
 def use(root: Path | str | None = None) -> str:
-    """Make the tracking store ready and return its URI; cheap when it is.
+    """Make the tracking store ready and return its URI; cheap if it already is.
 
-    root: of the checkout; by default this folder, or the one whose queued experiment DVC runs in a folder of its own.
+    root: the checkout's; by default this folder, or, in a queued experiment's own folder, the checkout it is from.
 
-    A fresh SQLite file is built aside and renamed, under a lock: two first uses at once would otherwise both migrate
-    it and one would die; a kill half-way leaves none.
+    A new SQLite file is created under another name, with a lock, and then renamed. Otherwise two first uses at once
+    would both migrate it and one would fail. A kill half-way leaves no file.
 
     Raises:
         UserError: if the configured server or database cannot be reached.
@@ -155,20 +155,20 @@ def client() -> "MlflowClient":
 
 
 def experiment(name: str) -> str:
-    """The experiment's id; created if need be, with artifacts at an explicit place (MLflow fixes it at creation)."""
+    """The experiment's id. It is created if needed, with an explicit artifact location, which then stays."""
     return _experiment(client(), name, _artifacts(os.environ.get("MLFLOW_TRACKING_URI", "")))
 
 
 def home() -> Path:
-    """Where processes that share the tracking store meet on this machine: beside its database file; if that is
-    elsewhere, in the user's cache, or here where there is none to write to."""
+    """The folder for locks of the processes on this machine that share the tracking store: beside its SQLite file; for
+    other stores in the user's cache, or, if that is not writable, in this folder."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith("sqlite:///"):
         return Path(uri.removeprefix("sqlite:///")).parent / LOCAL
     try:
         folder = environment.shared_folder("registries") / hashlib.sha256(uri.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the latter: a user without a home
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return LOCAL
     return folder
 
@@ -200,7 +200,7 @@ class Run:
         patiently(self.curve, [{**metrics, "step": step}])
 
     def curve(self, points: list[dict[str, float]]) -> None:
-        """Many points at once: each a mapping of metrics with its `step`, such as a Trainer's log history."""
+        """Log many points at once, each a mapping of metrics with its `step`, such as a Trainer's log history."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -214,10 +214,10 @@ class Run:
             self.client.log_batch(self.id, metrics=entries[start : start + _BATCH])
 
     def inputs(self, sources: Iterable[str], context: str) -> None:
-        """The tables that the run reads, as MLflow's datasets; a source without tables is passed over.
+        """Log the tables that the run reads as MLflow datasets; a source without tables is skipped.
 
-        context: what for, such as "training". The digest is the start of the one in lineage.json: MLflow holds 36
-        characters.
+        context: their purpose, such as "training". The digest is the start of the one in lineage.json, since MLflow
+        allows 36 characters.
         """
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -240,8 +240,8 @@ class Run:
 
     @contextmanager
     def machine(self) -> Iterator[None]:
-        """Log meanwhile what the machine does, every ten seconds: `system/` CPU, memory, disk, network, GPU. It is the
-        whole machine, other processes included; a run that is over sooner has none."""
+        """Meanwhile log the machine's usage every ten seconds under `system/`: CPU, memory, disk, network, GPU. It is
+        that of the whole machine, including other processes; a shorter run has none."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(self.id)
@@ -264,9 +264,9 @@ class Run:
 def stage_run(
     stage: str, item: str | None = None, params: Mapping[str, Any] | None = None, parent: str | None = None
 ) -> Iterator[Run]:
-    """One run around a stage: FINISHED, or FAILED with the error's text as a tag; nested under `parent`, by default
-    the flow's run (MEMGPT_PARENT_RUN). Runs of the same stage that a killed process of this machine left open are
-    closed as KILLED.
+    """One run around a stage, nested under `parent`, by default the flow's run (MEMGPT_PARENT_RUN). It ends FINISHED,
+    or FAILED (KILLED if interrupted) with the error's text as a tag. Runs of the same stage that a killed process on
+    this machine left open are closed as KILLED.
 
     Raises:
         Away: if the tracking server cannot be reached.
@@ -290,7 +290,7 @@ def stage_run(
     except Away:
         raise
     except BaseException as error:
-        with suppress(Away):  # what went wrong first is told
+        with suppress(Away):  # the first error is the one to report
             run.tags({"error": f"{type(error).__name__}: {error}"[:1000]})
             run.end("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
@@ -300,7 +300,7 @@ def stage_run(
 
 @contextmanager
 def flow_run(name: str, params: Mapping[str, Any] | None = None) -> Iterator[Run]:
-    """The run that a flow's stage runs nest under: sets MEMGPT_PARENT_RUN for child processes while it lasts."""
+    """The run under which a flow's stage runs are nested; sets MEMGPT_PARENT_RUN for child processes meanwhile."""
     before = os.environ.pop(PARENT, None)
     with stage_run(name, params=params) as run:
         os.environ[PARENT] = run.id
@@ -321,20 +321,20 @@ def _create(database: Path) -> None:
     fresh = MlflowClient(tracking_uri=f"sqlite:///{aside}")
     for name in (STAGES, PROMOTIONS):
         _experiment(fresh, name, _artifacts(f"sqlite:///{database}"))
-    fresh.search_registered_models(max_results=1)  # the registry's store checks its tables too
+    fresh.search_registered_models(max_results=1)  # the registry also checks its tables at first use
     aside.rename(database)
 
 
 @cache
 def _take_turns(uri: str) -> None:
-    """Make MLflow's tables in a PostgreSQL database if it has none, one process of all machines at a time: of three
-    first uses at once, two would die."""
+    """Create MLflow's tables in a PostgreSQL database if it has none, one process at a time over all machines. Of three
+    first uses at once, two would otherwise fail."""
     import sqlalchemy
     from mlflow import MlflowClient
 
     try:
         with sqlalchemy.create_engine(uri, connect_args={"connect_timeout": 10}).connect() as connection:
-            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_TURN})"))  # until the connection ends
+            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_lock({_TURN})"))  # held until the connection ends
             first = MlflowClient(tracking_uri=uri)
             first.search_experiments(max_results=1)
             first.search_registered_models(max_results=1)
@@ -349,8 +349,8 @@ def _take_turns(uri: str) -> None:
 
 
 def shown(uri: str) -> str:
-    """Without a password or a token."""
-    uri = re.sub(r"//([^/@:]*):.*@", r"//\1:***@", uri)  # to the last @: a password may have one, or a slash
+    """The URI without a password or token, for display."""
+    uri = re.sub(r"//([^/@:]*):.*@", r"//\1:***@", uri)  # up to the last @: a password may contain @ or /
     uri = re.sub(r"^(https?)://[^/@:]+@", r"\1://***@", uri)
     return re.sub(r"([?&]password=)[^&]*", r"\1***", uri)
 
@@ -375,7 +375,7 @@ def _experiment(mlflow_client: "MlflowClient", name: str, artifacts: str | None)
 
 
 def _artifacts(uri: str) -> str | None:
-    """Where an experiment's artifacts go: a server decides by itself; a database says nothing, so we do."""
+    """Where an experiment's artifacts go. A server decides itself (None); a database does not, so we do."""
     if uri.startswith(("http://", "https://")):
         return None
     configured = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT")
@@ -386,10 +386,10 @@ def _artifacts(uri: str) -> str | None:
 
 
 def no_server(url: str, seconds: float = 10) -> str | None:
-    """Why no server answers at a URL; None if one does, whatever it thinks of us: a proxy may guard /health."""
+    """Why no server answers at a URL; None if one does, even by refusing access, since a proxy may guard /health."""
     try:
         parts = urllib.parse.urlsplit(url)
-        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # urllib takes a password for a host
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # a password would be taken for a host
         with urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=seconds):
             return None
     except urllib.error.HTTPError as error:
