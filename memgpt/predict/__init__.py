@@ -1,11 +1,11 @@
-"""Input → answer, one file per model. It imports the core only: the two are packaged with every version."""
+"""Input → answer, one file per model. Imports only the core (`memgpt.model`); both are packaged with every version."""
 
 from pathlib import Path
 from typing import Any, Protocol
 
 
 class Predictor(Protocol):
-    """What every file here offers under the same name."""
+    """The interface of the class `Predictor` in each model's file."""
 
     model: Any
 
@@ -23,9 +23,9 @@ def load(
 ) -> Predictor:
     """The predictor of `base`, `ner`, `sentiment` or `recommendation` from a model directory.
 
-    memory: where its table is kept, as in `memgpt.model.residency.load`. weights, compile, padding: as in
-    `memgpt.model.serving.accelerate`. By default the answers are those that were judged, to the last digit; "bfloat16"
-    is faster and moves a probability by some thousandths.
+    memory: where the memory's table is kept, as in `memgpt.model.residency.load`. weights, compile, padding: as in
+    `memgpt.model.serving.accelerate`. The defaults reproduce the evaluated answers to the last digit; "bfloat16" is
+    faster and changes a probability by some thousandths.
     """
     from importlib import import_module
 
@@ -33,6 +33,6 @@ def load(
     if weights != "float32" or compile or not padding:
         from memgpt.model.serving import accelerate
 
-        for model in getattr(predictor.model, "members", [predictor.model]):  # of an ensemble
+        for model in getattr(predictor.model, "members", [predictor.model]):  # members: of an ensemble
             accelerate(model, weights, compile, padding)
     return predictor

@@ -10,8 +10,8 @@ from memgpt.model import MemGPTForCausalLM
 from memgpt.model.residency import Residency, load
 from memgpt.predict.batching import batch_size, by_length, encode, pad
 
-LOGITS = 1 << 26  # of a batch, at most: 256 MB
-WINDOW = 512  # tokens read at once; the first of the next window is predicted from the last of this one alone
+LOGITS = 1 << 26  # at most in a batch: 256 MB
+WINDOW = 512  # tokens predicted at once; a window's first token is predicted from the token before it only
 
 
 class Predictor:

@@ -10,7 +10,7 @@ TOKENS_PER_BATCH = 8192  # padding included
 
 
 def by_length(rows: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:
-    """Indices of rows in batches of similar length, longest first, each at most `tokens` with its padding."""
+    """Indices of rows in batches of similar length, longest first, each of at most `tokens` tokens with padding."""
     order = sorted(range(len(rows)), key=lambda row: (-len(rows[row]), row))
     batch: list[int] = []
     for row in order:
@@ -23,20 +23,20 @@ def by_length(rows: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> 
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[Any], window: int | None = None) -> list[list[int]]:
-    """Texts → their ids, cut at `window`; what looks like a special token is text."""
-    if not texts:  # which the tokenizer does not take
+    """Texts → their token ids, truncated to `window`; what looks like a special token is read as text."""
+    if not texts:  # the tokenizer does not accept an empty list
         return []
     ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return [row[:window] for row in ids]
 
 
 def batch_size(model: PreTrainedModel) -> int:
-    """Tokens that a model reads at once: of an accelerated one on a CPU as many as stay in its cache."""
+    """Tokens per batch; for a bfloat16 model on a CPU as many as stay in the processor's cache."""
     return 2048 if model.device.type == "cpu" and model.dtype == torch.bfloat16 else TOKENS_PER_BATCH
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-    """Rows of ids → input_ids and attention_mask [B, T]; an empty row becomes one padding token that is read."""
+    """Rows of ids → input_ids and attention_mask [B, T]; an empty row becomes one attended padding token."""
     width = max(1, *(len(row) for row in rows)) if rows else 1
     ids = torch.full((len(rows), width), value)
     mask = torch.zeros((len(rows), width), dtype=torch.long)

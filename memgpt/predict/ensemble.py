@@ -1,6 +1,6 @@
 """Several fine-tunings of one task whose probabilities are averaged: a deep ensemble (arXiv 1612.01474).
 
-Its model directory is the first member's, with those of the others in it.
+Its model directory is the first member's, and contains those of the others.
 """
 
 import math
@@ -15,18 +15,18 @@ from memgpt.model import residency
 
 
 def directories(directory: Path | str) -> list[Path]:
-    """Those of the members, the first of which is the directory itself."""
+    """The members' directories; the first is `directory` itself."""
     return [Path(directory), *sorted(Path(directory).glob("member-*"))]
 
 
 def load(kind: type[PreTrainedModel], directory: Path | str, memory: residency.Residency, device: str) -> Any:
-    """The model in `directory`, or its members as one."""
+    """The model in `directory`, or an `Ensemble` if it has several members."""
     members = [residency.load(kind, place, memory).to(device).eval() for place in directories(directory)]
     return members[0] if len(members) == 1 else Ensemble(members)
 
 
 class Ensemble(nn.Module):
-    """Members that give labels, as one model to ask; `config` is the first's."""
+    """Several classifiers as one model; `config` is the first's."""
 
     def __init__(self, members: list[PreTrainedModel]):
         super().__init__()
@@ -42,8 +42,8 @@ class Ensemble(nn.Module):
         return next(self.parameters()).dtype
 
     def forward(self, input_ids: torch.Tensor, **arguments: Any) -> Any:
-        """The first's output, with logits that at `config.label_temperature` are the mean of all probabilities, each
-        member's at its own."""
+        """The first's output, with combined logits: at `config.label_temperature` they give the mean of the members'
+        probabilities, each at its own temperature."""
         outputs = [member(input_ids, **arguments) for member in self.members]
         answer = outputs[0]
         tempered = [o.logits / m.config.label_temperature for o, m in zip(outputs, self.members, strict=True)]
@@ -54,5 +54,5 @@ class Ensemble(nn.Module):
 
 
 def _mean(logits: list[torch.Tensor]) -> torch.Tensor:
-    """Of the probabilities, as their logarithm."""
+    """The logarithm of the mean probabilities."""
     return torch.stack([each.float().log_softmax(-1) for each in logits]).logsumexp(0) - math.log(len(logits))

@@ -1,4 +1,4 @@
-"""Text → named entities with their place in it."""
+"""Text → named entities with their offsets."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -22,12 +22,12 @@ class Predictor:
         self.model = load(MemGPTForTokenClassification, directory, memory, device)
 
     def predict(self, inputs: list[str | list[str]]) -> list[list[dict[str, Any]]]:
-        """Per text, its entities as {text, type, score, start, end} in order of place.
+        """Per text, its entities as {text, type, score, start, end} in text order.
 
-        A list of words counts as their text with single spaces between. A text longer than the model's window is read
-        in overlapping windows; each word is judged in the one that shows most of its surroundings, and the tags of all
-        words are chosen together, so that no entity is cut where two windows meet. score: geometric mean of the
-        probabilities of its words' tags, which may be below one half (`outside_bias` of the model's configuration).
+        A list of words counts as their text joined by single spaces. A text longer than the model's window is read in
+        overlapping windows. Each word is scored in the one with the most context around it, and the tags of all words
+        are chosen jointly, so that no entity is cut where two windows meet. score: geometric mean of the probabilities
+        of its words' tags; it may be below one half (`outside_bias` of the model's configuration).
         """
         texts = [text if isinstance(text, str) else " ".join(text) for text in inputs]
         places = [split_words(t) if isinstance(t, str) else joined_words(t) for t in inputs]
@@ -52,7 +52,7 @@ class Predictor:
 def word_scores(
     model: MemGPTForTokenClassification, tokenizer: PreTrainedTokenizerFast, words: Sequence[Sequence[str]]
 ) -> list[np.ndarray]:
-    """The words of each text → log-probabilities [words, L] of each text."""
+    """The words of each text → log-probabilities [words, L] per text."""
     size, count = model.config.window, model.config.num_labels
     encoded = encode_rows(tokenizer, words)
     lengths = [np.array([len(piece) for piece in pieces], dtype=int) for pieces in encoded]
@@ -71,7 +71,7 @@ def word_scores(
         for row, i in enumerate(batch):
             text, first, last = jobs[i]
             starts = lengths[text][first:last].cumsum() - lengths[text][first:last]
-            shown = np.minimum(np.arange(last - first), np.arange(last - first)[::-1])  # words on its poorer side
+            shown = np.minimum(np.arange(last - first), np.arange(last - first)[::-1])  # words on its shorter side
             better = shown > context[text][first:last]
             context[text][first:last][better] = shown[better]
             scores[text][first:last][better] = read[row, starts[better]]

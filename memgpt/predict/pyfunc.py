@@ -1,14 +1,14 @@
 """The registered model as MLflow loads it: this file is logged as the model's code, with `memgpt` beside it.
 
-The type hints are the contract: MLflow derives the signature from them and refuses other input before `predict` runs.
-Over REST the body is `{"inputs": [...]}`. Sentiment takes text with or without topic, a union that MLflow records as
-"any"; its members are checked here. Ner also takes words that are already split: `params={"separator": " "}` says that
-each text is split at exactly that one character; offsets then refer to the text as given.
+The type hints are the contract: MLflow derives the signature from them and rejects other input before `predict` runs.
+Over REST the body is `{"inputs": [...]}`. Sentiment takes texts with or without topic, a union that MLflow records as
+"any", so its members are checked here. Ner also takes words that are already split: with `params={"separator": " "}`
+each text is split at exactly that one character, and offsets refer to the text as given.
 """
 
 from typing import Any
 
-from mlflow.exceptions import MlflowException  # the server passes its message on, and hides others'
+from mlflow.exceptions import MlflowException  # the server shows its message, but not those of others
 from mlflow.models import ModelConfig, set_model
 from mlflow.pyfunc import PythonModel
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +19,7 @@ class Record(BaseModel):
 
 
 class Likelihood(Record):
-    """Of a text: nats and tokens in all, bits per byte of its UTF-8."""
+    """Total nats and tokens of a text, and bits per byte of its UTF-8."""
 
     nats: float
     tokens: int
@@ -43,7 +43,7 @@ class TopicalText(Record):
 
 
 class Opinion(Record):
-    """topic: as it was given; predicted_topic: only of a model that learnt topics."""
+    """topic: as given; predicted_topic: only from a model trained with topics."""
 
     label: str
     scores: dict[str, float]
@@ -52,8 +52,8 @@ class Opinion(Record):
 
 
 class Reader(Record):
-    """history, oldest first, and candidates (null: every known item) hold item ids or texts of items never seen.
-    rerank=False ranks by the texts alone."""
+    """history (oldest first) and candidates (null: every known item) hold item ids, or texts of unknown items.
+    rerank=False ranks by text match only."""
 
     history: list[str]
     k: int = Field(default=10, ge=1)

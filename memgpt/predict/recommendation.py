@@ -1,8 +1,8 @@
-"""What a reader has read → what to offer next: by what the items say, and by what readers did with them.
+"""A reader's history → the items to offer next, by the items' texts and by the behaviour of all readers.
 
 A model directory holds its item index, so that items are encoded once and can be added without training: `items.json`
 (ids, titles, how often each was chosen, the weights of the ranking) and `items.safetensors` (the tensors of `Index`).
-`tastes.safetensors` has the weights that read a history of choices.
+`tastes.safetensors` has the weights of the head that derives a reader's taste from the history.
 """
 
 import copy
@@ -21,19 +21,19 @@ from memgpt.predict.batching import batch_size, by_length, encode, pad
 
 INDEX, VECTORS, TASTES = "items.json", "items.safetensors", "tastes.safetensors"
 SIGNALS = ("match", "taste", "popularity", "recency", "follows", "covisits")
-LATEST = 10  # items of a history whose neighbours count
-TASTE_HISTORY = 50  # items of a history that tell a reader's taste
+LATEST = 10  # latest items of a history whose co-visited items count
+TASTE_HISTORY = 50  # latest items of a history that determine a reader's taste
 
 
 @dataclass
 class Index:
     """The catalogue of N items.
 
-    vectors [N, P]: what the items say. tastes [N, P]: the same, moved to where their readers' choices put them.
-    counts: how often each was chosen in train. idle [N]: days since it last was; the median for an item that never was,
-    which says nothing about it. starts [N + 1], columns, values: the rows of a sparse matrix of co-visitation, how near
-    and how often readers of the row's item chose the column's.
-    weights: of the `SIGNALS`, learned on validation; None ranks by the texts alone.
+    vectors [N, P]: encoded texts. tastes [N, P]: the same, plus offsets learned from readers' choices.
+    counts: how often each was chosen in train. idle [N]: days since it was last chosen; for an item never chosen the
+    median, which is neutral. starts [N + 1], columns, values: a sparse matrix of co-visitation (CSR): how near in the
+    history, and how often, readers of the row's item chose the column's.
+    weights: of the `SIGNALS`, learned on validation; None ranks by text match only.
     """
 
     ids: list[str]
@@ -61,7 +61,7 @@ class Index:
 
 
 def item_text(title: str, description: str = "", tags: str = "") -> str:
-    """What the model reads of an item."""
+    """The text of an item that the model reads."""
     return " ".join(part.strip() for part in (title, description, tags.replace("|", ", ")) if part and part.strip())
 
 
@@ -86,7 +86,7 @@ def build_index(
 ) -> None:
     """Write the index of `items` ({item_id, title, description, tags}) into a model directory.
 
-    behaviour: idle, starts, columns and values of `Index`; nothing is known of it if None.
+    behaviour: idle, starts, columns and values of `Index`; None: zeros, as nothing is known.
     """
     nothing: dict[str, Any] = {
         "idle": torch.zeros(len(items)),
@@ -108,9 +108,9 @@ def build_index(
 def extend_index(
     model: MemGPTForRecommendation, tokenizer: PreTrainedTokenizerFast, items: list[dict[str, str]], directory: Path
 ) -> int:
-    """Add those of `items` whose id the index in a model directory does not have; returns how many.
+    """Add those of `items` whose id is not yet in the index of a model directory; returns how many.
 
-    Nobody has chosen them yet: they are offered for what they say. What is there keeps its vectors and its places.
+    Nobody has chosen them yet, so they are ranked by their texts. Existing items keep their vectors and places.
     """
     index = Index.read(directory)
     known = set(index.ids)
@@ -151,10 +151,9 @@ class Predictor:
         """Per reader {history: [item id | text], k, candidates?: [item id | text], rerank?}: the best k items, as
         {item_id, title, score}.
 
-        History runs from oldest to newest. A string that is no known id is read as the text of a new item, an empty one
-        not at all. Without
-        candidates the whole index competes, less what the reader has read; candidates compete as given, each once.
-        rerank=False ranks by the texts alone. A reader without history gets what most readers chose.
+        History runs from oldest to newest. A string that is no known id is read as the text of a new item; an empty one
+        is ignored. Without candidates the whole index is ranked, except items already read; candidates are ranked as
+        given, each once. rerank=False ranks by text match only. A reader without history gets the most popular items.
         """
         inputs = [{**row, "history": [item for item in row["history"] if item.strip()]} for row in inputs]
         new = self._encode_new(inputs)
@@ -188,7 +187,7 @@ class Predictor:
         candidates: list[str] | None = None,
         new: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """What speaks for each of C candidates, by default the whole index: [C, len(SIGNALS)], in their order.
+        """The SIGNALS of each of C candidates, by default the whole index: [C, len(SIGNALS)].
 
         new: vectors of the texts in history and candidates that are no known ids.
         """
@@ -221,7 +220,7 @@ class Predictor:
         new: dict[str, torch.Tensor],
         by_taste: bool = False,
     ) -> torch.Tensor:
-        """Cosine of the reader's interest and each candidate [C], by the texts or by taste."""
+        """Cosine similarity of the reader's interest and each candidate [C], by text or by taste."""
         head, vectors = (self.taste, self.index.tastes) if by_taste else (self.model.head, self.index.vectors)
         length = TASTE_HISTORY if by_taste else self.model.config.max_history
 
@@ -237,7 +236,7 @@ class Predictor:
         return torch.stack(chosen) @ interest if chosen else interest[:0]
 
     def _of_items(self, values: torch.Tensor, candidates: list[str] | None, otherwise: float) -> torch.Tensor:
-        """values [N] of the candidates [C]; `otherwise` where one is no known id."""
+        """The `values` [N] of the candidates [C]; `otherwise` for one that is no known id."""
         if candidates is None:
             return values
         places = [self.place.get(item) for item in dict.fromkeys(candidates)]

@@ -21,7 +21,7 @@ class Predictor:
     @torch.no_grad()
     def predict(self, inputs: list[str | dict[str, Any]]) -> list[dict[str, Any]]:
         """Per text (or {text, topic}): {label, scores: {label: probability}, topic}. The topic is passed through; a
-        model that learnt topics adds what it takes for the topic, predicted_topic."""
+        model trained with topics adds predicted_topic."""
         rows = [{"text": row, "topic": None} if isinstance(row, str) else row for row in inputs]
         texts, window = [row["text"] for row in rows], self.model.config.window
         ids = encode(self.tokenizer, texts, window)

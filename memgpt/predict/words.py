@@ -1,4 +1,4 @@
-"""Words of a text, their places, and tags over them. Without torch, so that judging needs none."""
+"""Words of a text, their offsets, and tags over them. Without torch, so that evaluation does not need it."""
 
 import re
 import unicodedata
@@ -10,8 +10,8 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# A word: letters and digits with their marks (accents written apart, vowel signs, joiners) and with inner punctuation
-# (U.S, don't, 3.5, co-op); else one mark that is seen. Signs of scripts that are written without spaces stand alone.
+# A word: letters and digits with combining marks (accents, vowel signs, joiners) and with inner punctuation (U.S,
+# don't, 3.5, co-op); else one visible symbol. In scripts written without spaces each character is a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _MARKS = "\u200c\u200d" + "".join(
     chr(code) for code in range(0x300, 0x1F000) if unicodedata.category(chr(code)) in ("Mn", "Mc", "Me")
@@ -36,12 +36,12 @@ def joined_words(words: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def encode_words(tokenizer: "PreTrainedTokenizerFast", words: Sequence[str]) -> list[list[int]]:
-    """Subword ids of each word; a word that vanishes (white space only) still gets one padding id."""
+    """Subword ids of each word; a word without any (white space only) gets one padding id."""
     return encode_rows(tokenizer, [words])[0]
 
 
 def encode_rows(tokenizer: "PreTrainedTokenizerFast", rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """The same for the words of many texts in one call."""
+    """`encode_words` for the words of many texts in one call."""
     if not rows:
         return []
     encoding = tokenizer(
@@ -61,7 +61,7 @@ def encode_rows(tokenizer: "PreTrainedTokenizerFast", rows: Sequence[Sequence[st
 
 
 def windows(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """Ranges of words whose subwords fit into `size`, each next one starting half-way through the one before."""
+    """Ranges of words whose subwords fit into `size`; each range starts half-way through the one before."""
     ranges, first = [], 0
     while True:
         last, total = first, 0
@@ -75,11 +75,11 @@ def windows(lengths: Sequence[int], size: int) -> list[tuple[int, int]]:
 
 
 def best_path(scores: np.ndarray, tags: Sequence[str], outside_bias: float = 0.0) -> list[int]:
-    """Log-probabilities [words, L] of the L tags → the likeliest well-formed BIO sequence, as indices of tags, after
-    `outside_bias` was taken from those of O.
+    """Log-probabilities [words, L] of the L tags → the most likely well-formed BIO sequence, as indices of tags, after
+    subtracting `outside_bias` from those of O.
 
-    Viterbi: an I- may only follow a B- or I- of its type. Where the best tag of each word already gives such a
-    sequence, it is the answer; that spares most texts the loop.
+    Viterbi: an I- may only follow a B- or I- of its type. If the best tags of the single words already form such a
+    sequence, they are the answer; that spares most texts the loop.
     """
     if not len(scores):
         return []
@@ -103,7 +103,7 @@ def best_path(scores: np.ndarray, tags: Sequence[str], outside_bias: float = 0.0
 
 
 def spans_from_tags(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """BIO tags → (type, first word, word after the last). An I- that continues nothing begins an entity."""
+    """BIO tags → (type, first word, word after the last). An I- that continues no entity begins one."""
     spans: list[tuple[str, int, int]] = []
     for index, tag in enumerate(tags):
         if tag == "O":
