@@ -1,7 +1,7 @@
-"""What differs between the tasks in training and judging. `judge("base")` and the three tasks share these names:
+"""What differs between the tasks in training and evaluation. `judge("base")` and the three tasks share these names:
 
-PRIMARY, test_rows, statistics, score, metrics, baseline, slices, picture; a task that is trained adds labels, model
-and Training. `tables` is always the root of the tables, data/tables.
+PRIMARY, PICTURE, test_rows, statistics, score, metrics, baseline, slices, picture. The three tasks add model and
+Training, ner and sentiment also labels. `tables` is always the root of the tables, data/tables.
 """
 
 import json
@@ -34,8 +34,8 @@ def rows_of(tables: Path, source: str, table: str) -> list[dict[str, Any]]:
 
 
 def metric_names(labels: Sequence[str]) -> list[str]:
-    """Labels as parts of the names of metrics, for which MLflow takes letters, digits, _ and . alone: "+1" and "-1"
-    become plus1 and minus1, and of those that would be alike all but the first get a number."""
+    """Labels as parts of metric names, with letters, digits, _ and . only, which MLflow accepts: "+1" and "-1" become
+    plus1 and minus1. Of labels that become equal, all but the first get a number."""
     names: list[str] = []
     for label in labels:
         spelled = re.sub(r"^-(?=\d)", "minus", label.lower().replace("+", "plus"))
@@ -49,6 +49,6 @@ def metric_names(labels: Sequence[str]) -> list[str]:
 
 
 def by_length(lengths: Sequence[int]) -> dict[str, np.ndarray]:
-    """The slices short and long: rows of at most the median length, and the others."""
+    """The slices short and long: rows of at most the median length, and the longer ones."""
     long = np.array(lengths) > np.median(lengths) if len(lengths) else np.zeros(0, dtype=bool)
     return {"short": ~long, "long": long}

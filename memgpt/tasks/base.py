@@ -1,4 +1,4 @@
-"""Judging the base model: how many bits it needs per byte of held-out text."""
+"""Evaluating the base model: bits per byte of held-out text."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,13 @@ import numpy as np
 from memgpt.tasks import rows_of
 
 PRIMARY = "neg_bits_per_byte"
-PICTURE = ("bits_per_byte", "share")  # columns of what `picture` gives
+PICTURE = ("bits_per_byte", "share")  # columns of `picture`
 _DOCUMENTS, _CHARACTERS = 300, 2000  # enough for an interval of about one percent
 _TRIGRAM_BYTES = 4_000_000
 
 
 def test_rows(tables: Path, split: str = "test") -> list[dict[str, Any]]:
-    """The first documents of the split, cut to a length; a corpus without a test split is judged on validation."""
+    """The first documents of the split, truncated; a corpus without a test split is evaluated on validation."""
     if not (tables / "corpus" / f"{split}.parquet").exists():
         split = "validation"
     return [{"input": row["text"][:_CHARACTERS]} for row in rows_of(tables, "corpus", split)[:_DOCUMENTS]]
@@ -56,7 +56,7 @@ def baseline(tables: Path, rows: list[dict[str, Any]]) -> list[dict[str, float]]
         for n, (count, context) in enumerate(zip(counts, contexts, strict=True), start=1):
             codes = _codes(ids, n)[3 - n :]
             seen = context[codes // 256]
-            # Witten-Bell-like: the longer context counts the more often it was seen.
+            # As in Witten-Bell smoothing, a longer context counts more, the more often it was seen.
             trust = seen / (seen + 5)
             probability = trust * count[codes] / np.maximum(seen, 1) + (1 - trust) * probability
         bits = float(-np.log2(probability).sum())
@@ -69,7 +69,7 @@ def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
 
 
 def picture(rows: list[dict[str, Any]], predictions: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """How the need of bits is spread over the documents: cumulative share of documents by bits per byte."""
+    """Cumulative share of documents by bits per byte."""
     values = sorted(p["bits_per_byte"] for p in predictions)
     return [
         {"bits_per_byte": round(value, 4), "share": round((i + 1) / len(values), 4)} for i, value in enumerate(values)

@@ -14,13 +14,13 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def start(kind: type[Model], task: str, parent: Path, **settings: Any) -> Model:
-    """A model of class `kind` on the trunk in `parent`; a multi-task parent also gives the task's head.
+    """A model of class `kind` on the trunk in `parent`; a multi-task parent also provides the task's head.
 
-    settings override the parent's configuration (labels, dropout, window, …). The weights become float32, whatever a
-    converted parent has: small steps would be lost in fewer bits.
+    settings override the parent's configuration (labels, dropout, window, …). The weights become float32, even if a
+    converted parent has fewer bits, in which small steps would be lost.
 
     Raises:
-        UserError: if a multi-task parent's head was made for other labels or topics, or has them in another order.
+        UserError: if a multi-task parent's head was made for other labels or topics, or for another order of them.
     """
     made_for = AutoConfig.from_pretrained(parent)
     if made_for.task_labels:

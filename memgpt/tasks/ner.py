@@ -1,4 +1,4 @@
-"""Named-entity recognition: tagged sentences → features, span F1, and a gazetteer to beat."""
+"""Named-entity recognition: tagged sentences → features, span F1, and a gazetteer as baseline."""
 
 from collections import Counter, defaultdict
 from functools import partial
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from memgpt.model import MemGPTForTokenClassification
 
 PRIMARY = "f1"
-PICTURE = ("actual", "predicted")  # columns of what `picture` gives
+PICTURE = ("actual", "predicted")  # columns of `picture`
 _STRENGTH = 10.0  # inverse regularisation of the linear model behind word votes
-_RESAMPLES = 1000  # behind the interval of what a bias gains
-_RARE = 2  # times that train has a rare entity, at most
+_RESAMPLES = 1000  # for the interval of the gain by `outside_bias`
+_RARE = 2  # occurrences in train of a rare entity, at most
 
 
 def labels(tables: Path) -> list[str]:
@@ -66,7 +66,7 @@ def model(
 
 class Training:
     """Sentences as subword ids; the first subword of a word carries its tag, the others −100. A sentence longer than
-    `max_length` is cut into windows."""
+    `max_length` is split into windows."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Training:
 def calibrate(
     model: "MemGPTForTokenClassification", tokenizer: "PreTrainedTokenizerFast", tables: Path, max_length: int
 ) -> dict[str, float]:
-    """Weigh votes, set the temperature and the bias against "outside" by the validation split → they."""
+    """Fit the votes' weight, the temperature and the bias against "outside" on validation, set and return them."""
     from memgpt.predict.ner import word_scores
     from memgpt.tasks import votes
 
@@ -136,12 +136,12 @@ def calibrate(
 
 
 def fit_outside_bias(scores: list[np.ndarray], gold: list[list[str]], tags: list[str]) -> float:
-    """Log-probabilities [words, L] of texts and their gold tags → the bias for `best_path` with which F1 is about best,
-    or 0 where it gains nothing significant (paired bootstrap, 95 %): a bias moves every text that is ever read.
+    """Log-probabilities [words, L] of texts and their gold tags → the bias for `best_path` that about maximises F1; 0
+    if its gain is not significant (paired bootstrap, 95 %), since a bias affects every text that is ever read.
 
-    The likeliest tags are not those of the best F1: with F1 at its best, F, an entity pays from a probability of F / 2
-    on (Lipton et al. 2014, arXiv 1402.1892), so with a bias of log((2 - F) / F). That F is reached with it is a fixed
-    point. At most 3, for an F1 near zero.
+    The most likely tags do not give the best F1. If the best F1 is F, predicting an entity pays from a probability of
+    F / 2 on (Lipton et al. 2014, arXiv 1402.1892), hence with a bias of log((2 - F) / F). The F reached with this bias
+    must be F again, so it is found by fixed-point iteration. The bias is at most 3, for an F1 near zero.
     """
     there = [set(spans_from_tags(row)) for row in gold]
 
@@ -165,7 +165,7 @@ def test_rows(tables: Path, split: str = "test") -> list[dict[str, Any]]:
 
 
 def statistics(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> np.ndarray:
-    """Per sentence: spans found, spans predicted, spans there."""
+    """Per sentence: number of correct spans, of predicted spans, and of gold spans."""
     counts = []
     for row, prediction in zip(rows, predictions, strict=True):
         gold, found = _gold(row), {(p["type"], p["start"], p["end"]) for p in prediction}
@@ -205,7 +205,7 @@ def metrics(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]])
 
 
 def baseline(tables: Path, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """A gazetteer: the longest word sequence that train tagged as an entity, with the type it had most often."""
+    """A gazetteer: the longest word sequence that was an entity in train, with its most frequent type there."""
     types: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for row in rows_of(tables, "ner", "train"):
         for kind, first, last in spans_from_tags(row["tags"]):
@@ -229,8 +229,8 @@ def baseline(tables: Path, rows: list[dict[str, Any]]) -> list[list[dict[str, An
 
 
 def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
-    """unseen, rare: sentences with an entity whose words were never, or once or twice, an entity in train; short,
-    long: by the number of words."""
+    """unseen, rare: sentences with an entity whose words were never, or once or twice, an entity in train. short,
+    long: by number of words."""
     known: Counter[tuple[str, ...]] = Counter()
     for row in rows_of(tables, "ner", "train"):
         known.update(tuple(row["tokens"][first:last]) for _, first, last in spans_from_tags(row["tags"]))

@@ -1,5 +1,5 @@
 """Recommendation: behaviour and items' texts → features, the weights of the ranking, NDCG over the whole catalogue, and
-popularity to beat."""
+popularity as baseline."""
 
 from collections import Counter
 from pathlib import Path
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from memgpt.predict.recommendation import Index, Predictor
 
 PRIMARY = "ndcg_at_10"
-PICTURE = ("k", "recall")  # columns of what `picture` gives
-DEPTH = 50  # how deep a ranking is asked for
-_COLD = 5  # an item chosen, or a reader who chose, at most so often
-_REACH = 30  # items of a reader that are this far apart are still co-visited
-_NEIGHBOURS = 300  # of an item that are kept
-_SHRINKAGE = 3  # choices: how many it takes until two items' nearness is believed
-_COMPETING = 20_000  # items that compete in learning tastes
+PICTURE = ("k", "recall")  # columns of `picture`
+DEPTH = 50  # length of a requested ranking
+_COLD = 5  # choices of a cold item, or by a cold reader, at most
+_REACH = 30  # largest distance in a reader's history at which two items are co-visited
+_NEIGHBOURS = 300  # co-visited items kept per item
+_SHRINKAGE = 3  # choices: lowers the co-visitation of items that were rarely chosen
+_COMPETING = 20_000  # items that compete when tastes are learned, if there are more
 _PIECE = 256  # readers' steps whose scores are held at once there
-_CELLS = 20_000_000  # of readers × items, on which the weights are learned
+_CELLS = 20_000_000  # readers × items on which the weights are learned, at most
 
 
 def model(
@@ -58,7 +58,7 @@ def counts(tables: Path) -> Counter[str]:
 
 
 def histories(tables: Path, *splits: str) -> dict[str, list[str]]:
-    """Reader → items in order of time, ties by item id."""
+    """Reader → items in order of time; ties are broken by item id."""
     rows = [row for split in splits for row in rows_of(tables, "recommendation", split)]
     rows.sort(key=lambda row: (row["timestamp"], row["item_id"]))
     read: dict[str, list[str]] = {}
@@ -68,9 +68,9 @@ def histories(tables: Path, *splits: str) -> dict[str, list[str]]:
 
 
 class Training:
-    """Runs of up to `max_history` + 1 items of a reader: after each item the next one is to be found.
+    """Runs of up to `max_history` + 1 items of a reader; after each item the next one is to be predicted.
 
-    A batch holds the texts of its items once, and the runs as indices into them.
+    A batch has the texts of its items once, and the runs as indices into them.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ def write_index(
     seed: int,
     **_: Any,
 ) -> None:
-    """Encode the catalogue into a model directory; with `rerank`, learn there how to rank by more than the texts."""
+    """Encode the catalogue into a model directory; with `rerank`, also learn tastes and the weights of the ranking."""
     import torch
 
     from memgpt.predict.recommendation import Index, Predictor, build_index
@@ -158,7 +158,7 @@ def write_index(
     build_index(model, tokenizer, items, counts(tables), directory, behaviour(tables))
     if rerank:
         index = Index.read(directory)
-        with torch.random.fork_rng(devices=[]):  # early stopping asks for this between epochs, which draw as without
+        with torch.random.fork_rng(devices=[]):  # early stopping calls this between epochs: keep their draws
             learn_tastes(model, index, list(histories(tables, "train").values()), directory, taste_epochs, seed)
         index.write(directory)
         index.weights = fit_weights(Predictor(directory), test_rows(tables, "validation"))
@@ -166,11 +166,11 @@ def write_index(
 
 
 def behaviour(tables: Path) -> "dict[str, torch.Tensor]":
-    """What readers did in train, as `memgpt.predict.recommendation.Index` keeps it.
+    """What readers did in train, in the form of `memgpt.predict.recommendation.Index`.
 
-    Co-visitation of items a and b: over the readers who chose b after a, 1 / d at a distance of d items, and half of
-    that for a after b; over √(choices of a · choices of b), as the cosine of item-based filtering is, and a shrinkage
-    (Sarwar et al. 2001; Koren 2008).
+    Co-visitation of items a and b is a sum over readers: 1 / d if they chose b d items after a, half of that if they
+    chose a after b. It is divided by √(choices of a · choices of b), as in the cosine of item-based filtering, plus a
+    shrinkage (Sarwar et al. 2001; Koren 2008).
     """
     import torch
 
@@ -209,11 +209,11 @@ def behaviour(tables: Path) -> "dict[str, torch.Tensor]":
 def learn_tastes(
     model: "MemGPTForRecommendation", index: "Index", read: list[list[str]], directory: Path, epochs: int, seed: int
 ) -> None:
-    """Learn from choices what the texts do not say: an offset to each item's vector, and a reading of histories of such
-    vectors that begins as the texts' own. The whole catalogue competes for what comes next, its texts being encoded
-    already. Changes `index.tastes` and writes the weights into the model directory.
+    """Learn from choices what the texts do not say: an offset to each item's vector, and a head that reads histories of
+    such vectors, starting as the text head. The whole catalogue, or a sample of it, competes for the next item, since
+    its texts are already encoded. Changes `index.tastes` and writes the head's weights into the model directory.
 
-    An offset is left out now and then, so that an item that arrives later is read by its text in the same space.
+    Offsets are dropped at random, so that the texts of items added later are in the same space.
     """
     import copy
 
@@ -256,7 +256,7 @@ def learn_tastes(
             competing = torch.cat([wanted, torch.randint(len(place), (_COMPETING,))]).unique()
         candidates, places = vectors[competing], torch.searchsorted(competing, wanted)
         loss = torch.zeros(())
-        # In pieces: the logits of all at once would be fresh pages from the system in each step.
+        # In pieces: all logits at once would need newly allocated memory pages in each step.
         for part, right in zip((interest / head.temperature).split(_PIECE), places.split(_PIECE), strict=True):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 logits = part @ candidates.T
@@ -270,8 +270,8 @@ def learn_tastes(
 
 
 def fit_weights(predictor: "Predictor", rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Weights of the signals that make the items that came next most probable: a softmax over the catalogue, less what
-    the reader has read. Convex, with a small penalty on large weights; with a large catalogue fewer readers count."""
+    """The weights of the signals that maximise the probability of the items that came next, in a softmax over the items
+    not yet read. Convex, with a small penalty on large weights; with a large catalogue fewer readers are used."""
     import torch
 
     from memgpt.predict.recommendation import SIGNALS
@@ -302,7 +302,7 @@ def fit_weights(predictor: "Predictor", rows: list[dict[str, Any]]) -> dict[str,
 
 
 def test_rows(tables: Path, split: str = "test") -> list[dict[str, Any]]:
-    """One per reader: all that was read before, and the item that came next."""
+    """One per reader: the history, and the item that came next."""
     before = histories(tables, "train") if split == "validation" else histories(tables, "train", "validation")
     rows = sorted(rows_of(tables, "recommendation", split), key=lambda row: row["user_id"])
     return [
@@ -311,7 +311,7 @@ def test_rows(tables: Path, split: str = "test") -> list[dict[str, Any]]:
 
 
 def statistics(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]]) -> np.ndarray:
-    """Per reader: NDCG@10, which with one right answer is 1 / log2(rank + 1), and 1."""
+    """Per reader: NDCG@10, which with one right answer is 1 / log2(rank + 1), and the count 1."""
     ranks = _ranks(rows, predictions)
     gain = np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0.0)
     return np.stack([gain, np.ones(len(rows))], axis=1)
@@ -335,10 +335,10 @@ def metrics(rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]])
 def apart(
     tables: Path, rows: list[dict[str, Any]], predictions: list[list[dict[str, Any]]], predictor: "Predictor"
 ) -> dict[str, float]:
-    """What needs more than rows and answers: the ranking by the texts alone, and what is offered in the first ten.
+    """Metrics that need more than rows and answers: of the ranking by text match only, and of the first ten offered.
 
-    coverage_at_10: share of the catalogue that is offered to anyone. novelty_at_10: mean self-information of what is
-    offered, log2 of readers over those who chose it in bits (Zhou et al. 2010), never chosen counting as once.
+    coverage_at_10: share of the catalogue that is offered to anyone. novelty_at_10: mean self-information of the items
+    offered, log2(readers / those who chose it) in bits (Zhou et al. 2010); an item never chosen counts as chosen once.
     """
     by_text = predictor.predict([{**row["input"], "rerank": False} for row in rows])
     chosen = counts(tables)
@@ -348,12 +348,12 @@ def apart(
     return {
         **{f"text_{name}": value for name, value in metrics(rows, by_text).items()},
         "coverage_at_10": len(set(offered)) / len(predictor.place),
-        "novelty_at_10": float(np.mean(bits)) if bits else 0.0,  # who has read everything is offered nothing
+        "novelty_at_10": float(np.mean(bits)) if bits else 0.0,  # readers of everything are offered nothing
     }
 
 
 def baseline(tables: Path, rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """What most readers chose and this one has not read yet."""
+    """The most popular items that the reader has not read yet."""
     chosen = counts(tables)
     titles = {item["item_id"]: item["title"] for item in rows_of(tables, "recommendation", "items")}
     order = sorted(titles, key=lambda item: (-chosen[item], item))
@@ -366,7 +366,7 @@ def baseline(tables: Path, rows: list[dict[str, Any]]) -> list[list[dict[str, An
 
 
 def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
-    """cold: readers whose next item was hardly ever chosen in train. cold_readers: who have hardly read anything."""
+    """cold: readers whose next item was chosen at most `_COLD` times in train; cold_readers: with few items read."""
     chosen = counts(tables)
     return {
         "cold": np.array([chosen[row["item_id"]] <= _COLD for row in rows], dtype=bool),

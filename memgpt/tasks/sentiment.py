@@ -1,4 +1,4 @@
-"""Sentiment: labelled texts → features, macro F1, and a bag of words to beat."""
+"""Sentiment: labelled texts → features, macro F1, and a bag of words as baseline."""
 
 from collections import Counter
 from functools import partial
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from memgpt.model import MemGPTForSequenceClassification
 
 PRIMARY = "macro_f1"
-PICTURE = ("actual", "predicted")  # columns of what `picture` gives
-_TOPIC_TEXTS = 10  # a topic that fewer texts of train have is not predicted
+PICTURE = ("actual", "predicted")  # columns of `picture`
+_TOPIC_TEXTS = 10  # a topic with fewer texts in train is not predicted
 _STRENGTH = 3.0  # inverse regularisation of the linear model behind word votes
 
 
@@ -26,7 +26,7 @@ def labels(tables: Path) -> list[str]:
 
 
 def topics(tables: Path) -> list[str] | None:
-    """The topics that enough texts of train have to be learnt; None if there are not two."""
+    """The topics with enough texts in train to be learned; None if there are fewer than two."""
     counts = Counter(row["topic"] for row in rows_of(tables, "sentiment", "train") if row["topic"])
     names = sorted(name for name, count in counts.items() if count >= _TOPIC_TEXTS)
     return names if len(names) > 1 else None
@@ -60,9 +60,9 @@ def model(
 
 
 class Training:
-    """Texts as subword ids, cut at `max_length`, with the index of their label and of their topic (−100: none).
+    """Texts as subword ids, truncated to `max_length`, with the index of their label and of their topic (−100: none).
 
-    class_balance b: a text weighs in proportion to (texts of its label)^−b, 1 on average.
+    class_balance b: a text's weight is proportional to (texts of its label)^−b, 1 on average.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class Training:
 def calibrate(
     model: "MemGPTForSequenceClassification", tokenizer: "PreTrainedTokenizerFast", tables: Path, max_length: int
 ) -> dict[str, float]:
-    """Weigh votes and set the temperature by the validation split → they, and the calibration error that it had
-    without."""
+    """Fit the votes' weight and the temperature on validation, set and return them, with the calibration error before
+    that."""
     from memgpt.tasks import votes
 
     data = Training(tables, tokenizer, max_length=max_length, split="validation")
@@ -138,8 +138,8 @@ def test_rows(tables: Path, split: str = "test") -> list[dict[str, Any]]:
 
 
 def statistics(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> np.ndarray:
-    """Per text: its cell of the confusion matrix, [actual L, predicted L + 1] flattened; the last column is for labels
-    that never occur in the rows."""
+    """Per text: its cell of the confusion matrix, [actual L, predicted L + 1] flattened; the last column is for
+    predicted labels that do not occur in the rows."""
     names = sorted({row["label"] for row in rows})
     index = {name: place for place, name in enumerate(names)}
     cells = np.zeros((len(rows), len(names), len(names) + 1))
@@ -154,7 +154,7 @@ def score(sums: np.ndarray) -> np.ndarray:
     matrix = sums.reshape(*sums.shape[:-1], size, size + 1)
     right = np.diagonal(matrix, axis1=-2, axis2=-1)
     total = matrix.sum(-1) + matrix[..., :size].sum(-2)
-    # A slice, or a resample, may lack a label that the whole has.
+    # A slice or a resample may lack a label of the whole set.
     return (2 * right / np.maximum(total, 1)).sum(-1) / np.maximum((total > 0).sum(-1), 1)
 
 
@@ -183,8 +183,8 @@ def metrics(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> di
 
 
 def baseline(tables: Path, rows: list[dict[str, Any]], strength: float = 10.0) -> list[dict[str, Any]]:
-    """A bag of words and word pairs with logistic regression, of inverse regularisation `strength`; where train has one
-    label alone, that."""
+    """Logistic regression on a bag of words and word pairs, with inverse regularisation `strength`. If train has only
+    one label, always that one."""
     from sklearn.dummy import DummyClassifier
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -210,7 +210,7 @@ def baseline(tables: Path, rows: list[dict[str, Any]], strength: float = 10.0) -
 
 
 def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
-    """One per topic, where texts have one; short, long: by the number of letters."""
+    """One per topic, if texts have topics; short, long: by number of characters."""
     topics = [row["input"]["topic"] for row in rows]
     return {
         **{f"topic_{name}": np.array([topic == name for topic in topics]) for name in sorted({t for t in topics if t})},
@@ -223,13 +223,13 @@ def picture(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> li
 
 
 def reliability(rows: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> np.ndarray:
-    """Ten equally wide bins of the winning label's probability → [bins that occur, (confidence, accuracy, share)]."""
+    """Ten equally wide bins of the predicted label's probability → [non-empty bins, (confidence, accuracy, share)]."""
     confidence = np.array([max(p["scores"].values()) for p in predictions])
     return _bins(confidence, np.array([p["label"] == row["label"] for row, p in zip(rows, predictions, strict=True)]))
 
 
 def calibration_error(bins: np.ndarray) -> float:
-    """How far confidence and accuracy of the bins lie apart, on average over the texts."""
+    """Mean absolute difference of a bin's confidence and accuracy, weighted by its share of texts."""
     return float((bins[:, 2] * np.abs(bins[:, 0] - bins[:, 1])).sum())
 
 

@@ -1,4 +1,4 @@
-"""What words vote: fitted by itself, and weighed against the trained deep model."""
+"""Word votes: a linear model, fitted separately and weighted against the trained deep model."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from memgpt.model import MemGPTForSequenceClassification, MemGPTForTokenClassifi
 from memgpt.model.word_votes import TextVotes
 from memgpt.predict.batching import batch_size, by_length
 
-_NEVER = -10.0  # the vote for a label that no example of train has
+_NEVER = -10.0  # the vote for a label without examples in train
 Classifier = MemGPTForTokenClassification | MemGPTForSequenceClassification
 
 
 class Examples(Protocol):
-    """`Training` of a task."""
+    """The interface of a task's `Training`."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, place: int) -> Any: ...
@@ -30,9 +30,9 @@ class Examples(Protocol):
 
 
 def fit(model: Classifier, data: Examples, strength: float, balanced: bool = False) -> None:
-    """Logistic regression on the features of each token, or text, that has a label. Nothing where all have the same.
+    """Logistic regression on the features of each token, or text, that has a label; nothing if all have the same.
 
-    strength: inverse regularisation. balanced: a rare label counts as much as a frequent one.
+    strength: inverse regularisation. balanced: rare labels count as much as frequent ones.
     """
     votes, canonical_ids = model.word_votes, model.model.ngram_hash.canonical_ids
     assert votes is not None
@@ -41,7 +41,7 @@ def fit(model: Classifier, data: Examples, strength: float, balanced: bool = Fal
     for batch in by_length(data.ids):
         inputs = data.collate([data[place] for place in batch])
         found, kept = votes.addresses(inputs["input_ids"], canonical_ids), inputs["labels"] != -100
-        rows.append(found.flatten(kept.dim())[kept])  # [N, F], of each text all that it has
+        rows.append(found.flatten(kept.dim())[kept])  # [N, F], for a text all of its features
         labels.append(inputs["labels"][kept])
     if not labels or len(torch.cat(labels).unique()) < 2:
         return
@@ -54,7 +54,7 @@ def fit(model: Classifier, data: Examples, strength: float, balanced: bool = Fal
         warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits do not matter
         linear.fit(features[:, known], torch.cat(labels).numpy())
     weights, bias = torch.tensor(linear.coef_).float(), torch.tensor(linear.intercept_).float()
-    if len(weights) == 1:  # of two labels: the log-odds of the second
+    if len(weights) == 1:  # for two labels sklearn gives the log-odds of the second
         weights, bias = torch.cat((-weights, weights)) / 2, torch.cat((-bias, bias)) / 2
     with torch.no_grad():
         votes.bias.fill_(_NEVER)[linear.classes_] = bias
@@ -62,15 +62,15 @@ def fit(model: Classifier, data: Examples, strength: float, balanced: bool = Fal
 
 
 def _sparse(rows: torch.Tensor, values: torch.Tensor, width: int) -> csr_matrix:
-    """rows [N, F], places of the values [N, F] → [N, width], without what is at place 0."""
+    """rows [N, F], the columns of the values [N, F] → sparse [N, width], without the values of column 0."""
     example, feature = rows.nonzero(as_tuple=True)
     places = (example.numpy(), rows[example, feature].numpy())
     return csr_matrix((values[example, feature].numpy(), places), (len(rows), width))
 
 
 def weigh(model: Classifier, data: Examples) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """Set the model's `word_vote_weight` and `label_temperature` to those that make the labels of `data` likeliest (the
-    latter: Guo et al. 2017, arXiv 1706.04599) → they, the deep model's logits [N, L], and the labels [N]."""
+    """Set the model's `word_vote_weight` and `label_temperature` (Guo et al. 2017, arXiv 1706.04599) to maximise the
+    likelihood of the labels of `data`. Returns both, the deep model's logits [N, L], and the labels [N]."""
     model.config.word_vote_weight = 0.0
     canonical_ids = model.model.ngram_hash.canonical_ids
     parts: list[tuple[torch.Tensor, ...]] = []
@@ -90,8 +90,8 @@ def weigh(model: Classifier, data: Examples) -> tuple[dict[str, float], np.ndarr
 
 
 def fit_weight(logits: np.ndarray, votes: np.ndarray, labels: np.ndarray) -> float:
-    """What `votes` should count beside `logits`, both [N, L], for labels [N]: with the least negative log-likelihood at
-    the best temperature."""
+    """The weight of `votes` added to `logits`, both [N, L], with the least negative log-likelihood of labels [N] at the
+    best temperature."""
 
     def loss(scales: np.ndarray) -> float:
         return _loss(scales[0] * logits + scales[1] * votes, labels)
@@ -103,7 +103,7 @@ def fit_weight(logits: np.ndarray, votes: np.ndarray, labels: np.ndarray) -> flo
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """logits [N, L], labels [N] → the temperature with the least negative log-likelihood.
 
-    Between 0.2 and 5: where every example is right, ever colder would be ever better.
+    Between 0.2 and 5: if every example is right, lower is always better.
     """
 
     steps = np.geomspace(0.2, 5.0, 323)  # of one percent
