@@ -391,7 +391,7 @@ def predict(negative: np.ndarray, texts: np.ndarray, ahead: np.ndarray) -> tuple
     pearson = (held * (x - n * share[..., None, :]) ** 2 / np.maximum(n * smooth * (1 - smooth), 1e-9)).sum((-1, -2))
     freedom = held.sum((-1, -2)) - (all_texts > 0).sum(-1)
     weight = (held * (n - 1) * (1 - n / np.maximum(all_texts, 1)[..., None, :])).sum((-1, -2))
-    caution = np.sqrt(2 * np.maximum(freedom, 1))  # one standard error, added since a small rho causes false alarms
+    caution = np.sqrt(2 * np.maximum(freedom, 1))  # one standard error, since too small a rho causes false alarms
     # few texts a day cannot determine rho: a prior worth 100 texts is added
     rho = np.clip((pearson - freedom + caution + 100 * RHO) / (weight + 100), 0, 0.5)[..., None]
     # tau: how much weekdays differ; worth: how many independent texts a weekday's texts are worth
