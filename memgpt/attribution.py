@@ -31,7 +31,7 @@ _BATCH = 16  # points of the integration path at once
 @dataclass(frozen=True)
 class Entry:
     """The n-gram `text` whose last token is at `position`. share: the contribution of its memory entry, all layers
-    together; recalled: that of the token that followed the n-gram earlier, which `text` shows after an arrow."""
+    together; if recalled, of the token that followed the n-gram earlier, which `text` shows after an arrow."""
 
     text: str
     n: int

@@ -126,7 +126,7 @@ def _unused(path: Path, lock: int = fcntl.LOCK_EX) -> Iterator[bool]:
 
 
 def _cache(dry_run: bool) -> Item:
-    """Leaves the cache alone while a stage runs, since what it has read or written is not in dvc.lock yet."""
+    """Clean DVC's cache, except while a stage runs: what that has read or written is not in dvc.lock yet."""
     if busy := running():
         return Item("DVC's cache", 0, f"{busy} works here")
     where = processes.said([sys.executable, "-m", "dvc", "cache", "dir"], "DVC's cache")
@@ -154,7 +154,7 @@ def _size(path: Path) -> int:
 
 
 def theirs() -> dict[str, str]:
-    """Databases that the operator backs up and upgrades: the file that each replaces → a line that says how."""
+    """Databases that the operator backs up and upgrades, not we: the file that each replaces → how, in one line."""
     told = "{} names what is yours to back up and to upgrade: {}"
     found = {}
     if not _mlflow().startswith("sqlite:///"):
@@ -220,7 +220,7 @@ def backup(folder: Path) -> list[Path]:
 
 
 def upgrade() -> tuple[list[Path], list[Path]]:
-    """Migrate the databases to the installed MLflow's and Prefect's schema. Returns the backups made before, and them.
+    """Migrate the databases to the schema of the installed MLflow and Prefect; return the backups, and the migrated.
 
     Raises:
         UserError: if something is running, or an upgrade fails; it names the backup to restore.

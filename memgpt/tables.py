@@ -432,7 +432,7 @@ def _recommendation(read: list[Rows], source: config.Source) -> Built:
 
 
 def read_texts(part: Part, column: str | None = None, history: bool = False) -> list[dict[str, Any]]:
-    """Rows {id, text, topic, time, at} of a file without labels; at: file and line. What is missing is None.
+    """Rows {id, text, topic, time, at} of a file without labels; at: file and row. What is missing is None.
 
     column: the text column, if it has none of the usual names. history: rows have `history`, lists of strings, instead.
 
