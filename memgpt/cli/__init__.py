@@ -1,6 +1,6 @@
-"""The command line: a file per group of commands, as `memgpt --help` shows them.
+"""The command line: one file per group of commands that `memgpt --help` shows.
 
-Everything heavy is imported by the command that needs it, so that `memgpt --help` answers at once.
+Slow imports are inside the commands that need them, so that `memgpt --help` answers at once.
 """
 
 import errno
@@ -29,7 +29,7 @@ for group in (stages, flows, models, registry, look, upkeep):  # in the order of
 
 
 def main() -> None:
-    """Entry point. A user's mistake is one line on stderr and exit status 1; a stack trace is for our bugs."""
+    """Entry point. A user error prints one line on stderr and exits with status 1; only a bug shows a stack trace."""
     environment.prepare()
     try:
         app()
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _disk_is_full(error: Exception) -> bool:
-    """Told by the system, or in words by a library that has no error of its own for it (safetensors, SQLite)."""
+    """Whether the system's error code says so, or the message of a library that sets no code (safetensors, SQLite)."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(words in str(error) for words in ("No space left on device", "database or disk is full"))

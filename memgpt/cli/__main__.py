@@ -1,4 +1,4 @@
-"""`python -m memgpt.cli`: what `memgpt` is, where a Python is named."""
+"""`python -m memgpt.cli`: the command `memgpt`, run by a chosen Python interpreter."""
 
 from memgpt.cli import main
 

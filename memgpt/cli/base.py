@@ -1,4 +1,4 @@
-"""What several commands share: their arguments, the configuration, the registry, and how things are printed."""
+"""What several commands share: argument types, loading the configuration, the registry client, and printing."""
 
 import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,7 +26,7 @@ Reason = Annotated[str, typer.Option(help="Why, in your words: kept in the recor
 
 
 def open_registry() -> "MlflowClient":
-    """Of the configured registry."""
+    """The client of the configured registry."""
     from memgpt import tracking
 
     tracking.use()
@@ -34,7 +34,7 @@ def open_registry() -> "MlflowClient":
 
 
 def show(told: Any) -> None:
-    """Print lines, a table that a narrow terminal wraps, or anything else as JSON."""
+    """Print a list of lines, a rich table at least 100 columns wide, or anything else as JSON."""
     if isinstance(told, list) and all(isinstance(line, str) for line in told):
         print("\n".join(told))
     elif hasattr(told, "__rich_console__"):
@@ -55,7 +55,7 @@ def load_config() -> "Config":
 
 
 def compute_with(config: "Config") -> None:
-    """Set the threads before torch is imported, which makes its pools then; OMP_NUM_THREADS from outside wins."""
+    """Set the number of threads, before torch is imported and creates its pools. A user's OMP_NUM_THREADS wins."""
     threads = str(environment.threads(config.runtime.threads))
     os.environ.setdefault("OMP_NUM_THREADS", threads)
     os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])

@@ -1,4 +1,4 @@
-"""The flow: everything at once, by Prefect."""
+"""The command that runs the whole pipeline as a Prefect flow."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ def retrain(
     ] = None,
     ask: Annotated[bool, typer.Option(help="Hold what the gate would promote, until `memgpt approve`.")] = False,
 ) -> None:
-    """Everything: snapshot, the stages that changed, and promotion. Watch it in the Prefect UI.
+    """Run the whole pipeline: snapshot, the stages that changed, and promotion. Watch it in the Prefect UI.
 
     Example: [bold]memgpt retrain --set finetune.ner.epochs=2[/]
     """
@@ -41,14 +41,14 @@ def retrain(
         if busy := housekeeping.works_in(Path()):
             raise UserError(f"{busy} works here, by params.yaml as it is; wait for it, or end it")
         _edit(assignments)
-    config.load()  # a broken file is told in one line, before anything starts
+    config.load()  # reports a broken params.yaml in one line, before anything starts
     if not Path("flows/retrain.py").is_file():
         raise UserError("flows/retrain.py: not found; run the command in the root of the checkout")
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the flow speaks for itself
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the flow prints its own progress
     flags = [f"--replace={model}" for model in replace or []]
     flags += [*(["--force"] if force else []), *(["--ask"] if ask else [])]
     sys.stdout.flush()
-    # The flow takes this process over, so that signals, terminal and exit status are its own.
+    # The flow replaces this process, so that signals, terminal and exit status are its own.
     os.execv(sys.executable, [sys.executable, "-m", "flows.retrain", *flags])
 
 

@@ -1,4 +1,4 @@
-"""A look at what came out: answers, why, and what to label next."""
+"""Commands that inspect models: their answers, the reasons for them, the use of the memory, and what to label next."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +27,7 @@ def predict(
     topic: Annotated[str | None, typer.Option(help="For sentiment.")] = None,
     k: Annotated[int, typer.Option(help="For recommendation: how many.", min=1)] = 5,
 ) -> None:
-    """Ask a model; one line of JSON per answer.
+    """Let a model predict; prints one line of JSON per answer.
 
     Example: [bold]memgpt predict ner@champion "Ada Brandt of Norvale Systems"[/]
     """
@@ -56,7 +56,7 @@ def _local(name: str, inputs: list[Any]) -> list[Any]:
 
 
 def _registered(reference: str, inputs: list[Any]) -> list[Any]:
-    """In a process of its own, with the version's own packaged code."""
+    """The answers of a registered version, computed in a separate process with its packaged code."""
     from memgpt import gate, registry, tracking
 
     config = load_config()
@@ -72,7 +72,7 @@ def _registered(reference: str, inputs: list[Any]) -> list[Any]:
 
 
 def _model(name: str, directory: Path | None) -> Path:
-    """Where a model is. Those of tasks are told apart by their class; base's part in each can be looked at."""
+    """A model's directory. A task's model must have that task's class; base accepts any, since all contain the core."""
     import json
 
     folder = directory or Path("models") / name
@@ -95,10 +95,10 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per answer, or token and layer.")] = False,
     html: Annotated[Path | None, typer.Option(help="Draw it too, as a page in this file; not for base.")] = None,
 ) -> None:
-    """Show which tokens and which memory entries moved an answer (integrated gradients).
+    """Show which tokens and memory entries contributed to an answer (integrated gradients).
 
-    For base: which n-grams' memory spoke for each token, and what was recalled from earlier in the text. gate: what the
-    context let through, 0 to 2. strength: what the memory added, against what was there.
+    For base: which n-grams' memory entries each token read, and what recall found earlier in the text. gate: how much
+    of it the context lets through, 0 to 2. strength: norm of what was added, relative to the hidden state's norm.
     Example: [bold]memgpt explain sentiment "Orders fell again."[/]
     """
     if model == "base" and html:
@@ -123,7 +123,7 @@ def suggest_labels(
         Path | None, typer.Option("--dir", help="The model's directory. Default: models/TASK.")
     ] = None,
 ) -> None:
-    """List the unlabelled rows most worth labelling, uncertain and unlike one another; one line of JSON per row.
+    """List the unlabelled rows most worth labelling: uncertain and different from one another. One line of JSON each.
 
     Example: [bold]memgpt suggest-labels sentiment unlabelled.jsonl --count 50[/]
     """
@@ -149,7 +149,7 @@ def pseudo_label(
         Path | None, typer.Option("--dir", help="The model's directory. Default: models/TASK.")
     ] = None,
 ) -> None:
-    """Self-training: label the rows that the model is sure of, as further training rows.
+    """Self-training: write the rows that the model is sure of, with its labels, as additional training rows.
 
     Put OUT beside the files of the task's source and retrain.
     Example: [bold]memgpt pseudo-label sentiment unlabelled.jsonl data/reviews/train-pseudo.jsonl[/]
@@ -179,9 +179,9 @@ def usage(
     limit: Annotated[int, typer.Option(help="Read this many tokens at most.", min=1)] = 5_000_000,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON per n-gram order.")] = False,
 ) -> None:
-    """Show how a text uses the memory's rows: touched and dead ones, and n-grams that share a row.
+    """Show how a text uses the memory's rows: rows read (touched) and never read (dead), and n-grams that share a row.
 
-    unlearned: rows that are still zero. in every head: n-grams without a row of their own.
+    unlearned: rows that are still zero. in every head: n-grams that have no row of their own in any hash head.
     Example: [bold]memgpt usage --split validation[/]
     """
     compute_with(load_config())
@@ -192,7 +192,7 @@ def usage(
 
 @app.command(rich_help_panel=PANEL)
 def ui() -> None:
-    """Say how to open the Prefect UI (runs, logs, tables) and the MLflow UI (curves, models).
+    """Print how to open the Prefect UI (runs, logs, tables) and the MLflow UI (curves, models).
 
     Example: [bold]memgpt ui[/]
     """

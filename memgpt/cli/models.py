@@ -1,4 +1,4 @@
-"""Models beyond the stages: convert, tune, extend, and use on many texts."""
+"""Commands for models outside the stages: convert, tune, index, score and monitor."""
 
 import dataclasses
 import os
@@ -37,9 +37,9 @@ def convert(
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights. Default: the source's.")
     ] = None,
 ) -> None:
-    """Graft an empty memory onto an existing model: the same answers at first, then more to learn with.
+    """Convert an existing model and add an empty memory: at first the same outputs, then more to learn with.
 
-    Set pretrain.init to DIR to go on from it. Example: [bold]memgpt convert HuggingFaceTB/SmolLM2-135M models/smollm[/]
+    Set pretrain.init to DIR to start from it. Example: [bold]memgpt convert HuggingFaceTB/SmolLM2-135M models/smollm[/]
     """
     if directory.exists():
         raise UserError(f"{directory}: is there already; name a new directory")
@@ -50,7 +50,7 @@ def convert(
     from memgpt.model.convert import convert as graft
 
     began = time.monotonic()
-    torch.manual_seed(0)  # of what is new and does not start at zero
+    torch.manual_seed(0)  # for new weights that are not initialised to zero
     print(f"convert {source}: reading, mapping and comparing its logits", flush=True)
     with atomic.replacing(directory) as aside:
         try:
@@ -91,9 +91,9 @@ def tune(
         bool, typer.Option("--range-test", help="Instead: the loss while the learning rate rises, one short run.")
     ] = False,
 ) -> None:
-    """Search for the settings of a fine-tuning that do best on validation; a stopped search goes on.
+    """Search for the fine-tuning settings with the best validation score; a stopped search resumes.
 
-    Ends with the best as options of `memgpt retrain`, and a picture in reports/plots.
+    At the end, prints the best settings as options of `memgpt retrain` and writes a picture to reports/plots.
     Example: [bold]memgpt tune ner --trials 20 --space learning_rate=0.0002..0.005 --space batch_size=16,32[/]
     """
     config = load_config()
@@ -127,9 +127,9 @@ def index(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A recommendation model's directory.")],
     items: Annotated[Path, typer.Argument(metavar="ITEMS", help="A file of items: id, title, description, tags.")],
 ) -> None:
-    """Add new items to what a recommendation model can offer, without training it.
+    """Add new items to those that a recommendation model can recommend, without training it.
 
-    Items that it knows already stay as they are. Columns have the names that data.recommendation.columns gives them.
+    Items that it already has stay unchanged. The columns are named as in data.recommendation.columns.
     Example: [bold]memgpt index models/recommendation new-items.csv[/]
     """
     from memgpt import tables
@@ -166,7 +166,7 @@ def score(
 ) -> None:
     """Score files of texts with a registered version: Parquet parts with every input row and its answer.
 
-    Cut short, the same command goes on with what is missing. For recommendation IN has a column `history`.
+    If interrupted, the same command continues with the missing parts. For recommendation IN has a column `history`.
     Example: [bold]memgpt score sentiment@champion data/arriving .memgpt/scored[/]
     """
     from memgpt import scoring
@@ -189,9 +189,9 @@ def monitor(
     ] = Path(".memgpt/monitor"),
     as_json: AsJson = False,
 ) -> None:
-    """Score the texts that have arrived since the last time; show surges of negative ones by topic, and drift.
+    """Score the texts that arrived since the last run; show surges of negative texts by topic, and drift.
 
-    Section `monitor` of params.yaml has the settings. The flow of this name also raises alerts: docs/monitoring.md.
+    Settings: section `monitor` of params.yaml. The flow of the same name also sends alerts: docs/monitoring.md.
     Example: [bold]memgpt monitor --uri data/arriving[/]
     """
     from memgpt import monitoring
@@ -211,7 +211,7 @@ def monitor(
 
 @contextmanager
 def _bar(unit: str) -> "Iterator[Callable[[int, int], None]]":
-    """A progress bar on a terminal, as a function of how many of how many are done."""
+    """A progress bar on a terminal: yields a function that takes the number done and the total."""
     from tqdm import tqdm
 
     with tqdm(unit=unit, disable=None, leave=False) as bar:

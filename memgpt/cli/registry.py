@@ -1,4 +1,4 @@
-"""The registry: which version is champion, where it came from, how two differ."""
+"""Commands for the registry: which version is champion, where it came from, how two versions differ."""
 
 import dataclasses
 from typing import Annotated
@@ -44,7 +44,7 @@ def promote(
     print(f"promote {model}: {verdict.verdict} version {verdict.version} ({'; '.join(verdict.reasons)})", flush=True)
     if verdict.verdict == "reject":
         raise UserError(f"memgpt-{model} version {verdict.version} is rejected: {'; '.join(verdict.reasons)}")
-    # One that has just become champion has been seen to load.
+    # A version that has just become champion is already known to load.
     if verdict.verdict != "promote" and "champion" in registry.aliases(open_registry(), model):
         check.run(config, model)
 
@@ -56,7 +56,7 @@ def approve(
     reject: Annotated[bool, typer.Option("--reject", help="Say no instead.")] = False,
     reason: Reason = "",
 ) -> None:
-    """Decide on the version that the gate holds: it becomes champion, once it has been seen to load and predict.
+    """Approve or reject the version that the gate holds. If approved, it must load and predict to become champion.
 
     Example: [bold]memgpt approve ner --reason "checked the new tags by hand"[/]
     """
@@ -72,7 +72,7 @@ def rollback(
     to: Annotated[str | None, typer.Option(help="3 or ner/3. Default: the champion before this one.")] = None,
     reason: Reason = "",
 ) -> None:
-    """Make an earlier version champion again, once it has been seen to load and predict.
+    """Make an earlier version champion again; it must load and predict first.
 
     Example: [bold]memgpt rollback sentiment --to 3 --reason "wrong on negations"[/]
     """
@@ -83,7 +83,7 @@ def rollback(
 
 
 def _number(model: str, version: str | None) -> str | None:
-    """ner/3, or 3 → 3."""
+    """The version number: ner/3 or 3 → 3."""
     from memgpt import registry
 
     if not version or version.isdecimal():
@@ -96,7 +96,7 @@ def _number(model: str, version: str | None) -> str | None:
 
 @app.command(rich_help_panel=PANEL)
 def verify(version: VersionName) -> None:
-    """Load a version, a model's champion by default, in a process of its own and let it predict.
+    """Load a version (by default a model's champion) in a separate process and let it predict.
 
     Example: [bold]memgpt verify recommendation[/]
     """
@@ -111,7 +111,7 @@ def history(
     every: Annotated[bool, typer.Option("--all", help="Rejections, holds and what changed nothing, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show every promotion and rollback of a model, newest first: when, from, to, who, why, numbers.
+    """Show every promotion and rollback of a model, newest first: time, from, to, who, why, numbers.
 
     Example: [bold]memgpt history ner[/]
     """
@@ -129,9 +129,9 @@ def lineage(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Show where a version came from: commit, data, params, parent, flow run, metrics; and how to get its data again.
+    """Show where a version came from: commit, data, params, parent, flow run, metrics; and how to restore its data.
 
-    The other way, the versions that came of a commit, of data or of a parent.
+    Given a commit, flow run, hash or path instead, show the versions that were made from it.
     Example: [bold]memgpt lineage ner@champion[/], [bold]memgpt lineage data/tables/ner[/]
     """
     from memgpt import provenance, registry
@@ -153,7 +153,7 @@ def compare(
     examples: Annotated[int, typer.Option(help="How many changed answers to show.", min=0)] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Two versions or experiments on the present test set: metrics, b less a with paired intervals, changed answers.
+    """Compare two versions or experiments on the present test set: metrics, b minus a (paired intervals), answers.
 
     Example: [bold]memgpt compare ner@champion ner[/], [bold]memgpt compare slower faster --model sentiment[/]
     """
@@ -175,9 +175,9 @@ def reproduce(
     data: Annotated[bool, typer.Option("--data", help="Only the tables that it learned from.")] = False,
     keep: Annotated[bool, typer.Option(help="Keep the worktree also if the metrics match.")] = False,
 ) -> None:
-    """Make a version anew from its commit, params and locked data, and say whether its metrics match.
+    """Train a version again from its commit, params and locked data, and show whether its metrics match.
 
-    In a worktree with an empty cache, below .memgpt/worktrees. Exit status 1 if they do not match.
+    Runs in a worktree with an empty cache, below .memgpt/worktrees. Exit status 1 if they do not match.
     Example: [bold]memgpt reproduce ner@champion[/]
     """
     from memgpt import console, provenance, registry

@@ -1,4 +1,4 @@
-"""The stages: a command for each, inside an MLflow run where it trains or measures."""
+"""One command per stage; those that train or evaluate run inside an MLflow run."""
 
 import os
 import sys
@@ -24,9 +24,9 @@ app = typer.Typer()
 def snapshot(
     diff: Annotated[bool, typer.Option("--diff", help="Only show what has been added, changed or removed.")] = False,
 ) -> None:
-    """Write down what every source holds now, with digests, in data/sources.lock.json.
+    """Record the present content of every source, with digests, in data/sources.lock.json.
 
-    Ingest fetches exactly that: new data means a changed lock.
+    Ingest fetches exactly that content: new data means a changed lock file.
     Example: [bold]memgpt snapshot[/], [bold]memgpt snapshot --diff[/]
     """
     if diff:
@@ -48,7 +48,7 @@ def ingest(source: SourceName) -> None:
 
 @app.command(rich_help_panel=PANEL)
 def validate(source: SourceName) -> None:
-    """Check a source's tables; report in reports/validation, as JSON and as a page to read.
+    """Check a source's tables; reports are in reports/validation, as JSON and as an HTML page.
 
     Example: [bold]memgpt validate sentiment[/]
     """
@@ -57,7 +57,7 @@ def validate(source: SourceName) -> None:
 
 @app.command(rich_help_panel=PANEL)
 def tokenize() -> None:
-    """Train the tokenizer and write the corpus as token ids, less the tasks' held-out texts.
+    """Train the tokenizer and write the corpus as token ids, without the tasks' held-out texts.
 
     Example: [bold]memgpt tokenize[/]
     """
@@ -66,9 +66,9 @@ def tokenize() -> None:
 
 @app.command(rich_help_panel=PANEL)
 def pretrain() -> None:
-    """Teach the core to predict the next token of the corpus: models/base.
+    """Train the core to predict the next token of the corpus: models/base.
 
-    Killed, it continues where it was. Example: [bold]memgpt pretrain[/]
+    A killed run resumes from its last checkpoint. Example: [bold]memgpt pretrain[/]
     """
     _tracked("pretrain", log=True)
 
@@ -93,7 +93,7 @@ def finetune(task: TaskName) -> None:
 
 @app.command(rich_help_panel=PANEL)
 def evaluate(model: ModelName) -> None:
-    """Measure a model on its test split, beside a simple baseline: reports/metrics and reports/plots.
+    """Evaluate a model and a simple baseline on the test split: reports/metrics and reports/plots.
 
     Example: [bold]memgpt evaluate base[/]
     """
@@ -101,7 +101,7 @@ def evaluate(model: ModelName) -> None:
 
 
 def _stage(verb: str, item: str | None = None, *, torch: bool = False, **extra: Any) -> dict[str, float]:
-    """Run one stage of params.yaml on its share of the cores and say how it went."""
+    """Run one stage with its share of the cores; print its duration and main numbers, and return its metrics."""
     config = load_config()
     if torch:
         compute_with(config)
@@ -113,15 +113,15 @@ def _stage(verb: str, item: str | None = None, *, torch: bool = False, **extra: 
         distributed.leave()
     judged = [name for name in ("value", "ci_low", "ci_high", "baseline", "before") if name in metrics]
     numbers = ", ".join(f"{name} {metrics[name]:.6g}" for name in judged or metrics)
-    if metrics:  # those of several processes that only helped have none
+    if metrics:  # under torchrun only the first process has them
         print(f"{verb}{f' {item}' if item else ''}: done in {time.monotonic() - began:.1f} s; {numbers}", flush=True)
     return metrics
 
 
 def _tracked(verb: str, item: str | None = None, *, log: bool = False) -> None:
-    """A stage inside an MLflow run. Tracking reads what the stage says and never changes its bytes.
+    """Run a stage inside an MLflow run. Tracking only reads what the stage reports and never changes its output.
 
-    log: it trains, which takes a slot.
+    log: whether the stage trains; it then occupies a slot (`memgpt.slots`).
     """
     from memgpt import slots, tracking
     from memgpt.config import TASKS
@@ -150,7 +150,7 @@ def _tracked(verb: str, item: str | None = None, *, log: bool = False) -> None:
 
 
 class _Curve:
-    """Collects a training curve and sends it now and then: a request costs 20 ms, on SQLite too."""
+    """Collects a training curve and sends it in batches, since a request costs 20 ms, even with SQLite."""
 
     SECONDS = 10.0
 
@@ -166,7 +166,7 @@ class _Curve:
         if time.monotonic() - self.sent > self.SECONDS:
             try:
                 self.flush()
-            except Exception as error:  # training goes on without a server; the points are kept for later
+            except Exception as error:  # training continues without a server; the points are kept for later
                 if tracking.away(error) is None:
                     raise
                 self.sent = time.monotonic()

@@ -1,4 +1,4 @@
-"""Upkeep of the installation and of what the commands leave behind."""
+"""Commands that maintain the installation and the files that other commands leave behind."""
 
 import dataclasses
 import sys
@@ -16,7 +16,7 @@ app = typer.Typer()
 
 @app.command(rich_help_panel=PANEL)
 def doctor(as_json: AsJson = False) -> None:
-    """Check the installation, this checkout and what runs here; each finding comes with its fix. Changes nothing.
+    """Check the installation, this checkout and what runs in it; every finding names its fix. Changes nothing.
 
     Exit status 1 if something is broken. Example: [bold]memgpt doctor[/]
     """
@@ -52,9 +52,9 @@ def gc(
 
 @app.command(rich_help_panel=PANEL)
 def backup(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where: a new folder in it.")]) -> None:
-    """Copy mlflow.db and Prefect's database, consistent while servers and runs write to them.
+    """Copy mlflow.db and Prefect's database; each copy is consistent even while servers and runs write.
 
-    To restore, stop what uses them and copy a file back. Example: [bold]memgpt backup .memgpt/backups[/]
+    To restore, stop what uses the database and copy its file back. Example: [bold]memgpt backup .memgpt/backups[/]
     """
     from memgpt import housekeeping
 
@@ -66,7 +66,7 @@ def backup(directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where:
 
 @app.command(rich_help_panel=PANEL)
 def upgrade() -> None:
-    """Bring mlflow.db and Prefect's database to the installed versions' schema, after a backup. Stop servers first.
+    """Back up mlflow.db and Prefect's database and migrate them to the installed versions' schema. Stop servers first.
 
     Example: [bold]memgpt upgrade[/]
     """
