@@ -1,4 +1,4 @@
-"""A person's word on a version that the gate holds: it becomes champion, or it is rejected."""
+"""approve: a person's decision on a version that the gate holds. It becomes champion or is rejected."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Held:
-    """What waits for approval. champion: the version that it would replace, if any; numbers: what the gate measured."""
+    """A version that waits for approval. champion: the one it would replace, if any; numbers: the gate's metrics."""
 
     model: str
     version: str
@@ -25,11 +25,11 @@ class Held:
 
 
 def held(client: "MlflowClient", model: str, version: str | None = None) -> Held:
-    """The challenger that the gate holds; `version`, if given, must be that one.
+    """The challenger that the gate holds. If `version` is given, it must be the challenger.
 
     Raises:
-        UserError: if none is held, a newer candidate has taken its place, or the champion is not the one that it was
-            compared with.
+        UserError: if no version is held, a newer candidate has replaced it, or the champion has changed since the two
+            were compared.
     """
     if model not in MODELS:
         raise UserError(f"{model}: no such model; one of {', '.join(MODELS)}")
@@ -63,10 +63,10 @@ def run(
     actor: str | None = None,
     reason: str = "",
 ) -> Held:
-    """Carry the decision out, once the version has been seen to load and predict.
+    """Carry out the decision. A version is approved only if it loads and predicts.
 
     Raises:
-        UserError: if it is not the held one (see `held`), or does not load and predict; nothing changes then.
+        UserError: if the version is not the held one (see `held`), or does not load and predict; nothing changes then.
     """
     tracking.use()
     client = tracking.client()

@@ -1,8 +1,8 @@
-"""evaluate@model: the test split, with an interval, beside a simple baseline and the core before fine-tuning; slices,
-robustness, the worst mistakes, a table and a picture.
+"""evaluate@model: score a model on the test split, compared with a simple baseline and the core before fine-tuning.
+Also its slices, robustness and worst mistakes, a table and a picture.
 
 Reads models/<model>, models/base and the tables; writes reports/metrics/<model>.json, reports/mistakes/<model>.jsonl
-and reports/plots/<model>.{csv,png}. A number NAME of the report has its 95 % interval in NAME_ci_low and NAME_ci_high.
+and reports/plots/<model>.{csv,png}. NAME_ci_low and NAME_ci_high are the 95 % interval of the report's metric NAME.
 """
 
 import json

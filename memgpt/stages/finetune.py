@@ -1,4 +1,4 @@
-"""finetune@task: a task's head on the shared core, read in both directions. Writes models/<task>."""
+"""finetune@task: train a task's head on the shared core, with bidirectional attention. Writes models/<task>."""
 
 import json
 import shutil
@@ -31,10 +31,10 @@ def fit(
     watch: Watch | None = None,
     head_seed: int | None = None,
 ) -> dict[str, float]:
-    """Fine-tune into the directory `target`; what it reached on validation.
+    """Fine-tune into the directory `target`; returns the validation metrics.
 
-    watch: told the validation score of each epoch and its number, from 1; what it raises ends the training.
-    head_seed: of the head's first weights, which models that are to be averaged share; by default that of all else.
+    watch: called after each epoch with its validation score and number (from 1); an exception in it ends the training.
+    head_seed: seed of the head's initial weights, shared by models that will be averaged. Default: params.seed.
     """
     if params.soup > 1:
         return _soup(params, task, target, log)
@@ -85,7 +85,7 @@ def fit(
         return {}
     if params.patience:
         model = predict.load(task, epochs.best).model
-    if table is not None:  # only rows that the data reads learn
+    if table is not None:  # only rows that the data reads are trained
         trainable -= int((model.base_model.memory_table.weight == table).all(dim=1).sum()) * table.shape[1]
     with atomic.replacing(target) as directory:
         found = save(model, task, params, tokenizer, directory) | validate(task, directory)
@@ -97,8 +97,8 @@ def fit(
 
 
 def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[str, float]:
-    """The average of fine-tunings with other seeds: best first, each taken in if the average gets better by it
-    (greedy soup, arXiv 2203.05482)."""
+    """The average of fine-tunings with different seeds (greedy soup, arXiv 2203.05482): best first, each is added if
+    that improves the average's validation score."""
     inputs, primary = [existing(MODELS / params.start), TABLES / task], judge(task).PRIMARY
     place = checkpoint.directory(f"soup-{task}", params.model_dump(), inputs)
     members = _members(params.model_copy(update={"soup": 1}), params.soup, task, place, log, head_seed=params.seed)
@@ -127,12 +127,12 @@ def _soup(params: Finetune, task: str, target: Path, log: Log | None) -> dict[st
 
 
 def _mean(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Of whole numbers, such as the memory's owners, which all members have from the core, the first."""
+    """The mean; of integer tensors the first, since all members have them from the core (such as the row owners)."""
     return torch.stack(tensors).mean(0) if tensors[0].is_floating_point() else tensors[0]
 
 
 def _ensemble(params: FinetuneLabels, task: str, target: Path, log: Log | None) -> dict[str, float]:
-    """Fine-tunings with other seeds in one directory, to answer together, each calibrated by itself."""
+    """An ensemble: fine-tunings with different seeds in one directory that predict together, each calibrated alone."""
     inputs = [existing(MODELS / params.start), TABLES / task]
     place = checkpoint.directory(f"ensemble-{task}", params.model_dump(), inputs)
     members = _members(params.model_copy(update={"ensemble": 1}), params.ensemble, task, place, log)
@@ -151,7 +151,7 @@ def _ensemble(params: FinetuneLabels, task: str, target: Path, log: Log | None) 
 def _members(
     params: Finetune, count: int, task: str, place: Path, log: Log | None, head_seed: int | None = None
 ) -> list[Path]:
-    """Fine-tunings with `count` seeds from the first on, each in a directory of its own below `place`."""
+    """Fine-tunings with `count` seeds, from params.seed on, each in its own directory below `place`."""
     members = []
     for seed in range(params.seed, params.seed + count):
         members.append(place / f"seed-{seed}")
@@ -163,9 +163,9 @@ def _members(
 def save(
     model: PreTrainedModel, task: str, params: Finetune, tokenizer: PreTrainedTokenizerFast, directory: Path
 ) -> dict[str, float]:
-    """Everything that predicting needs, into a directory; numbers that were found on the way."""
+    """Write everything that prediction needs to a directory; returns the numbers that calibration found."""
     training, device = model.training, model.device
-    whole = tuning.whole(model).to("cpu").eval()  # where what it finds and predicts on the way is computed
+    whole = tuning.whole(model).to("cpu").eval()  # calibration and the item index are computed on the CPU
     module, found = judge(task), {}
     if hasattr(module, "calibrate"):
         found = module.calibrate(whole, tokenizer, TABLES, params.max_length)
@@ -189,9 +189,9 @@ def validate(task: str, directory: Path) -> dict[str, float]:
 
 
 class _EarlyStopping:
-    """Early stopping: the model directory of the best epoch, judged on validation as it would be served.
+    """Early stopping: keeps the model directory of the best epoch by validation score, predicting as when served.
 
-    The scores are kept by step, so that a resumed run decides as an undisturbed one.
+    The scores are stored by step, so that a resumed run decides like an uninterrupted one.
     """
 
     def __init__(
@@ -219,20 +219,20 @@ class _EarlyStopping:
         if self.watch:
             try:
                 self.watch(score, len(scores))
-            except Exception:  # ended for good: nothing to go on from
+            except Exception:  # the training ends for good and will not be resumed
                 checkpoint.discard(self.scores.parent.parent)
                 raise
         return not self.over
 
     @property
     def over(self) -> bool:
-        """Whether the last `patience` epochs were no better than one before them."""
+        """Whether none of the last `patience` epochs was better than the best one before them."""
         scores = list(self._read().values())
         return bool(scores) and 0 < self.params.patience < len(scores) - scores.index(max(scores))
 
     @property
     def step(self) -> int:
-        """Of the best epoch."""
+        """The last step of the best epoch."""
         scores = self._read()
         return max(scores, key=scores.__getitem__)
 

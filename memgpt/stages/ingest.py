@@ -9,7 +9,7 @@ from memgpt.sources import licences
 
 
 def run(settings: config.Config, source: str) -> dict[str, float]:
-    """Fetch exactly what the lock says, normalise it, split what comes unsplit, and write the whole folder at once."""
+    """Fetch exactly the locked content, normalise it, split what has no split, and write the folder atomically."""
     where: config.Source = getattr(settings.data, source)
     entry = sources.read_lock(source, where)
     built = tables.build(source, sources.fetch(source, where, entry), where, settings.ingest)
@@ -40,7 +40,7 @@ def _rows(built: dict[str, pa.Table]) -> dict[str, int]:
 
 
 def _licence(where: config.Source, entry: dict[str, Any], of_rows: list[str]) -> tuple[str | None, bool]:
-    """`data.<source>.licence` wins, then what lies beside the files, then what the rows say."""
+    """(licence, non-commercial): from `data.<source>.licence`, else from beside the files, else from the rows."""
     if where.licence:
         return where.licence, licences.non_commercial(where.licence)
     if entry.get("licence"):

@@ -1,4 +1,4 @@
-"""multitask: the three tasks jointly on one trunk, a batch of one task at a time. Writes models/multitask."""
+"""multitask: train the three tasks jointly on one trunk; each batch is of one task. Writes models/multitask."""
 
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ BASE, JOINT = Path("models/base"), Path("models/multitask")
 class Mixture(Dataset):
     """Whole batches, each of one task, drawn with probability ∝ size^(1 / mixing_temperature).
 
-    Which task and which examples depends on the index alone, so a resumed run sees what it would have seen. Of several
-    processes (torchrun) each gives its share, except of recommendation, which compares all items of a batch with each
-    other: there every process computes the whole.
+    Task and examples depend on the index alone, so a resumed run sees the same batches. Under torchrun each process
+    returns its share of a batch. Recommendation is the exception: it compares all items of a batch with each other, so
+    every process computes the whole batch.
     """
 
     def __init__(self, data: dict[str, Any], params: Multitask):

@@ -1,4 +1,4 @@
-"""pretrain: teach the core to predict the next token of the corpus, memory included. Writes models/base."""
+"""pretrain: train the core, including its memory, to predict the next token of the corpus. Writes models/base."""
 
 import math
 from collections.abc import Iterable
@@ -22,14 +22,14 @@ from memgpt.objectives import Pretraining
 from memgpt.optimizers import for_pretraining
 from memgpt.training import Log, train
 
-VALIDATION_ROWS = 512  # read for the held-out loss; more would not change its third digit
+VALIDATION_ROWS = 512  # for the held-out loss; more would not change its third digit
 
 TOKENIZER, TOKENS, BASE = Path("models/tokenizer"), Path("data/tokens"), Path("models/base")
 
 
 def positions(starts: np.ndarray, first: int, count: int) -> np.ndarray:
-    """Of `count` tokens of a split from number `first` on, read as one row: they start again at 0 with each document.
-    starts: where each document begins."""
+    """Position ids of a row of `count` tokens, from token `first` of a split on; they restart at 0 with each document.
+    starts: index of each document's first token."""
     where = np.arange(first, first + count)
     document = starts[np.searchsorted(starts, where, side="right") - 1]
     return where - np.maximum(document, first)
@@ -38,8 +38,8 @@ def positions(starts: np.ndarray, first: int, count: int) -> np.ndarray:
 class PackedTokens(Dataset):
     """Rows of `length` tokens cut from a split of data/tokens.
 
-    position_ids start again at 0 with each document, which keeps attention and n-grams within it. A document's first
-    token is the end token, so its last token learns to predict the end.
+    position_ids restart at 0 with each document, so that attention and n-grams stay within it. Every document starts
+    with the end token, so the last token of the one before it learns to predict the end.
     """
 
     def __init__(self, directory: Path, split: str, length: int):
@@ -66,8 +66,8 @@ class PackedTokens(Dataset):
 
 
 def budget(rows: int, params: Pretrain) -> tuple[int, int]:
-    """Steps, one or more, that read no more than `pretrain.tokens` of a split of so many rows, and the tokens that they
-    read: the last batch of an epoch may be smaller."""
+    """(steps, tokens): how many steps read at most `pretrain.tokens` of a split of `rows` rows, but at least one step,
+    and how many tokens they read. The last batch of an epoch may be smaller."""
     epochs, rest = divmod(params.tokens // params.sequence_length, rows)
     batches = rest // params.batch_size
     if not epochs + batches:
@@ -77,7 +77,7 @@ def budget(rows: int, params: Pretrain) -> tuple[int, int]:
 
 
 def _all(data: Dataset, what: str) -> Iterable[dict[str, torch.Tensor]]:
-    """Its rows once, with a progress bar on a terminal."""
+    """All rows of the data once, in batches, with a progress bar on a terminal."""
     batches = DataLoader(data, batch_size=64)
     return tqdm(batches, desc=what, unit="batch", leave=False, disable=True if environment.rank() else None)
 
@@ -117,7 +117,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
             optimizer=for_pretraining(model, params),
             loss=Pretraining(params, steps, len(tokenizer), tokenizer.mask_token_id, len(data)),
             log=log,
-            divide_tables=params.update == "all",  # which rows to update is said by their numbers in the whole table
+            divide_tables=params.update == "all",  # the rows to update are numbered by the whole table
         )
     if not distributed.first():
         return {}
@@ -141,9 +141,10 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
 
 
 def _products(model: MemGPTForCausalLM, params: Pretrain) -> AbstractContextManager[None]:
-    """
+    """The context in which training multiplies in 8 bits, if `pretrain.float8` is set and the GPU supports it.
+
     Raises:
-        UserError: if 8 bits are asked for and could be had, and torchao is not installed.
+        UserError: if the GPU supports 8 bits, but torchao is not installed.
     """
     if not params.float8:
         return nullcontext()
@@ -197,7 +198,7 @@ def _initial_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MemGPT
         raise
     except (OSError, ValueError) as error:
         raise UserError(f"pretrain.init={params.init}: {str(error).strip().splitlines()[0]}") from None
-    if model.config.vocab_size < len(tokenizer):  # more rows than tokens are padding
+    if model.config.vocab_size < len(tokenizer):  # a larger vocabulary than the tokenizer's is padding
         raise UserError(
             f"pretrain.init={params.init}: its vocabulary has {model.config.vocab_size} entries and its tokenizer "
             f"{len(tokenizer)}; start from a directory whose tokenizer belongs to the model"

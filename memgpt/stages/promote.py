@@ -1,4 +1,4 @@
-"""Register a finished model as challenger and let the gate decide whether it becomes champion."""
+"""promote: register a trained model as challenger and let the gate decide whether it becomes champion."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 WORK = Path(".memgpt/gate")
-_ROUNDING = 0.001  # by which a score may differ between two computations of it
+_ROUNDING = 0.001  # by which two computations of the same score may differ
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row of the table at the end of a run. value, interval and baseline are the candidate's test report; version is
-    the one that was judged, for "unchanged" the champion; reasons begin with what a killed run had left to settle."""
+    """A row of the table at the end of a run. value, interval and baseline are from the candidate's test report.
+    version: the judged one, for "unchanged" the champion. reasons: first, what was settled for a killed run."""
 
     model: str
     metric: str
@@ -33,7 +33,7 @@ class Verdict:
     ci_low: float
     ci_high: float
     baseline: float
-    champion: float | None  # its score on the same rows, where the two were compared
+    champion: float | None  # the champion's score on the same rows, if the two were compared
     verdict: gate.Outcome
     version: str
     reasons: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Verdict:
 
 @contextmanager
 def deciding(model: str) -> Iterator[None]:
-    """One decision per model at a time, in all of a user's checkouts on this machine that share the registry."""
+    """Lock: one decision per model at a time, in all of a user's checkouts on this machine that share the registry."""
     with tracking.locked(tracking.home() / "gate" / f"{model}.lock"):
         yield
 
@@ -55,13 +55,13 @@ def run(
     actor: str | None = None,
     reason: str = "",
 ) -> Verdict:
-    """Judge models/<model>, apply the verdict, and write it to .memgpt/verdicts/<model>.json too.
+    """Let the gate judge models/<model>, apply the verdict, and write it to .memgpt/verdicts/<model>.json.
 
-    replace: release a hold (not comparable, or no certain gain). ask: hold also what the gate would promote, until a
-    person approves it (`approve.py`). actor, reason: who decides and why, for the record.
+    replace: promote what would be held (not comparable, or no certain gain). ask: hold what the gate would promote,
+    until a person approves it (`approve.py`). actor, reason: who decides and why, stored with the decision.
 
     Raises:
-        UserError: if the model, its report or its lineage is missing: nothing is registered then.
+        UserError: if the model, its report or its lineage is missing; nothing is registered then.
     """
     if model not in MODELS:
         raise UserError(f"{model}: no such model; one of {', '.join(MODELS)}")
@@ -130,7 +130,7 @@ def _judge(
         if champion and not incomparable:
             uris.append(registry.uri(model, champion))
         share = max(1, environment.threads(config.runtime.threads) // len(uris))
-        # Started before the judge is imported: both take seconds.
+        # Start the versions before importing the judge, because both take seconds.
         limit = config.promote.timeout_seconds
         new, *others = [stack.enter_context(gate.Version(uri, WORK / model, share, limit)) for uri in uris]
         old = others[0] if others else None
@@ -161,7 +161,7 @@ def _judge(
             incomparable, old = str(error), None
         try:
             costs = gate.cost(new, old, len(rows))
-        except gate.VersionError as error:  # one of the two died after it had answered
+        except gate.VersionError as error:  # one of the two processes died after answering
             return gate.Decision("hold", [str(error)])
     if champion_statistics is None:
         baseline = judging.statistics(rows, judging.baseline(TABLES, rows))
@@ -182,8 +182,8 @@ def _judge(
 
 
 def _doubt(decision: gate.Decision, candidate: registry.Candidate) -> gate.Decision:
-    """Hold what the gate would promote if the test report, which is shown and kept with the version, is of another
-    model: trained or given other test rows since, and not evaluated again."""
+    """Hold a version that the gate would promote if its test report does not fit: the model or the test rows have
+    changed since, without a new evaluation. The report is shown and stored with the version."""
     said, found = candidate.report, decision.numbers.get("value")
     if found is None or decision.verdict != "promote":
         return decision
@@ -200,7 +200,7 @@ def _statistics(judging: ModuleType, rows: list[dict[str, Any]], version: gate.V
     answers = version.answer()
     try:
         return judging.statistics(rows, answers)
-    except (KeyError, TypeError, ValueError, IndexError) as error:  # its code is not ours: anything may come out of it
+    except (KeyError, TypeError, ValueError, IndexError) as error:  # its packaged code may return anything
         found = f"{type(error).__name__}: {error}"
         raise gate.VersionError(
             f"{version.uri} does not predict in the format of {judging.__name__} ({found})"
@@ -208,7 +208,7 @@ def _statistics(judging: ModuleType, rows: list[dict[str, Any]], version: gate.V
 
 
 def _incomparable(new: dict[str, str], old: dict[str, str]) -> str | None:
-    """Why the two versions' numbers on one test set do not say which is better."""
+    """Why the two versions' scores on one test set cannot be compared; None if they can."""
     for key, what in (("labels", "label set"), ("source_family", "source family")):
         if new[key] != old.get(key):
             return f"other {what}, {new[key]} instead of the champion's {old.get(key, 'unknown')}"

@@ -1,4 +1,4 @@
-"""Give the champion alias back to an earlier version, once that has been seen to load and predict."""
+"""rollback: move the champion alias back to an earlier version, if that loads and predicts."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,12 +23,12 @@ class Rollback:
 def run(
     config: Config, model: str, *, version: str | int | None = None, actor: str | None = None, reason: str = ""
 ) -> Rollback:
-    """Make `version` champion, by default the one that the present champion superseded last.
+    """Make `version` champion; by default the one that was superseded last.
 
-    The version that is rolled back from is tagged; the same weights are held by the gate from then on.
+    The version that was champion is tagged as rolled back; from then on the gate holds the same weights.
 
     Raises:
-        UserError: if there is no such version, it lacks lineage, or does not load and predict; nothing changes then.
+        UserError: if there is no such version, or it lacks lineage or does not load and predict; nothing changes then.
     """
     if model not in MODELS:
         raise UserError(f"{model}: no such model; one of {', '.join(MODELS)}")
@@ -53,7 +53,7 @@ def run(
 def _target(client: "MlflowClient", model: str, champion: str, wanted: str | None) -> str:
     found = registry.versions(client, model)
     if wanted is None:
-        # ISO times come first in the tag, so the latest sorts last
+        # the tag starts with an ISO time, so the latest sorts last
         earlier = [version for version in found if "superseded" in version.tags and str(version.version) != champion]
         if not earlier:
             raise UserError(f"{registry.name(model)}: no version was champion before {champion}; name one with --to")

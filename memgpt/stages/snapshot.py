@@ -1,4 +1,4 @@
-"""Snapshot: what every source holds now → `data/sources.lock.json`, which ingest then fetches, and nothing else."""
+"""Snapshot: record the present content of every source in `data/sources.lock.json`; ingest fetches exactly that."""
 
 import json
 from typing import Any
@@ -7,14 +7,14 @@ from memgpt import config, sources
 
 
 def run(settings: config.Config) -> dict[str, float]:
-    """Resolve all sources; the lock is written only if one of them changed. The lock stays if a source fails."""
+    """Resolve all sources and write the lock file, unless nothing has changed. If a source fails, the lock stays."""
     entries = _resolve(settings)
     sources.write_lock(entries)
     return {f"{name}_files": float(len(entry["files"])) for name, entry in entries.items()}
 
 
 def difference(settings: config.Config) -> list[str]:
-    """What a snapshot would change in the lock, a line each: `sentiment: added src/may.jsonl (31,000 bytes)`."""
+    """What a snapshot would change in the lock, one line each: `sentiment: added src/may.jsonl (31,000 bytes)`."""
     known = _locked()
     lines = []
     for name, entry in _resolve(settings).items():
@@ -39,5 +39,5 @@ def _resolve(settings: config.Config) -> dict[str, dict[str, Any]]:
 def _locked() -> dict[str, Any]:
     try:
         return json.loads(sources.LOCK.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # a snapshot writes it anew
+    except (FileNotFoundError, json.JSONDecodeError):  # a snapshot rewrites it
         return {}

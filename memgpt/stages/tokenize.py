@@ -1,7 +1,7 @@
 """tokenize: train the tokenizer (or take the one of `pretrain.init`) and write the corpus as token ids.
 
-Reads data/tables/*; writes models/tokenizer and data/tokens: for each split `<split>.npy`, the ids of all documents in
-one row, each document led by the end token, and `<split>_starts.npy`, where each document begins.
+Reads data/tables/*; writes models/tokenizer and data/tokens. Per split these are `<split>.npy`, the ids of all
+documents in one row, each starting with the end token, and `<split>_starts.npy`, the index where each document begins.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _BATCH = 256  # documents
 
 
 def run(config: Config) -> dict[str, float]:
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # same ids, on all cores
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # uses all cores; the ids are the same
     held_out = HeldOut(_held_out_texts())
     splits = {}
     removed = 0
@@ -63,7 +63,7 @@ def _column(source: str, split: str, name: str) -> list[Any]:
 
 
 def _held_out_texts() -> list[str]:
-    """Validation and test texts of the tasks that are judged by reading them; items are known to readers by design."""
+    """Validation and test texts of NER and sentiment; recommendation's items are known to the model by design."""
     texts = []
     for split in ("validation", "test"):
         texts += [" ".join(words) for words in _column("ner", split, "tokens")]
@@ -74,7 +74,7 @@ def _held_out_texts() -> list[str]:
 def _tokenizer(config: Config, texts: list[str]) -> PreTrainedTokenizerFast:
     if config.pretrain.init is None:
         limit = config.tokenize.max_documents
-        if len(texts) > limit:  # a sample of all: a corpus may come in an order, by source or by time
+        if len(texts) > limit:  # a sample, because a corpus may be sorted by source or time
             texts = heapq.nsmallest(limit, texts, key=lambda text: hashlib.sha256(text.encode()).digest())
         return MemGPTTokenizer.train(texts, config.tokenize.vocab_size, config.tokenize.min_frequency)
     try:
@@ -94,7 +94,7 @@ def _tokenizer(config: Config, texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of all documents [N] in the smallest fitting type, and where each document starts [documents]."""
+    """(ids of all documents [N] in the smallest integer type that fits, start index of each document [documents])."""
     end = tokenizer.eos_token_id
     rows: list[np.ndarray] = []
     starts, total = [], 0

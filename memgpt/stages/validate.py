@@ -1,4 +1,4 @@
-"""Validate: one source's tables against its suite → a report that later stages depend on, and a page for people."""
+"""Validate: check one source's tables with its suite. Writes a report that later stages depend on, and an HTML page."""
 
 import json
 from collections import Counter
@@ -13,15 +13,15 @@ from memgpt import atomic, config, suites, validation_page
 from memgpt.errors import UserError
 
 REPORTS = Path("reports/validation")
-ERRORS = Path("reports/errors")  # git-ignored: the one place where a row's text may stand
+ERRORS = Path("reports/errors")  # git-ignored; the only reports that contain the text of rows
 SHOWN = 5
 
 
 def run(settings: config.Config, source: str) -> dict[str, float]:
-    """Check everything, write both reports, then fail if any check failed.
+    """Run all checks, write report and page, then fail if any check failed.
 
     Raises:
-        UserError: naming the first failing check and the page.
+        UserError: naming the first failed check and the page.
     """
     folder = config.TABLES / source
     manifest, read = _read(source, folder)
@@ -58,8 +58,8 @@ def _read(source: str, folder: Path) -> tuple[dict[str, Any], dict[str, pa.Table
 
 
 def _corpus(source: str) -> list[str] | None:
-    """The pretraining texts, for the sources whose held-out texts must not be among them. Recommendation is no such
-    source: its items are known to the model by design."""
+    """The corpus texts, for the sources whose held-out texts must not be among them (NER, sentiment). For others None:
+    recommendation's items are known to the model by design."""
     if source not in ("ner", "sentiment"):
         return None
     path = config.TABLES / "corpus" / "train.parquet"
@@ -84,7 +84,7 @@ def _report(
 
 
 def _result(outcome: suites.Outcome, related: dict[str, pd.DataFrame]) -> dict[str, Any]:
-    """Counts and the first failing rows by id. Rows within a threshold are named too: they are still worth a look."""
+    """A check's counts and the ids of its first failing rows, also if there are few enough for the check to succeed."""
     check = outcome.check
     frame = related.get(check.table)
     named = [_name(check.table, frame, row) for row in outcome.rows[:SHOWN]]
@@ -111,7 +111,7 @@ def _name(table: str, frame: pd.DataFrame | None, row: int) -> str:
 
 
 def _write_errors(source: str, outcomes: list[suites.Outcome], frames: dict[str, pd.DataFrame]) -> None:
-    """The first rows that fail a failed check, with their texts, for whoever must mend them."""
+    """Write the first rows that fail a failed check, with their texts, for whoever must correct them."""
     path = ERRORS / f"{source}.jsonl"
     lines = []
     for outcome in outcomes:
@@ -157,7 +157,7 @@ def _failure(
 
 
 def _pictures(source: str, frames: dict[str, pd.DataFrame]) -> dict[str, dict[str, int]]:
-    """Title → bars: label balance and lengths per table, histories and popularity for recommendation."""
+    """Title → bar chart: label balance and lengths per table; for recommendation, interactions per reader and item."""
     if source == "recommendation":
         every = pd.concat([frames[split] for split in suites.SPLITS])
         return {
@@ -177,7 +177,7 @@ def _pictures(source: str, frames: dict[str, pd.DataFrame]) -> dict[str, dict[st
 
 
 def _histogram(values: Any) -> dict[str, int]:
-    """Counts in bins that double: 1, 2–3, 4–7, …; 0 has its own."""
+    """Counts in bins of doubling width: 1, 2–3, 4–7, …; 0 has its own bin."""
     counts = Counter(int(value).bit_length() for value in values)
     bars = {}
     for bits in range(min(counts, default=0), max(counts, default=-1) + 1):

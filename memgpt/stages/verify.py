@@ -1,4 +1,4 @@
-"""verify: does a registered version load and predict, in a process of its own with its own packaged code?"""
+"""verify: check that a registered version loads and predicts, in a separate process with its own packaged code."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ WORK = Path(".memgpt/verify")
 
 
 def run(config: Config, reference: str) -> str:
-    """The version's number, once it has answered its example. reference: as `registry.parse` reads it; a bare model
-    is its champion.
+    """Let a version predict its example; returns its number. reference: as for `registry.resolve`; a bare model name
+    means its champion.
 
     Raises:
         UserError: if there is no such version, or it does not load or predict.
