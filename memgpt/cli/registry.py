@@ -153,7 +153,7 @@ def compare(
     examples: Annotated[int, typer.Option(help="How many changed answers to show.", min=0)] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two versions or experiments on the present test set: metrics, b minus a (paired intervals), answers.
+    """Compare two versions or experiments on the present test set: metrics, paired intervals of b − a, changed answers.
 
     Example: [bold]memgpt compare ner@champion ner[/], [bold]memgpt compare slower faster --model sentiment[/]
     """
