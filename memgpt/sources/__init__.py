@@ -1,11 +1,11 @@
-"""Where data comes from: a URI of `params.yaml` → a lock entry (snapshot) → exactly that content (ingest).
+"""Data sources: a URI in `params.yaml` → a lock entry (snapshot) → exactly the locked content (ingest).
 
-A scheme is a module with two functions: `resolve(name, uri)` looks at the source and returns its lock entry,
-`fetch(name, entry)` returns the locked content as parts and refuses anything else. A lock entry holds
+Each scheme is a module with two functions. `resolve(name, uri)` inspects the source and returns its lock entry.
+`fetch(name, entry)` returns the locked content as parts and fails if it has changed. Keys of a lock entry:
 
-    uri, scheme, family   family: the identity of the set without its version; models of two are not compared
+    uri, scheme, family   family: identifies the data set without its version; models of two families are not compared
     licence, non_commercial
-    files                 what to fetch and how to know it again: path, role, size, sha256 | etag, version | revision
+    files                 what to fetch, and what identifies it: path, role, size, sha256 | etag, version | revision
 """
 
 import json
@@ -23,10 +23,10 @@ SCHEMES = ("file", "hf", "s3", "sample")
 
 
 def scheme(name: str, uri: str) -> str:
-    """The scheme of a URI; a plain path is `file`.
+    """The scheme of a URI; `file` for a plain path.
 
     Raises:
-        UserError: for an empty URI or a scheme that is none of ours.
+        UserError: if the URI is empty or its scheme is unknown.
     """
     if not uri.strip():
         raise UserError(f"{naming.key(name)}: empty; write a path, s3://…, hf://… or sample://newsroom")
@@ -42,7 +42,7 @@ def scheme(name: str, uri: str) -> str:
 
 
 def resolve(name: str, source: config.Source) -> dict[str, Any]:
-    """The lock entry of a source as it is now."""
+    """The lock entry for the present content of a source."""
     kind = scheme(name, source.uri)
     return {"uri": source.uri, "scheme": kind, **_module(kind).resolve(name, source.uri)}
 
@@ -51,13 +51,13 @@ def fetch(name: str, source: config.Source, entry: dict[str, Any]) -> list[Part]
     """The content that the lock entry describes.
 
     Raises:
-        UserError: if the content is gone or is not the locked one.
+        UserError: if the content is missing or has changed.
     """
     return _module(entry["scheme"]).fetch(name, entry)
 
 
 def read_lock(name: str, source: config.Source, path: Path = LOCK) -> dict[str, Any]:
-    """The lock entry of one source, which must be of the URI that `params.yaml` has now."""
+    """The lock entry of one source; UserError if it is missing, damaged, or for another URI than in `params.yaml`."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))[name]
     except (FileNotFoundError, KeyError, TypeError):
@@ -74,7 +74,7 @@ def read_lock(name: str, source: config.Source, path: Path = LOCK) -> dict[str, 
 
 
 def write_lock(entries: dict[str, dict[str, Any]], path: Path = LOCK) -> bool:
-    """Write the lock, byte-stable; an equal one is left alone. Returns whether it changed."""
+    """Write the lock file with reproducible bytes, unless it has equal content. Returns whether it changed."""
     try:
         if json.loads(path.read_text(encoding="utf-8")) == entries:
             return False
@@ -85,7 +85,7 @@ def write_lock(entries: dict[str, dict[str, Any]], path: Path = LOCK) -> bool:
 
 
 def _module(kind: str) -> ModuleType:
-    """boto3 and datasets are slow to import, so that only the scheme in use is loaded."""
+    """The scheme's module. Only that one is imported, since boto3 and datasets import slowly."""
     if kind == "sample":
         from memgpt.sources import sample
 

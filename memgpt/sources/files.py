@@ -1,4 +1,4 @@
-"""Local sources: a file, a glob or a folder. Locked by size and sha256."""
+"""Local sources: a file, a glob or a folder, locked by size and sha256."""
 
 import glob
 import hashlib
@@ -46,7 +46,7 @@ def _identity(path: Path) -> dict[str, Any]:
 
 
 def _expand(name: str, uri: str) -> tuple[bool, list[Path]]:
-    """(is it a folder, its files). A glob never descends: `**` is read as `*`, folders that match are passed over."""
+    """(whether it is a folder, its files). A glob does not recurse: `**` means `*`; matching folders are skipped."""
     path = Path(uri).expanduser()
     if path.is_dir():
         return True, [child for child in path.iterdir() if child.is_file()]
@@ -63,7 +63,7 @@ def _expand(name: str, uri: str) -> tuple[bool, list[Path]]:
 
 
 def licence(folders: set[Path]) -> tuple[str | None, bool]:
-    """(name, non-commercial) as read from LICENSE* beside the files."""
+    """(licence, non-commercial), read from the first LICENSE* or LICENCE* file in the folders."""
     for folder in sorted(folders):
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.name.lower().startswith(("license", "licence")):

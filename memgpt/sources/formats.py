@@ -1,4 +1,4 @@
-"""Files → rows with the line each came from. Whatever is wrong with a file is said in one line, without its text."""
+"""Files → rows with their line numbers. An error about a file is one line and does not quote the file's text."""
 
 import csv
 import gzip
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """A part as it was read: the source's own columns, and for each row where it stands (1-based lines or rows)."""
+    """A part after reading: the source's own columns, and each row's position (1-based line or row number)."""
 
     role: str
     name: str
     unit: str
     numbers: Sequence[int]
     frame: pd.DataFrame
-    token_lines: Sequence[Sequence[int]] | None = None  # where each token of a row stands, if on a line of its own
-    documents: bool = False  # a row is a text, and nothing is said of it
+    token_lines: Sequence[Sequence[int]] | None = None  # each token's line, if tokens have their own
+    documents: bool = False  # each row is a text without labels
 
     def at(self, index: int) -> str:
-        """`train.csv line 7`: names a row for a message."""
+        """A row's position for messages, such as `train.csv line 7`."""
         return f"{self.name} {self.unit} {self.numbers[index]}"
 
 
 def read(part: Part, source: str = "") -> Rows:
-    """Read one part, of a source whose name may say what a file holds (`naming.data_format`).
+    """Read one part. source: its source's name, on which the format may depend (`naming.data_format`).
 
     Raises:
-        UserError: naming the file (and line) if it is empty, truncated, not UTF-8 or not of its format.
+        UserError: naming the file (and line), if it is empty, truncated, not UTF-8 or not in its format.
     """
     if part.frame is not None:
         if part.frame.empty:
@@ -60,7 +60,7 @@ def read(part: Part, source: str = "") -> Rows:
     elif kind in ("csv", "tsv"):
         text = _text(part.name, data).rstrip("\r\n")
         frame = _csv(part.name, text, tabs=kind == "tsv")
-        # a quoted field may span lines; rows are counted then
+        # if a quoted field spans lines, messages count rows instead
         whole = text.count("\n") == len(frame)
         unit, numbers = ("line", range(2, len(frame) + 2)) if whole else ("row", range(1, len(frame) + 1))
     else:
@@ -100,13 +100,13 @@ def _text(name: str, data: bytes) -> str:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Split at \\n alone: str.splitlines would also cut at U+2028 and the like, inside a text."""
+    """(number, line), split only at \\n: str.splitlines would also split at U+2028 and the like inside a text."""
     for number, line in enumerate(text.split("\n"), start=1):
         yield number, line.removesuffix("\r")
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Columns of Python objects, so that no value changes its type because another row lacks it."""
+    """A frame of Python objects, so that a value missing in one row does not change the others' type."""
     names: dict[str, None] = {}
     for row in rows:
         names.update(dict.fromkeys(row))
@@ -132,9 +132,8 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _conll(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """token … tag, split at tabs, else at white space; the first and last columns count. A blank line ends a sentence.
-
-    `lines` is the line of each token, for messages about tags.
+    """Lines of token … tag, split at tabs, else at white space; only the first and last columns are used. A blank line
+    ends a sentence. `lines` has the line number of each token, for messages about tags.
     """
     tokens: list[str] = []
     tags: list[str] = []
@@ -159,7 +158,7 @@ def _conll(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _txt(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """A document is a block of lines between blank lines."""
+    """Each block of lines between blank lines is a document."""
     block: list[str] = []
     start = 1
     for number, line in _lines(text + "\n"):
@@ -172,11 +171,11 @@ def _txt(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(name: str, text: str, tabs: bool) -> pd.DataFrame:
-    """Every value as a string; an empty field is "", a field missing at the end of a line is null. Empty fields beyond
-    the header's are let go. Between tabs, quotes are text."""
+    """All values as strings: an empty field is "", a field missing at the end of a line is null. Empty fields beyond
+    those of the header are dropped. In TSV, quotes are part of the text."""
     dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     try:
-        with warnings.catch_warnings(record=True) as told:  # pandas drops what the header has no name for
+        with warnings.catch_warnings(record=True) as told:  # pandas drops fields without a name in the header
             warnings.simplefilter("always", pd.errors.ParserWarning)
             frame = pd.read_csv(
                 io.StringIO(text), dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False, **dialect
@@ -202,14 +201,14 @@ def _csv(name: str, text: str, tabs: bool) -> pd.DataFrame:
 
 
 def _check_quotes(name: str, text: str) -> None:
-    """A field that begins with a quote and does not end with one takes in the rows up to the next quote."""
+    """Refuse a field that starts with a quote but does not end with one: it would swallow rows up to the next quote."""
     rows = csv.reader(io.StringIO(text, newline=None), strict=True)
     begun = 1
     try:
         for _ in rows:
             begun = rows.line_num + 1
     except csv.Error as error:
-        if "field larger" in str(error):  # Python's limit, which pandas does not have
+        if "field larger" in str(error):  # a limit of Python's csv module that pandas does not have
             return
         raise UserError(
             f"{name} line {begun}: a quoted field that does not end where its quote does ({error}); double the quotes "
@@ -227,7 +226,7 @@ def _parquet(name: str, data: bytes) -> pd.DataFrame:
         raise UserError(
             f"{name}: not a readable Parquet file, or truncated ({str(error).splitlines()[0][:120]})"
         ) from None
-    if b"huggingface" in (table.schema.metadata or {}):  # of the hub: it says there what numbers mean
+    if b"huggingface" in (table.schema.metadata or {}):  # a file of the hub: its metadata has the names of class labels
         import datasets
 
         table = plain(datasets.Dataset(datasets.table.InMemoryTable(table)))
@@ -237,8 +236,8 @@ def _parquet(name: str, data: bytes) -> pd.DataFrame:
 
 
 def plain(part: "datasets.Dataset") -> "pa.Table":
-    """The text, number and label columns of a table of the hub, class labels as their names; pictures, sounds and
-    records are of no use here."""
+    """The text, number and label columns of a table of the hub, with class labels as names. Others, such as images,
+    audio and nested records, are dropped."""
     import datasets
     import pyarrow as pa
 
@@ -253,7 +252,7 @@ def plain(part: "datasets.Dataset") -> "pa.Table":
 
 
 def _labelled(value: Any, names: list[str]) -> Any:
-    """A number → its name, lists likewise; −1, the hub's mark for a withheld label, is None."""
+    """The name of a label number, or those of a list of them; None for −1, which marks a withheld label on the hub."""
     if isinstance(value, list):
         return [_labelled(item, names) for item in value]
     return None if value is None or value < 0 else names[value]

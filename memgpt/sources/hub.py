@@ -1,7 +1,7 @@
 """`hf://[org/]name?config=…&split=…`: a data set of the Hugging Face hub, read by `datasets`, locked by its revision.
 
-`hf://./folder` (or an absolute path) reads a local folder in the hub's layout, such as a downloaded one; it is locked
-by a sha256 of its files. Class labels stored as numbers become their names.
+`hf://./folder` (or an absolute path) reads a local folder in the hub's layout, such as a downloaded copy. It is locked
+by a sha256 of its files. Class labels stored as numbers are replaced by their names.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ def resolve(name: str, uri: str) -> dict[str, Any]:
 
 
 def fetch(name: str, entry: dict[str, Any]) -> list[Part]:
-    """The locked revision, kept as Parquet in the cache, from where it is read again without the hub."""
+    """The locked revision. It is cached as Parquet, so that later reads do not need the hub."""
     file = entry["files"][0]
     address = Address(file["path"], file["config"], file["split"])
     identity = " ".join(str(file[key]) for key in ("path", "config", "split", "revision")) + f" {name}"
@@ -65,7 +65,7 @@ def fetch(name: str, entry: dict[str, Any]) -> list[Part]:
             if not address.local:
                 HfApi().dataset_info(
                     address.path, revision=file["revision"], timeout=10
-                )  # fails at once; datasets retries
+                )  # fails at once if the hub is unreachable, whereas datasets retries
             loaded = _load(name, entry["uri"], address, file["revision"])
         with atomic.replacing(folder) as aside:
             aside.mkdir()
@@ -107,7 +107,7 @@ def _name(licence: str | list[str] | None) -> str | None:
 
 
 def _digest(folder: Path) -> str:
-    """sha256 over names and contents, hidden files left out."""
+    """sha256 over names and contents of all files except hidden ones."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
@@ -117,10 +117,10 @@ def _digest(folder: Path) -> str:
 
 
 def _load(name: str, uri: str, address: Address, revision: str) -> list[tuple[str, int, pa.Table]]:
-    """(role, number, rows) of every split wanted."""
+    """(role, number, rows) of every requested split."""
     datasets.disable_progress_bars()
     CACHE.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="datasets-", dir=CACHE))  # not shared: another source may load the same
+    scratch = Path(tempfile.mkdtemp(prefix="datasets-", dir=CACHE))  # not shared: another source may load the same set
     pinned = {} if address.local else {"revision": revision}
     options: dict[str, Any] = {"cache_dir": str(scratch), **pinned}
     try:
@@ -135,7 +135,7 @@ def _load(name: str, uri: str, address: Address, revision: str) -> list[tuple[st
         found = datasets.load_dataset(address.path, address.config, split=address.split, **options)
         if isinstance(found, datasets.Dataset):
             return [(naming.WHOLE, 0, formats.plain(found))]
-        # the splits stand in for files, so that the rules for names are the same
+        # splits are treated as files, so that the same naming rules apply
         roles = naming.roles(name, uri, [f"{split}.parquet" for split in found], folder=True)
         return [
             (role, number, formats.plain(found[file.removesuffix(".parquet")]))
@@ -147,7 +147,7 @@ def _load(name: str, uri: str, address: Address, revision: str) -> list[tuple[st
 
 @contextmanager
 def _explained(name: str, uri: str) -> Iterator[None]:
-    """Turns what the hub's libraries raise for a user's mistake into one line."""
+    """Turns exceptions of the hub's libraries that are user errors into one-line UserErrors."""
     where = f"data.{name}.uri: {uri}"
     try:
         yield

@@ -1,4 +1,4 @@
-"""The licence of a source: its name as far as a text tells, and whether it forbids commercial use."""
+"""The licence of a source: its name, as far as its text shows it, and whether it forbids commercial use."""
 
 import re
 
@@ -20,7 +20,7 @@ _FORBIDS = re.compile(
 
 
 def from_text(text: str, file: str) -> tuple[str, bool]:
-    """(name, non-commercial) of a licence text; an unknown text is named after its file."""
+    """(name, non-commercial) of a licence text; an unknown licence gets the name `see FILE`."""
     creative = _CREATIVE.search(text) if re.search(r"creative ?commons", text, re.IGNORECASE) else None
     if creative:
         end = (creative["end"] or "").lower()
@@ -39,7 +39,7 @@ def from_text(text: str, file: str) -> tuple[str, bool]:
 
 
 def non_commercial(name: str | None) -> bool:
-    """Whether a licence's name says that commercial use is forbidden (CC-BY-NC-4.0, cc-by-nc-sa-3.0, research only)."""
+    """Whether a licence's name forbids commercial use (CC-BY-NC-4.0, cc-by-nc-sa-3.0, research only)."""
     return bool(name) and bool(
         re.search(r"(?:^|[- ])nc(?:[- ]|$)|research[- ]only", name or "", re.I) or _FORBIDS.search(name or "")
     )

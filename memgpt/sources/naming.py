@@ -1,4 +1,4 @@
-"""What a file's name says, in a folder, a glob or on S3: its format and its role (a split, items or interactions)."""
+"""What a file's name in a folder, a glob or on S3 says: its format and its role (a split, items or interactions)."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ from memgpt import config
 from memgpt.errors import UserError
 
 FORMATS = ("conll", "jsonl", "csv", "tsv", "parquet", "txt")
-# What is .conll in a source for NER goes by these names too; the last are those of CoNLL-2003.
+# Further extensions that mean .conll in a NER source; the last three are those of CoNLL-2003.
 _TAGGED = ("bio", "iob", "iob2", "tsv", "txt", "train", "testa", "testb")
 WHOLE = "all"  # the role of rows that come without a split
 
@@ -37,9 +37,9 @@ _SPLITS = {
 
 @dataclass(frozen=True)
 class Part:
-    """One file or table of a source, fetched: `path` to a local copy, or the `frame` itself.
+    """One fetched file or table of a source: the `path` of a local copy, or the `frame` itself.
 
-    role: train, validation, test, all (not split), items or interactions. name: as the user knows it, for messages.
+    role: train, validation, test, all (not split), items or interactions. name: what messages call it.
     """
 
     role: str
@@ -49,19 +49,19 @@ class Part:
 
 
 def key(source: str) -> str:
-    """How a message calls a source: `data.ner.uri`; what is no source of the pipeline by its name (`monitor.uri`)."""
+    """What messages call a source: `data.ner.uri`; other inputs, such as `monitor.uri`, keep their name."""
     return f"data.{source}.uri" if source in config.SOURCES else source
 
 
 def since(source: str) -> str:
-    """Since when content differs, and the fix."""
+    """The end of a message about changed content: since when it has changed, and how to fix it."""
     if source in config.SOURCES:
         return f"since the snapshot of {source}; run `memgpt snapshot`"
     return "meanwhile; run the command again"
 
 
 def data_format(name: str, source: str = "") -> str | None:
-    """`train.jsonl.gz` → jsonl; None if it is not a format that we read."""
+    """The format of a file name: `train.jsonl.gz` → jsonl; None if it is not supported."""
     suffix = PurePosixPath(name.lower().removesuffix(".gz")).suffix.removeprefix(".")
     if source == "ner" and suffix in _TAGGED:
         return "conll"
@@ -74,7 +74,7 @@ def is_data(name: str, source: str = "") -> bool:
 
 
 def split_of(word: str) -> str | None:
-    """train-00-of-04.jsonl.gz → train, news_dev.conll → validation, test → test, reviews.csv → None."""
+    """The split in a name: train-00-of-04.jsonl.gz → train, news_dev.conll → validation, reviews.csv → None."""
     match = _SPLIT.search(word)
     if not match:
         return None
@@ -82,12 +82,12 @@ def split_of(word: str) -> str | None:
 
 
 def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, str]:
-    """File name → role, for one source's files; in a folder, files without a role are left out beside those with one.
-    Of what is no source of the pipeline, all files are wanted. What is left out is told.
+    """File name → role, for one source's files. In a folder, if some files have a role, those without one are skipped,
+    with a message. Inputs outside the pipeline, such as `monitor.uri`, use all files.
 
     Raises:
-        UserError: if no file is data, a glob mixes split and unsplit files, or a split comes in two formats or only in
-            one that is not read.
+        UserError: if there is no data file, a required file is missing (train, items, interactions), a glob mixes split
+            and unsplit files, or a split has two formats or only an unsupported one.
     """
     where = key(source)
     tables = source == "recommendation"

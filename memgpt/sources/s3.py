@@ -1,7 +1,7 @@
-"""`s3://bucket/prefix`: an object, the objects right below a prefix, or a pattern such as `s3://bucket/dir/*.jsonl.gz`.
+"""`s3://bucket/prefix`: an object, the objects directly below a prefix, or a pattern (`s3://bucket/dir/*.jsonl.gz`).
 
-The lock holds each object's size, ETag and, where the bucket has versions, its version. Endpoint, region and
-credentials come from wherever boto3 looks for them, such as AWS_ENDPOINT_URL and ~/.aws/config, never from the URI.
+The lock has each object's size, ETag and, if the bucket is versioned, its version. Endpoint, region and credentials
+come from where boto3 looks for them, such as AWS_ENDPOINT_URL and ~/.aws/config, never from the URI.
 """
 
 import fnmatch
@@ -26,11 +26,11 @@ from memgpt.sources.naming import Part
 CACHE = Path(".memgpt/sources/s3")
 PAGE = 1000  # keys per listing request, S3's own limit
 _BLOCK = 1 << 20
-_MD5 = re.compile(r"[0-9a-f]{32}")  # the ETag of an object uploaded in one piece, unless `_hidden_sum`
+_MD5 = re.compile(r"[0-9a-f]{32}")  # the ETag of an object uploaded in one part, except where `_hidden_sum`
 
 
 class _Damaged(Exception):
-    """A download that ended early or has other bytes than its checksum says; worth another try."""
+    """A download that ended early or does not match its checksum; it is retried."""
 
 
 def resolve(name: str, uri: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def resolve(name: str, uri: str) -> dict[str, Any]:
 
 
 def fetch(name: str, entry: dict[str, Any], cache: Path = CACHE) -> list[Part]:
-    """Download what is not in the cache yet; the cache is keyed by version, so that it never serves other content."""
+    """Download what is not in the cache yet. The cache is keyed by version, so that it never returns other content."""
     parts = []
     for file in entry["files"]:
         identity = f"{file['path']} {file['etag']} {file['version']} {file['size']}"
@@ -64,7 +64,7 @@ def fetch(name: str, entry: dict[str, Any], cache: Path = CACHE) -> list[Part]:
 
 
 def connect() -> Any:
-    """A client that gives up within seconds on an endpoint that does not answer."""
+    """A client that gives up within seconds if the endpoint does not answer."""
     settings = Config(connect_timeout=3, read_timeout=10, retries={"mode": "standard", "total_max_attempts": 3})
     return boto3.client("s3", config=settings)
 
@@ -79,7 +79,7 @@ def parse(name: str, uri: str) -> tuple[str, str]:
 
 
 def _list(client: Any, bucket: str, key: str) -> tuple[bool, list[str]]:
-    """(is it a folder, keys). Like a local path: the object itself, or what lies right below it."""
+    """(whether it is a folder, keys). As for a local path: the object itself, or the objects directly below it."""
     if any(character in key for character in "*?["):
         parent, _, pattern = key.rpartition("/")
         below = keys_below(client, bucket, f"{parent}/" if parent else "")
@@ -118,19 +118,19 @@ def _licence(client: Any, bucket: str, keys: list[str]) -> tuple[str | None, boo
 
 
 def _hidden_sum(answer: dict[str, Any]) -> bool:
-    """Whether the ETag is no checksum of what is read, though it looks like one: encrypted with a key of KMS's or of
-    the client's."""
+    """Whether the ETag looks like an MD5 checksum of the content but is not one: with SSE-KMS, or SSE-C (a key of the
+    client)."""
     return answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
 
 
 def _download(name: str, file: dict[str, Any], path: Path) -> None:
-    """One object, as locked, to `path`.
+    """Download one locked object to `path`.
 
     Raises:
-        UserError: if the object is gone, is not the locked one any more, or arrives damaged every time.
+        UserError: if the object is missing, has changed, or arrives damaged every time.
     """
     bucket, _, key = file["path"].removeprefix("s3://").partition("/")
-    # a version is asked for by id; without versions the ETag must still be the locked one
+    # request the locked version by id; in an unversioned bucket, require the locked ETag
     locked = {"VersionId": file["version"]} if file["version"] else {"IfMatch": f'"{file["etag"]}"'}
     client = connect()
 
@@ -172,7 +172,7 @@ def _download(name: str, file: dict[str, Any], path: Path) -> None:
 
 @contextmanager
 def explained(name: str, uri: str) -> Iterator[None]:
-    """Turns what boto3 raises for a user's mistake into one line."""
+    """Turns boto3 exceptions that are user errors into one-line UserErrors."""
     where = f"{naming.key(name)}: {uri}"
     try:
         yield
@@ -188,7 +188,7 @@ def explained(name: str, uri: str) -> Iterator[None]:
         code = error.response.get("Error", {}).get("Code", "error")
         known = {"NoSuchBucket": "no such bucket", "404": "no such object", "NoSuchKey": "no such object"}
         raise UserError(f"{where}: {known.get(code, f'refused ({code}); check credentials and rights')}") from None
-    except (exceptions.BotoCoreError, ValueError) as error:  # ValueError: the endpoint is no URL
+    except (exceptions.BotoCoreError, ValueError) as error:  # ValueError: the endpoint is not a URL
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
         raise UserError(
             f"{where}: S3 at {endpoint} cannot be reached ({type(error).__name__}); "

@@ -1,4 +1,4 @@
-"""`sample://newsroom?scale=1&seed=7`: the embedded, generated data. Locked by a digest of the generated rows."""
+"""`sample://newsroom?scale=1&seed=7`: the embedded, generated data, locked by a digest of the generated rows."""
 
 import functools
 import hashlib
@@ -33,7 +33,7 @@ def fetch(name: str, entry: dict[str, Any]) -> list[Part]:
 
 
 def digest(frame: pd.DataFrame) -> str:
-    """sha256 over column names and rows as JSON, the same on every machine."""
+    """sha256 over column names and rows as JSON; the same on every machine."""
     total = hashlib.sha256(json.dumps(list(frame.columns)).encode())
     for row in frame.itertuples(index=False, name=None):
         total.update(json.dumps([_plain(value) for value in row], ensure_ascii=False).encode("utf-8", "surrogatepass"))
