@@ -1,8 +1,7 @@
-"""The newsroom: a SYNTHETIC data set, generated from our own word lists and sentence patterns.
+"""The newsroom: a SYNTHETIC data set, generated from the word lists and sentence patterns in this package.
 
-Nothing in it is real: no company, person, place, product, event or reader. It lets the whole pipeline run offline, and
-it is hard enough that a broken stage shows; how well a model does on it says nothing about real text. See
-`docs/newsroom.md`.
+Nothing in it is real: no company, person, place, product, event or reader. It lets the whole pipeline run offline and
+is hard enough to reveal a broken stage. Scores on it say nothing about real text. See `docs/newsroom.md`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Patterns become sentences: tokens, their true BIO tags, and a key that says whether this phrasing is held out."""
+"""Turns patterns into sentences: tokens, true BIO tags, and a key that decides whether the phrasing is held out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from memgpt.newsroom import lexicon
 from memgpt.newsroom.world import Dice, Event
 
-PARTS = 5  # one part of all combinations is held out
+PARTS = 5  # the combinations of pattern and words are divided into this many parts, of which one is held out
 _NO_SPACE_BEFORE = frozenset(",.:")
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """`tags` are the true ones, without annotation noise. `key` adds up the places of the pattern and of each word
-    in their lists: it depends on the phrasing alone, never on names or numbers, and each word is as frequent under
-    one key modulo `PARTS` as under another.
+    """`tags` are the true ones, without annotation noise. `key` is the sum of the list indices of the pattern and of
+    each word. It depends only on the phrasing, never on names or numbers, and each word is equally frequent under every
+    value of key modulo `PARTS`.
     """
 
     tokens: tuple[str, ...]
@@ -42,10 +42,10 @@ def join(tokens: Sequence[str]) -> str:
 
 
 class Draft:
-    """A sentence in the making, about one event.
+    """A sentence under construction, about one event.
 
-    Every word that is chosen must also be written: a choice without a trace in the text would make the key more than
-    the phrasing.
+    Every chosen word must also be written: with a choice that leaves no trace in the text, the key would depend on more
+    than the phrasing.
     """
 
     def __init__(self, event: Event, dice: Dice) -> None:
@@ -56,7 +56,7 @@ class Draft:
 
     def choose(self, options: Sequence[str]) -> str:
         choice = self.dice.pick(options)
-        self.key += options.index(choice)  # of equal options the first: the key follows from the text
+        self.key += options.index(choice)  # index() finds the first of equal options, so the key follows from the text
         return choice
 
     def add(self, pattern: str) -> "Draft":
@@ -79,7 +79,7 @@ class Draft:
         return lexicon.WORDS[name]
 
     def _name(self, slot: str) -> None:
-        """`{org!}` is written in full, `{org?}` shortly, `{org}` either way."""
+        """`{org!}` is written in full, `{org?}` in short, `{org}` at random in either form."""
         entity = self.event.roles[slot.rstrip("!?")]
         full = slot[-1] == "!" or (slot[-1] != "?" and self.dice.chance(0.5))
         for i, token in enumerate(entity.forms[0 if full else -1].split()):
@@ -102,7 +102,7 @@ class Draft:
 
 
 def draw(make: Callable[[Event, Dice], Sentence], event: Event, dice: Dice, held_out: bool) -> Sentence:
-    """A sentence whose phrasing is, or is not, of the held-out part."""
+    """A sentence whose phrasing is in the held-out part, or is not, as requested."""
     while True:
         sentence = make(event, dice)
         if sentence.held_out == held_out:
@@ -110,7 +110,7 @@ def draw(make: Callable[[Event, Dice], Sentence], event: Event, dice: Dice, held
 
 
 def story(event: Event, dice: Dice) -> Sentence:
-    """What happened, with people, companies, places and products: the sentences of entity recognition."""
+    """What happened, with people, companies, places and products: the sentences for NER."""
     draft = Draft(event, dice)
     source = dice.weighted((0.35, 0.25, 0.4))
     if source < 2:
@@ -129,7 +129,7 @@ def story(event: Event, dice: Dice) -> Sentence:
 
 
 def statement(event: Event, dice: Dice) -> Sentence:
-    """What it means to an investor, of the event's mood: the sentences of sentiment."""
+    """What the event means to an investor, according to its mood: the sentences for sentiment."""
     draft, mood = Draft(event, dice), event.mood
     form = dice.weighted((0.44, 0.16, 0.2, 0.12, 0.08))
     if mood == 0:
@@ -174,7 +174,7 @@ def desk(event: Event, dice: Dice) -> Sentence:
 
 
 def announcement(follow: str) -> Callable[[Event, Dice], Sentence]:
-    """The story that comes next: of `{org2}` (`follow` is "company"), or of the event's own topic and kind ("beat")."""
+    """Announces the next story: about `{org2}` (follow="company"), or about the event's topic and kind ("beat")."""
 
     def make(event: Event, dice: Dice) -> Sentence:
         draft = Draft(event, dice)
@@ -192,7 +192,7 @@ def profile(entity_type: str, position: int) -> Callable[[Event, Dice], Sentence
 
 
 def _framed(draft: Draft, main: str) -> Sentence:
-    """Half of the sentences have something before, or after, what they state."""
+    """Adds a phrase before the statement in a quarter of the sentences, and after it in another quarter."""
     before, after = lexicon.SURROUNDINGS
     place = draft.dice.weighted((0.5, 0.25, 0.25))
     opener = draft.choose(before) if place == 1 else ""
@@ -201,8 +201,8 @@ def _framed(draft: Draft, main: str) -> Sentence:
 
 
 def _claim(dice: Dice, mood: int, negated: bool) -> tuple[str, str]:
-    """A quantity and a movement that together are good (1) or bad (−1) news; a negation turns the movement round."""
-    boon = dice.chance(0.75)  # news speak more of profits than of costs
+    """A quantity and a movement that together are good (1) or bad (−1) news; if negated, the opposite movement is."""
+    boon = dice.chance(0.75)  # news mentions profits more often than costs
     quantity = "<boon>" if boon else "<bane>"
     upwards = (mood > 0) == boon
     if negated:

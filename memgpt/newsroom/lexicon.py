@@ -1,16 +1,15 @@
-"""Word lists and sentence patterns of the newsroom: data, no code.
+"""Word lists and sentence patterns of the newsroom: only data, no code.
 
-A pattern is a string of words. `{org}`, `{per}`, `{loc}`, `{prod}` (also `{org2}`, `{per2}`, …) are filled with a
-name of the event, `<class>` with a word of that class, `#` with a number. Classes have 5 or 10 words: `grammar.py`
-holds out one fifth of the *combinations* of pattern and words, and every single word must be left as frequent in one
-part as in the other.
+A pattern is a string of words. `{org}`, `{per}`, `{loc}`, `{prod}` (also `{org2}`, `{per2}`, …) are replaced by a name
+of the event, `<class>` by a word of that class, `#` by a number. Classes have 5 or 10 words, because `grammar.py` holds
+out one fifth of the *combinations* of pattern and words, and every word must stay equally frequent in both parts.
 """
 
 TOPICS = ("energy", "banking", "retail", "technology", "health", "transport", "food", "media")
 KINDS = ("results", "recall", "merger", "hearing", "launch", "strike", "expansion", "appointment")
 
-# --- names: one pool of roots serves people, companies, places and products, so that a name's form says nothing of
-# its type
+# --- names: people, companies, places and products share one pool of roots, so that a name's form does not reveal its
+# type
 
 FIRST_NAMES = (
     "Ada Alma Amir Anton Bela Bruno Carla Cecil Clara Dana Dario Edith Elena Emil Erik Esther Farid Felix Freya "
@@ -79,7 +78,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "adverb": ("sharply", "again", "slightly", "unexpectedly", "steadily"),
     "announced": ("reported", "announced", "disclosed", "confirmed", "revealed"),
     "flat": ("unchanged", "flat", "level", "stable", "the same"),
-    # what investors like to see rise, and what they like to see fall
+    # what investors want to rise, and what they want to fall
     "boon": ("profits", "sales", "orders", "earnings", "exports"),
     "bane": ("costs", "debts", "losses", "delays", "complaints"),
     "upped": ("rose", "grew", "climbed", "increased", "jumped"),
@@ -210,7 +209,7 @@ FRAMES: dict[str, tuple[str, ...]] = {
         "{per} <left> {per2} , <paper> shows",
     ),
 }
-COMMON_FRAMES = (  # of any kind of event
+COMMON_FRAMES = (  # for any kind of event
     "<thing> <works> in {loc} began <when>",
     "<thing> <works> surprised <crowd> in {loc}",
     "{per} <left> {per2} at the <thing> in {loc}",
@@ -232,8 +231,8 @@ COMMON_FRAMES = (  # of any kind of event
     "one <job> tested the {prod} for a <site>",
     "{per} drives to the <site> with the {prod}",
 )
-# The word that tells the type stands far from the name: {X} and {Y} are two of one type, <deed> is what such a thing
-# does, <sort> its noun.
+# The word that reveals the type is far from the name. {X} and {Y} are two entities of one type, <deed> is what entities
+# of that type do, <sort> is the noun for the type.
 FAR_FRAMES = (
     "{X} , <gap> , <deed>",
     "<crowd> say that {X} , <gap> , <deed>",
@@ -279,7 +278,7 @@ SORTS_OF = {
 }
 PAIRS_OF = {"PER": ("per", "per2"), "ORG": ("org", "org2"), "LOC": ("loc", "loc2"), "PROD": ("prod", "prod2")}
 
-SURROUNDINGS = (  # where a sentence has something before its statement, or after it
+SURROUNDINGS = (  # phrases before a statement, and after it
     ("on <day> ,", "in a <sector> note :", "as expected ,", "for the record :", "by one account ,"),
     ("on <day>", ", people familiar with it said", ", according to <paper>", ", the agency said", ", sources confirm"),
 )
@@ -309,7 +308,7 @@ PROFILES = {
     ),
 }
 
-# --- what a sentence says to an investor. A claim is a quantity and a movement; <Q> and <V> are put in by grammar.py
+# --- statements for investors. A claim has a quantity and a movement, which grammar.py puts in place of <Q> and <V>
 
 CLAIMS = (
     "<Q> at {org} <V> <period>",
@@ -339,7 +338,7 @@ NEUTRAL = (
     "{org} <discussed> <prize> and <blow>",
 )
 NEUTRAL_MAIN = ("<Q> at {org} were <flat> <period>", "the <sector> firm {org} left <Q> <flat> <period>")
-DEEDS = {  # (verb class, object class) by polarity; the object alone says nothing
+DEEDS = {  # (verb class, object class) by polarity; the object alone does not reveal it
     1: (("<won>", "<prize>"), ("<escaped>", "<blow>")),
     -1: (("<lost>", "<prize>"), ("<faced>", "<blow>")),
 }
@@ -357,7 +356,7 @@ OPINIONS = (
     "at {org} , <backers> VERB the <role>",
     "<backers> VERB the {prod} of {org} <when>",
 )
-MAXIMS = {  # what investors like in general, in articles only; <Q> and <V> as in a claim
+MAXIMS = {  # what investors like in general; only in articles; <Q> and <V> as in a claim
     1: (
         "<backers> like it when <Q> <V>",
         "it is good for a <sector> firm that <Q> <V>",
@@ -373,7 +372,7 @@ MAXIMS = {  # what investors like in general, in articles only; <Q> and <V> as i
         "when <Q> <V> , shares lose",
     ),
 }
-REACTIONS = {  # how the market takes it: in articles only, after a claim
+REACTIONS = {  # how the market reacts; only in articles, after a statement
     1: (
         "shares in {org} gained # % on the news",
         "<backers> <liked> the news",
@@ -416,7 +415,7 @@ DESKS = (
     "our <sector> page",
     "a <sector> story",
 )
-ANNOUNCEMENTS = {  # {org2} is the company announced, {org3} one that was in the news before and is not
+ANNOUNCEMENTS = {  # {org2} is the announced company, {org3} one that is mentioned but not announced
     "company": (
         "<next> : <more> {org2} , <earlier> it was {org3}",
         "<earlier> we wrote about {org3} , <next> <more> {org2}",

@@ -1,4 +1,4 @@
-"""The archive and its readers: items that announce other items, and clicks that mostly follow the announcement."""
+"""The archive and its readers: items that announce other items, and clicks that mostly follow these announcements."""
 
 from bisect import bisect_right
 from collections import defaultdict
@@ -8,12 +8,12 @@ from itertools import accumulate
 from memgpt.newsroom import grammar, lexicon
 from memgpt.newsroom.world import DAY, DAYS, YEAR_START, Company, Dice, Event, World
 
-OPENING = YEAR_START + DAYS * DAY  # the archive opens when the year is over
+OPENING = YEAR_START + DAYS * DAY  # the archive opens after the year of the events
 LATE_DAY, CLOSING_DAY = (
     49,
     56,
-)  # a quarter of the items comes with the last week, and so do each reader's last two clicks
-FOLLOW, INTEREST, CHANCE = 0.72, 0.14, 0.14  # why a reader clicks
+)  # the last week, in which a quarter of the items appear and each reader makes the last two clicks
+FOLLOW, INTEREST, CHANCE = 0.72, 0.14, 0.14  # probabilities of the reasons for a click
 
 
 @dataclass(eq=False, repr=False)
@@ -23,7 +23,7 @@ class Item:
     late: bool
     title: str
     description: str
-    announced: list["Item"] = field(default_factory=list)  # the hidden state: what the text announces
+    announced: list["Item"] = field(default_factory=list)  # hidden state: the items that the text announces
 
     @property
     def id(self) -> str:
@@ -56,7 +56,7 @@ class Archive:
         self.readers = [self._read(number, dice) for number in range(readers)]
 
     def _publish(self, world: World, count: int, dice: Dice) -> list[Item]:
-        """Company by company in turn, so that each has about as many items."""
+        """Publish items company by company in turn, so that all have about the same number of items."""
         waiting: dict[int, list[Event]] = defaultdict(list)
         for event in dice.shuffled(world.events):
             waiting[event.company.number].append(event)
@@ -127,8 +127,8 @@ class Archive:
                 return item
 
     def _pools(self, reader: Reader, late: bool) -> list[dict[int, float]]:
-        """Item number → weight: what the item read last announced, and what the reader cares for anyway, less what
-        was read."""
+        """Two pools of item number → weight, without items already read: those that the last read item announced, and
+        those that match the reader's interests."""
         read = {item.number for _, item in reader.clicks}
 
         def open_(items: list[Item]) -> list[Item]:
@@ -143,7 +143,7 @@ class Archive:
         return [{item.number: weight(item) for item in announced}, {item.number: 1.0 for item in open_(cared)}]
 
     def probabilities(self, reader: Reader) -> list[float]:
-        """The hidden state laid open: how likely each item was to be the reader's last click, given all before it."""
+        """From the hidden state: the probability of each item to be the reader's last click, given those before it."""
         before = Reader(reader.number, reader.topics, reader.kinds, reader.companies, reader.clicks[:-1])
         follow, interest = self._pools(before, late=True)
         read = {item.number for _, item in before.clicks}
@@ -151,7 +151,7 @@ class Archive:
         out = [0.0] * len(self.items)
         shares = [FOLLOW, INTEREST, CHANCE]
         for turn, pool in enumerate((follow, interest, chance)):
-            if not pool:  # an empty pool's share goes to the next, as in a click
+            if not pool:  # an empty pool's share goes to the next pool, as in `_click`
                 shares[turn + 1] += shares[turn]
                 continue
             total = sum(pool.values())

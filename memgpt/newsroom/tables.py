@@ -1,5 +1,5 @@
-"""From the world to tables: articles, annotated sentences, investors' views, the archive. Keeps the hidden state
-beside them."""
+"""Generates the tables from the world: articles, annotated sentences, investors' views, the archive. Also keeps the
+hidden state."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,17 +15,17 @@ Tables = dict[str, dict[str, pd.DataFrame]]
 Maker = Callable[[Event, Dice], Sentence]
 
 LABELS = {1: "positive", 0: "neutral", -1: "negative"}
-NER_NOISE = 0.05  # of the mentions is annotated wrongly, in every split
-SENTIMENT_NOISE = 0.06  # of the labels is a neighbouring one
-# share of a split's rows that tell of strange names, and share whose phrasing is held out from train and corpus
+NER_NOISE = 0.05  # share of mentions with a wrong annotation, in every split
+SENTIMENT_NOISE = 0.06  # share of labels replaced by a neighbouring one
+# share of a split's rows about strange names, and share whose phrasing is held out from train and corpus
 STRANGE = {"train": 0.0, "validation": 0.5, "test": 0.8}
 HELD_OUT = {"train": 0.0, "validation": 0.5, "test": 1.0}
 
 
 @dataclass(repr=False)
 class Newsroom:
-    """`tables` are what `generate` gives away; the rest is the hidden state that only the oracle reads, row by row
-    as in the tables."""
+    """`tables` is what `generate` returns. The rest is hidden state that only the oracle reads, in the order of the
+    tables' rows."""
 
     tables: Tables
     world: World
@@ -68,7 +68,7 @@ def assemble(scale: float, seed: int) -> Newsroom:
 
 
 def _sentences(world: World, make: Maker, rows: dict[str, int], dice: Dice) -> dict[str, list[tuple[Event, Sentence]]]:
-    """Each event is told about as often as any other; no text comes twice."""
+    """(event, sentence) by split. Within a half, all events are used about equally often; no text occurs twice."""
     halves = [[event for event in world.events if event.strange == strange] for strange in (False, True)]
     queues: list[list[Event]] = [[], []]
     taken: set[str] = set()
@@ -102,9 +102,9 @@ def _ner_table(split: str, sentences: list[Sentence], dice: Dice) -> pd.DataFram
 
 
 def _annotate(tags: tuple[str, ...], dice: Dice) -> list[str]:
-    """What an annotator wrote: now and then a mention gets a wrong type, or none."""
+    """The tags with annotation noise: now and then a mention gets a wrong type, or none."""
     out: list[str] = []
-    told = ""  # the type that the annotator gave to the mention being read
+    told = ""  # the annotated type of the current mention
     for tag in tags:
         if tag[0] == "B":
             told = tag[2:]
@@ -161,8 +161,8 @@ def _corpus(world: World, count: int, dice: Dice) -> dict[str, pd.DataFrame]:
 
 
 def _article(event: Event, by_company: dict[int, list[Event]], world: World, dice: Dice) -> str:
-    """Headline, what happened now and before, what it means and how the market took it, and which story is next with
-    its headline."""
+    """Headline, what happened now and before, what it means and how the market reacts, and an announcement of the next
+    story with its headline."""
 
     def write(make: Maker, of: Event = event) -> str:
         return grammar.draw(make, of, dice, held_out=False).text
@@ -189,7 +189,7 @@ def _article(event: Event, by_company: dict[int, list[Event]], world: World, dic
 
 
 def _appearances(world: World) -> list[tuple[Entity, list[tuple[str, Event]]]]:
-    """Each entity with the events that it is in, and its slot there (org, per, loc or prod)."""
+    """Each entity with the events in which it occurs, and its slot there (org, per, loc or prod)."""
     found: dict[int, list[tuple[str, Event]]] = {id(entity): [] for entity in world.entities}
     for event in world.events:
         for slot in lexicon.PROFILES:
@@ -198,7 +198,7 @@ def _appearances(world: World) -> list[tuple[Entity, list[tuple[str, Event]]]]:
 
 
 def _profile(entity: Entity, events: list[tuple[str, Event]], dice: Dice) -> str:
-    """What is known of one entity, from one event that it is in."""
+    """A profile of one entity, drawn from one event in which it occurs."""
     slot, event = dice.pick(events)
     if isinstance(entity, Company):
         facts: dict[str, Entity | None] = {"loc": entity.home, "per": entity.staff[0], "prod": entity.products[0]}

@@ -1,8 +1,8 @@
-"""The newsroom's hidden world: who and what there is, and what happened to whom in the year.
+"""The newsroom's hidden world: its entities, and the events of one year.
 
-Everything is drawn from `random.Random(str)` by `random()` alone, whose stream Python guarantees across versions and
-processes. Entities come in two halves, familiar and strange, with roots (the name's stem) of their own: the tasks
-train on events of familiar entities, most of their held-out texts tell of strange ones. The corpus tells of both.
+All draws use only `random()` of `random.Random(str)`, whose stream Python guarantees across versions and processes.
+Entities form two halves, familiar and strange, each with its own roots (name stems). Tasks train on events of familiar
+entities; most of their held-out texts are about strange ones. The corpus is about both.
 """
 
 import math
@@ -15,13 +15,13 @@ from memgpt.newsroom import lexicon
 
 T = TypeVar("T")
 
-YEAR_START = 1_704_067_200  # 2024-01-01T00:00:00Z: the year of the events; readers come in the eight weeks after it
+YEAR_START = 1_704_067_200  # 2024-01-01T00:00:00Z: the year of the events; readers click in the eight weeks after it
 DAY = 86_400
 DAYS = 366
 
 
 class Dice:
-    """Seeded draws, one stream per `name`: a change in one part of the generator leaves the others' bytes alone."""
+    """Seeded draws, one stream per `name`: a change in one part of the generator does not change the others' output."""
 
     def __init__(self, seed: int, name: str) -> None:
         self._random = random.Random(f"newsroom/{seed}/{name}").random
@@ -39,13 +39,13 @@ class Dice:
         return choices[int(self._random() * len(choices))]
 
     def weighted(self, weights: Sequence[float]) -> int:
-        """An index, drawn in proportion to `weights`."""
+        """An index, drawn with probability proportional to `weights`."""
         left = self._random() * math.fsum(weights)
         for index, weight in enumerate(weights):
             left -= weight
             if left < 0:
                 return index
-        return max(index for index, weight in enumerate(weights) if weight > 0)  # rounding ran past the end
+        return max(index for index, weight in enumerate(weights) if weight > 0)  # if rounding skipped the last one
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
         out = list(items)
@@ -57,7 +57,7 @@ class Dice:
 
 @dataclass(eq=False, repr=False)
 class Entity:
-    """`type` is PER, ORG, LOC or PROD; `forms` are the ways it is written, the fullest first."""
+    """`type` is PER, ORG, LOC or PROD; `forms` are its written forms, the fullest first."""
 
     type: str
     forms: tuple[str, ...]
@@ -75,8 +75,8 @@ class Company(Entity):
 
 @dataclass(eq=False, repr=False)
 class Event:
-    """Something that happened: `roles` maps a pattern's slot (org, per, loc2, …) to the entity that fills it, `mood`
-    is what investors make of it (1, 0, −1), `day` counts from the start of the year."""
+    """`roles` maps a pattern's slot (org, per, loc2, …) to the entity that fills it, `mood` is how investors see the
+    event (1 good, 0 neutral, −1 bad), `day` counts from the start of the year."""
 
     number: int
     strange: bool
@@ -93,7 +93,7 @@ class Event:
         return company
 
 
-@dataclass(repr=False)  # reprs would be endless
+@dataclass(repr=False)  # its repr would never end
 class World:
     companies: list[Company]
     people: list[Entity]
@@ -107,7 +107,7 @@ class World:
 
 
 def build(scale: float, seed: int) -> World:
-    """Names grow with the square root of `scale`, events with `scale`: a larger newsroom tells more about each name."""
+    """The number of names grows with the square root of `scale`, that of events with `scale`: more events per name."""
     half = max(12, round(60 * math.sqrt(scale)))  # companies in each half
     world = World([], [], [], [], [])
     dice = Dice(seed, "names")
@@ -116,7 +116,7 @@ def build(scale: float, seed: int) -> World:
     third = len(first_names) // 3
     halves = []
     for strange in (False, True):
-        # the middle third of the first names is shared, the rest is not
+        # both halves share the middle third of the first names
         firsts = first_names[third:] if strange else first_names[: 2 * third]
         halves.append(_populate(dice, roots[strange::2], firsts, half, first_number=half * strange))
     for companies, people, places, products in halves:
@@ -129,7 +129,7 @@ def build(scale: float, seed: int) -> World:
 
 
 def _roots(dice: Dice, count: int) -> list[str]:
-    """`count` different name stems; the ordinary words among them come first, so that both halves have some."""
+    """`count` different name stems, with the ordinary words first, so that both halves have some."""
     heads, middles, tails = lexicon.ROOT_HEADS, lexicon.ROOT_MIDDLES, lexicon.ROOT_TAILS
     roots = dice.shuffled([head + tail for head in heads for tail in tails])
     if len(roots) < count:
@@ -148,7 +148,7 @@ def _populate(
     taken: set[str] = set()
     while len(people) < 2 * companies:
         surname = dice.pick(roots)
-        first = dice.pick(roots) if dice.chance(0.15) else dice.pick(firsts)  # some first names are roots too
+        first = dice.pick(roots) if dice.chance(0.15) else dice.pick(firsts)  # some first names are roots
         full = f"{first} {surname}"
         if first != surname and full not in taken:
             taken.add(full)
@@ -185,7 +185,7 @@ def _populate(
 def _happen(
     world: World, halves: list[tuple[list[Company], list[Entity], list[Entity], list[Entity]]], dice: Dice, count: int
 ) -> None:
-    """`count` events, topics in turn; each topic has two bursts in the year and a mood that drifts through it."""
+    """Add `count` events, cycling through the topics. Each topic has two bursts in the year and a mood that drifts."""
     bursts = {topic: (30 + dice.below(130), 190 + dice.below(140)) for topic in lexicon.TOPICS}
     phase = {topic: dice.uniform() for topic in lexicon.TOPICS}
     for number in range(count):
