@@ -1,4 +1,4 @@
-"""Flows: what operators run and watch in Prefect. A flow only orchestrates; the work is in memgpt/stages."""
+"""Prefect flows, which operators run and watch. A flow only orchestrates; the work is done in `memgpt`."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -12,7 +12,7 @@ P = ParamSpec("P")
 
 
 def in_one_line(flow: Callable[P, State[Any]]) -> Callable[P, State[Any]]:
-    """A flow's function that fails with a user's mistake as its message, without a stack trace in the logs."""
+    """Wraps a flow's function: a UserError becomes a failed state with its message, not a stack trace in the logs."""
 
     @wraps(flow)
     def told(*arguments: P.args, **named: P.kwargs) -> State[Any]:

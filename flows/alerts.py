@@ -1,7 +1,7 @@
-"""What the Prefect server tells a person, and what it puts right, when a run cannot: automations.
+"""Automations of the Prefect server: they send alerts, and correct the states of runs that cannot do it themselves.
 
-They live in the server, so that the alert of a crash does not depend on what crashed. Alerts go to a webhook that takes
-Slack's JSON, `{"text": "..."}`; its address is in the Prefect block `memgpt-alerts`.
+They run in the server, so that the alert about a crash does not depend on the crashed process. Alerts go to a webhook
+that accepts Slack's JSON, `{"text": "..."}`; its address is stored in the Prefect block `memgpt-alerts`.
 """
 
 import os
@@ -18,10 +18,10 @@ from prefect.settings import get_current_settings
 
 BLOCK = "memgpt-alerts"
 WEBHOOK = "MEMGPT_ALERT_WEBHOOK"
-UNANSWERED = "The flow was paused and never resumed."  # Prefect's words for a suspended run whose time ran out
+UNANSWERED = "The flow was paused and never resumed."  # Prefect's message for a suspended run that timed out
 HEARTBEAT = "prefect.flow-run.heartbeat"
-MISSED = 3.0  # heartbeats, after which a run is taken for dead
-# States without heartbeats. A flow may give its last one another name; the server then refuses to crash what has ended.
+MISSED = 3.0  # missed heartbeats after which a run counts as crashed
+# States without heartbeats. A final state may have another name; then the server refuses to crash the ended run.
 QUIET = ("Completed", "Failed", "Crashed", "Cancelled", "Suspended", "Paused")
 
 _RUN = """{{ flow.name }} / {{ flow_run.name }}: {{ flow_run.state.name }}
@@ -34,10 +34,10 @@ _EVENT = (
 
 
 def ensure(days: float) -> None:
-    """Bring the server's automations in line with this file; without a webhook, say how to get alerts.
+    """Create or update the server's automations as defined here; without a webhook, print how to get alerts.
 
-    days: without a successful `retrain` after which to alert. The window starts with the last success or alert, or
-    when the automation is made or changed; what is as it should be is left alone.
+    days: alert after this many days without a successful `retrain`. The window starts at the last success or alert, or
+    when the automation is created or changed. Automations that need no change are left alone.
     """
     block = _webhook()
     wanted = [_crash_the_silent(), _hold_the_unanswered()]
@@ -50,7 +50,7 @@ def ensure(days: float) -> None:
 
 
 def _webhook() -> UUID | None:
-    """The block's id. The variable, where it is set, wins over the URL in the block."""
+    """The block's id; None if there is no block. If the environment variable is set, its URL replaces the block's."""
     url = os.environ.get(WEBHOOK)
     if url:
         block = CustomWebhookNotificationBlock(
@@ -69,7 +69,7 @@ def _alerts(block: UUID, days: float) -> list[Automation]:
     success = {"prefect.flow-run.Completed"}
     silence = EventTrigger(
         posture=Posture.Proactive,
-        after=success,  # each starts the window anew; without this it would be found out up to two windows late
+        after=success,  # each restarts the window; otherwise the alert could be up to two windows late
         expect=success,
         match=runs,
         match_related=_flow("retrain"),
@@ -92,15 +92,15 @@ def _alert(name: str, block: UUID, text: str, trigger: EventTrigger) -> Automati
 
 
 def _once(event: str, match: dict[str, Any] | None = None) -> EventTrigger:
-    """One alert a minute for a resource: delivered twice, which Prefect may do, an event fires once."""
+    """At most one alert a minute per resource, because Prefect may deliver an event twice."""
     name = event if "." in event else f"prefect.flow-run.{event}"
     each = {"prefect.resource.id"}
     return EventTrigger(expect={name}, match=match or {}, for_each=each, within=timedelta(minutes=1))
 
 
 def _crash_the_silent() -> Automation:
-    """A run whose process is gone, worker and all, would be Running for ever: nobody is left to say otherwise."""
-    # prefect.toml's setting, with which the flows run too
+    """Marks a run without heartbeats as crashed. If its process and worker are gone, it would stay Running for ever."""
+    # the setting of prefect.toml, which the flows use too
     seconds = MISSED * (get_current_settings().flows.heartbeat_frequency or 30)
     trigger = EventTrigger(
         posture=Posture.Proactive,
@@ -115,7 +115,7 @@ def _crash_the_silent() -> Automation:
 
 
 def _hold_the_unanswered() -> Automation:
-    """Prefect fails a suspended run that nobody resumed in time; for an approval that is an answer: not now."""
+    """Completes an approval that timed out as "Held". Prefect fails it, but here no answer means: not now."""
     match = {"prefect.resource.id": "prefect.flow-run.*", "prefect.state-message": UNANSWERED}
     trigger = EventTrigger(expect={"prefect.flow-run.Failed"}, match=match, match_related=_flow("promote"))
     action = ChangeFlowRunState(
@@ -129,8 +129,8 @@ def _flow(name: str) -> dict[str, str]:
 
 
 def _keep(wanted: Automation) -> None:
-    """Make or update by name; one that was disabled in the UI stays so. An update starts its windows anew, so none is
-    made without need."""
+    """Create or update an automation by name; one that was disabled in the UI stays disabled. An update restarts its
+    windows, so it is only made if something differs."""
     with get_client(sync_client=True) as client:
         found = client.read_automations_by_name(wanted.name)
         if not found:

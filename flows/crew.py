@@ -1,4 +1,4 @@
-"""The steps of a retrain and who runs them: child processes, a few at once, among which the cores are divided."""
+"""The steps of a retrain and the crew that runs them: child processes, a few at a time, which share the cores."""
 
 import heapq
 import os
@@ -21,26 +21,26 @@ from prefect.states import Completed, Failed, State
 from memgpt import config, console, tracking
 from memgpt.processes import Children
 
-PLACES = 4  # stages at once, at most: the three tasks and one more
-_PASSING = (  # after which a step is tried again
-    " is busy, it is being blocked by",  # somebody else's `dvc repro` holds the stage
-    "Unable to acquire lock",  # another holds the repository while it reads it, on a busy machine longer than DVC waits
+PLACES = 4  # maximum number of stages at a time: the three tasks and one more
+_PASSING = (  # messages of temporary failures, after which a step is retried
+    " is busy, it is being blocked by",  # another `dvc repro` holds the stage
+    "Unable to acquire lock",  # another one locks the repository while reading it, on a busy machine for too long
     tracking.NO_SERVER,
     tracking.NO_DATABASE,
     "database is locked",
 )
-_DVC_SAYS = ("Running stage", "> ", "Stage '")  # not news on the console, where each stage has a line
-_DVC_HINTS = ("Updating lock", "Generating lock", "To track", "To enable", "\t", "Use `dvc")  # not ours to follow
+_DVC_SAYS = ("Running stage", "> ", "Stage '")  # not shown on the console, where each stage has its own line
+_DVC_HINTS = ("Updating lock", "Generating lock", "To track", "To enable", "\t", "Use `dvc")  # dropped: not useful here
 
 
 @dataclass(frozen=True)
 class Step:
-    """A task of the flow: snapshot, a stage of dvc.yaml under its name there, or promote@model."""
+    """A task of the flow: snapshot, a stage named as in dvc.yaml, or promote@model."""
 
     name: str
     after: tuple[str, ...] = ()
-    alone: bool = False  # nothing else is ready meanwhile: it gets every core
-    rank: int = 0  # of several that are ready, the lowest goes first
+    alone: bool = False  # no other step can run meanwhile, so it gets all cores
+    rank: int = 0  # of the steps that are ready, the one with the lowest rank starts first
 
     @property
     def verb(self) -> str:
@@ -48,9 +48,9 @@ class Step:
 
 
 def steps(settings: config.Config, tasks: Sequence[str] = config.TASKS) -> list[Step]:
-    """Every step after those it waits for. No stage starts before all sources are validated.
+    """All steps, each after those it waits for. No stage after validation starts before all sources are validated.
 
-    tasks: which of them are trained, judged and promoted, beside the core.
+    tasks: which tasks are trained, evaluated and promoted, beside the core.
     """
     trained = {"base": "pretrain", **{task: f"finetune@{task}" for task in config.TASKS}}
     ingested = tuple(f"ingest@{source}" for source in config.SOURCES)
@@ -62,7 +62,7 @@ def steps(settings: config.Config, tasks: Sequence[str] = config.TASKS) -> list[
     return [
         Step("snapshot"),
         *(Step(f"ingest@{source}", ("snapshot",)) for source in config.SOURCES),
-        *(Step(f"validate@{source}", ingested) for source in config.SOURCES),  # it compares texts with another source's
+        *(Step(f"validate@{source}", ingested) for source in config.SOURCES),  # some compare texts with the corpus
         Step("tokenize", tuple(f"validate@{source}" for source in config.SOURCES), alone=True),
         Step("pretrain", ("tokenize",), alone=True),
         *([Step("multitask", ("pretrain",), rank=-9 if awaited else 9)] if awaited or every else []),
@@ -73,9 +73,9 @@ def steps(settings: config.Config, tasks: Sequence[str] = config.TASKS) -> list[
 
 
 class Queue:
-    """A few places; of those that wait for one, the lowest rank gets it."""
+    """Limits how many steps run at once. Of those waiting for a place, the one with the lowest rank gets it."""
 
-    TOGETHER = 0.3  # seconds in which steps that were freed by the same one all arrive
+    TOGETHER = 0.3  # seconds to wait, so that all steps that became ready at the same moment are compared by rank
 
     def __init__(self, places: int) -> None:
         self._free = places
@@ -105,7 +105,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class Order:
-    """What a run is asked for, see `retrain`."""
+    """The parameters of a run, see `retrain`."""
 
     tasks: tuple[str, ...] = config.TASKS
     force: bool = False
@@ -114,14 +114,14 @@ class Order:
 
 
 class Progress:
-    """What a stage says of its training, as a progress artifact in the UI. Without the server, or where somebody has
-    deleted the artifact, the stage goes on all the same."""
+    """Shows a stage's training progress as a progress artifact in the UI. The stage continues even if the server is
+    away or somebody has deleted the artifact."""
 
-    PAUSE = 60.0  # seconds without another attempt: one takes as long where nobody answers
+    PAUSE = 60.0  # seconds before another attempt, which takes about as long if the server does not answer
     _SAID = re.compile(r"step (?P<step>\d+)/(?P<steps>\d+), (?P<loss>loss \S+, )?(?P<left>\d+) s left")
 
     def __init__(self, name: str, tokens: int = 0) -> None:
-        """tokens: of a step, where all have as many."""
+        """tokens: per training step, if all steps have the same number."""
         self._key, self._tokens = f"progress-{name.replace('@', '-')}", tokens
         self._artifact: UUID | None = None
         self._next = 0.0
@@ -144,13 +144,13 @@ class Progress:
 
 
 class Crew:
-    """Runs steps as child processes, a few at once, and tells the console and Prefect's logs what they say.
+    """Runs steps as child processes, a few at a time, and passes their output to the console and Prefect's logs.
 
-    A plain class, not a dataclass: Prefect looks for futures inside the dataclasses that a task is given.
+    A plain class, not a dataclass, because Prefect searches dataclasses passed to a task for futures.
     """
 
     def __init__(self, board: console.Board, cores: int, order: Order, tokens: dict[str, int] | None = None) -> None:
-        """tokens: stage → tokens of one of its training steps, where it is known."""
+        """tokens: stage → tokens per training step, where known."""
         self.board, self.order, self.tokens = board, order, tokens or {}
         self.children = Children()
         self.failures: list[str] = []
@@ -159,7 +159,7 @@ class Crew:
         self._queue = Queue(self.places)
 
     def run(self, step: Step) -> State[Any]:
-        """Run to the end; a failure's message is the stage's own."""
+        """Run a step to its end; a failure has the stage's own error message."""
         logger = get_run_logger()
         with self._queue.place(step.rank):
             self.board.begin(step.name)
@@ -194,7 +194,7 @@ class Crew:
             done = _outcome(said)
             self.board.end(step.name, done, "dim" if done != "done" else "")
             return Completed(message=done)
-        if _reason(said) is None:  # not a user's mistake: show what there is
+        if _reason(said) is None:  # no error message, so show the last lines of output
             self.board.say("\n".join(said[-30:]))
         return self.fail(step, _reason(said) or f"ended with status {status}")
 
@@ -224,8 +224,8 @@ class Crew:
         threads = str(self.cores if step.alone else max(1, self.cores // self.places))
         return {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # dvc.yaml says `memgpt`
-            "SHELL": "/bin/sh",  # which runs it
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # for dvc.yaml's `memgpt`
+            "SHELL": "/bin/sh",  # with which DVC runs it
             "PYTHONUNBUFFERED": "1",
             "MEMGPT_THREADS": threads,
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
@@ -242,7 +242,7 @@ def _outcome(said: list[str]) -> str:
 
 
 def _reason(said: list[str]) -> str | None:
-    """The stage's `error: …`, else what DVC itself found wrong; None where a stack trace must do."""
+    """The stage's `error: …` line, else DVC's `ERROR: …`; None if there is neither (a stack trace)."""
     for start in ("error: ", "ERROR: "):
         for line in reversed(said):
             if line.startswith(start) and "failed to run: memgpt" not in line:

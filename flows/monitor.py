@@ -1,7 +1,7 @@
-"""monitor: score the texts that have arrived, tell surges of negative ones and drift as events, to which alerts react.
+"""monitor: score the texts that have arrived; emit surges of negative texts and drift as events, which trigger alerts.
 
-`memgpt monitor` shows the same by hand and tells nobody. What a run has told is remembered only after it was told, so
-that a run which is cut short tells it again.
+`memgpt monitor` shows the same without events. What was reported is stored only after the events are sent, so that a
+run that was interrupted reports it again.
 """
 
 import base64
@@ -29,11 +29,11 @@ _PICTURES = 8  # in the artifact; all are in the folder
 @flow(name="monitor")
 @in_one_line
 def monitor(uri: str | None = None, folder: str = str(monitoring.FOLDER)) -> State[Any]:
-    """Score the texts that have arrived since the last run; tell surges of negative ones by topic, and drift.
+    """Score the texts that arrived since the last run; report surges of negative texts by topic, and drift.
 
     Args:
-        uri: A file, glob or folder, or s3://bucket/prefix; empty: monitor.uri of params.yaml.
-        folder: Where is kept what was scored and told, and the pictures.
+        uri: A file, glob or folder, or s3://bucket/prefix; if empty, monitor.uri of params.yaml.
+        folder: Where scores, pictures and a record of what was reported are kept.
     """
     environment.prepare()
     place = Path(workspace.lasting("folder", folder))
@@ -48,7 +48,7 @@ def monitor(uri: str | None = None, folder: str = str(monitoring.FOLDER)) -> Sta
 
 
 def _tell(report: Report) -> None:
-    """One event for each topic and one for the data: an alert is sent once a minute for a resource."""
+    """Emit one event per topic and one for drift, because alerts are limited to one a minute per resource."""
     for topic, surges in groupby(sorted(report.surges, key=lambda surge: surge.topic), lambda surge: surge.topic):
         found = list(surges)
         emit_event(
@@ -68,12 +68,12 @@ def _tell(report: Report) -> None:
 
 
 def _retrain(settings: config.Config, report: Report, place: Path) -> list[str]:
-    """Start a retraining whose promotions a person approves, if it is due; what was done, in words."""
+    """If a retraining is due, start one whose promotions need approval; returns what was done, in words."""
     last, now = monitoring.last_retraining(report, place), datetime.now(UTC)
     if not monitoring.retraining_is_due(settings.monitor, report, last, now):
         return []
     try:
-        # the key: two starts after the same last one are one; the first of a folder and source, on a day
+        # The idempotency key allows one start after each retraining; before the first, one a day per folder and source.
         since = last.isoformat() if last else now.date().isoformat()
         key = f"memgpt-monitor-{report.source}-{place.resolve()}-{since}"
         run = run_deployment(RETRAIN, parameters={"approval": "manual"}, timeout=0, idempotency_key=key)
@@ -84,7 +84,7 @@ def _retrain(settings: config.Config, report: Report, place: Path) -> list[str]:
 
 
 def _page(report: Report, place: Path) -> str:
-    """Markdown: what is unusual, the topics on the latest day, and their trends, the unusual and the largest first."""
+    """Markdown: what is unusual, then the topics' latest day and trend plots, with surging and large topics first."""
     unusual = {surge.topic for surge in report.surges}
     rows = sorted(report.trends, key=lambda row: (row["topic"] not in unusual, -int(row["texts"])))
     lines = [f"# {report.day or 'No texts yet'}", "", report.summary]

@@ -1,7 +1,7 @@
-"""promote: a version that the gate holds waits, suspended, for a person to approve or reject it in the UI.
+"""promote: wait until a person approves or rejects a version that the gate holds, in the UI.
 
-Suspended it has no process: nothing is held while it waits, and a restart of the machine loses nothing. The run begins
-anew when it is resumed, and then finds the answer.
+While it waits, the run is suspended and has no process, so it holds no locks and survives a restart of the machine.
+When resumed, the run starts from the beginning and finds the answer.
 """
 
 from contextlib import suppress
@@ -29,7 +29,7 @@ DAY = 86400
 
 
 class Answer(RunInput):
-    """What the form in the UI asks."""
+    """The form in the UI."""
 
     decision: Annotated[Literal["approve", "reject"], Field(description="Shall it become champion?")]
     name: Annotated[str, Field(min_length=1, description="Who decides: kept in the history.")]
@@ -40,12 +40,12 @@ class Answer(RunInput):
 @flow(name="promote", flow_run_name="promote {model}")
 @in_one_line
 def promote(model: Model, version: str | None = None, days: Annotated[float, Field(gt=0)] = 7.0) -> State[None]:
-    """Show what the gate measured, wait for somebody's decision, and carry it out.
+    """Show the gate's measurements, wait for a person's decision, and carry it out.
 
     Args:
-        model: Whose held version.
-        version: Such as 4. Empty, the one that is held now.
-        days: It stays held if nobody decides so long.
+        model: The model whose version is held.
+        version: Its number, such as 4; if empty, the version that is held now.
+        days: If nobody decides within so many days, the version stays held.
     """
     environment.prepare()
     tracking.use()
@@ -68,7 +68,7 @@ def promote(model: Model, version: str | None = None, days: Annotated[float, Fie
 
 
 def described(waiting: stage.Held) -> str:
-    """The comparison as markdown."""
+    """The gate's comparison as markdown."""
     title = f"**{registry.name(waiting.model)} version {waiting.version}** is held: {waiting.reasons}."
     against = f"Champion: version {waiting.champion}." if waiting.champion else "There is no champion yet."
     rows = [f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in sorted(waiting.numbers.items())]
@@ -77,7 +77,7 @@ def described(waiting: stage.Held) -> str:
 
 
 def _supersede(model: str) -> None:
-    """Other runs that wait for an answer on this model show an older candidate: they end."""
+    """End other runs that wait for an answer about this model, because they show an older candidate."""
     with get_client(sync_client=True) as client:
         waiting = client.read_flow_runs(
             flow_filter=FlowFilter(name={"any_": ["promote"]}),
@@ -91,6 +91,6 @@ def _supersede(model: str) -> None:
 
 
 def request(model: str, version: str) -> None:
-    """Start a run that asks for approval, where `make up` has deployed it."""
+    """Start a run that asks for approval, if `make up` has deployed the flow."""
     with suppress(ObjectNotFound):
         run_deployment("promote/promote", parameters={"model": model, "version": version}, timeout=0, as_subflow=False)

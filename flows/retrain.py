@@ -1,9 +1,9 @@
-"""retrain: snapshot the sources, run the stages of dvc.yaml that changed, promote what the gate lets through.
+"""retrain: snapshot the sources, run the stages of dvc.yaml that changed, promote what the gate accepts.
 
-A task runs one stage, through `dvc repro --single-item`, so that operators and data scientists share one cache.
+Each task runs one stage with `dvc repro --single-item`, so that operators and data scientists share one cache.
 
-By hand (`memgpt retrain`) it works in the checkout. Deployed (`make up`) it works in a worktree, which it resets first,
-ends at once when nothing has changed, stands for scheduled runs that are late, and asks for approval of what is held.
+A manual run (`memgpt retrain`) works in the checkout. A deployed run (`make up`) works in a worktree, which it resets
+first. It ends at once if nothing has changed, replaces late scheduled runs, and asks for approval of held versions.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def run_step(step: Step, crew: Crew) -> State[Any]:
         return crew.run(step)
     except Stopped:
         return Failed(message=f"{step.name}: stopped with the flow")
-    except Exception as error:  # such as no memory for a process: or the flow would take the step for done
+    except Exception as error:  # e.g. no memory for a process; without this the step would count as done
         return crew.fail(step, f"{type(error).__name__}: {error}")
 
 
@@ -61,15 +61,15 @@ def retrain(
     approval: Literal["auto", "manual"] = "auto",
     replace: list[Model] = [],  # noqa: B006
 ) -> State[Any]:
-    """Bring every model up to date with its sources, and promote what the gate lets through.
+    """Update every model to its present sources, and promote what the gate accepts.
 
     Args:
-        tasks: Which are trained and judged, beside the core.
-        overrides: Keys of params.yaml for this run alone, such as finetune.ner.epochs=2.
-        force: Run every stage, unchanged ones too.
-        approval: With auto, only what the gate holds waits for somebody's approval; with manual, everything does.
-        replace: Models to promote though they are not comparable, their gain not certain, or they were rolled back; not
-            what is rejected.
+        tasks: The tasks to train and judge, beside the core.
+        overrides: Changes of params.yaml for this run only, such as finetune.ner.epochs=2.
+        force: Run all stages, even unchanged ones.
+        approval: With auto, only versions that the gate holds wait for a person's approval; with manual, all do.
+        replace: Models to promote even if they are not comparable, their gain is not certain, or they were rolled back;
+            rejected ones are never promoted.
     """
     environment.prepare()
     order = Order(tuple(tasks), force, tuple(replace), approval == "manual")
@@ -87,14 +87,14 @@ def retrain(
                 config.write(config.override(config.read(), overrides, "overrides"))
             return _run(order, only_if_changed=bool(deployed) and not force and not replace)
         finally:
-            if overrides:  # which are for this run alone
+            if overrides:  # they are for this run only
                 atomic.write_text("params.yaml", params)
 
 
 def _run(order: Order, only_if_changed: bool) -> State[Any]:
     settings = config.load()
     _note_commit()
-    shutil.rmtree(console.VERDICTS, ignore_errors=True)  # so that what is there at the end is of this run
+    shutil.rmtree(console.VERDICTS, ignore_errors=True)  # so that all verdicts at the end are of this run
     with console.Board() as board:
         tokens = {"pretrain": settings.pretrain.batch_size * settings.pretrain.sequence_length}
         crew = Crew(board, environment.threads(settings.runtime.threads), order, tokens)
@@ -120,17 +120,14 @@ def _run(order: Order, only_if_changed: bool) -> State[Any]:
         except tracking.Away:
             if not crew.failures:
                 raise
-            pages = ""  # the stages have said it
+            pages = ""  # the failed stages' messages say why
         finally:
             crew.children.stop()
     return _conclude(crew.failures, order, pages)
 
 
 def _reach_registry(board: console.Board) -> None:
-    """
-    Raises:
-        UserError: if it does not answer for two minutes.
-    """
+    """Connect to the registry; UserError if it does not answer for two minutes."""
     for pause in (*tracking.PAUSES, None):
         try:
             tracking.use()
@@ -143,7 +140,7 @@ def _reach_registry(board: console.Board) -> None:
 
 
 def _keep_pages(run: tracking.Run) -> str:
-    """Put the pages and pictures of this run's reports beside its MLflow run; where they can be seen."""
+    """Log the pages and pictures of this run's reports to its MLflow run; returns the run's address in the UI."""
     for folder in ("validation", "plots"):
         if (found := Path("reports") / folder).is_dir():
             tracking.patiently(run.client.log_artifacts, run.id, str(found), folder)
@@ -151,7 +148,7 @@ def _keep_pages(run: tracking.Run) -> str:
 
 
 def _conclude(failures: list[str], order: Order, page: str) -> State[Any]:
-    """Show the verdicts in the UI and ask for what needs a person; the flow fails with what the failed stages said."""
+    """Show the verdicts in the UI and request the approvals; the flow fails with the messages of the failed stages."""
     found = console.verdicts()
     if found:
         _publish(found, page)
@@ -201,7 +198,7 @@ def _mlflow() -> str:
 
 
 def _stand_for_late_runs() -> None:
-    """Runs of the schedule that piled up while this one waited, or the machine was off, would do what this one does."""
+    """Cancel late scheduled runs (this one waited, or the machine was off), which would do the same as this one."""
     with get_client(sync_client=True) as client:
         late = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
@@ -216,20 +213,20 @@ def _stand_for_late_runs() -> None:
 
 
 def _note_commit() -> None:
-    """The lineage names the commit that the run began with; HEAD may move meanwhile."""
+    """Record the present commit for the lineage, because HEAD may move during the run."""
     sha, dirty = commit_at_start(Path())
     os.environ["MEMGPT_COMMIT"] = f"{sha}-dirty" if dirty else sha
 
 
 def main() -> int:
-    """`python -m flows.retrain`, which `memgpt retrain` becomes. 0: it went through, and nothing was rejected."""
+    """`python -m flows.retrain`, which `memgpt retrain` executes. Returns 0 if it completed without a rejection."""
     parser = argparse.ArgumentParser(prog="python -m flows.retrain", description="What `memgpt retrain` runs.")
     parser.add_argument("--force", action="store_true", help="run unchanged stages too")
     parser.add_argument("--replace", action="append", default=[], choices=config.MODELS)
     parser.add_argument("--ask", action="store_true", help="hold what the gate would promote")
     options = parser.parse_args()
     environment.prepare()
-    with workspace.occupied(None):  # told before anything starts; the flow takes the lock again for itself
+    with workspace.occupied(None):  # fails before anything starts if it is; the flow takes the lock again
         pass
     out = console.Board()
     out.say("starting the flow's server")

@@ -1,4 +1,4 @@
-"""rollback: an earlier version becomes champion again."""
+"""rollback: make an earlier version champion again."""
 
 from prefect import flow
 from prefect.states import Completed, State
@@ -15,10 +15,10 @@ def rollback(model: Model, name: str, version: str | None = None, reason: str = 
     """Make an earlier version champion again; it must load and predict first.
 
     Args:
-        model: Whose champion.
-        name: Who decides; kept in the history.
-        version: Such as 3. Empty, the champion before this one.
-        reason: Why; kept in the history.
+        model: The model to roll back.
+        name: Who decides; stored in the history.
+        version: Its number, such as 3; if empty, the previous champion.
+        reason: Why; stored in the history.
     """
     environment.prepare()
     done = stage.run(config.load(), model, version=version, actor=name, reason=reason)

@@ -1,4 +1,4 @@
-"""score: files of texts, a registered version → Parquet parts. `memgpt score` does the same by hand."""
+"""score: score files of texts with a registered version, to Parquet parts, like the command `memgpt score`."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from pydantic import Field
 from flows import in_one_line, workspace
 from memgpt import config, environment, scoring
 
-_EVERY = 2.0  # seconds between two reports of progress
+_EVERY = 2.0  # seconds between two progress updates
 
 
 @flow(name="score")
@@ -25,15 +25,15 @@ def score(
     column: str | None = None,
     force: bool = False,
 ) -> State[Any]:
-    """Score files of texts with a registered version. Run again, it goes on with the parts that are missing.
+    """Score files of texts with a registered version. A repeated run continues with the missing parts.
 
     Args:
-        model: The version: ner, its champion; ner@champion; ner/3.
+        model: The version: ner (its champion), ner@champion or ner/3.
         source: A file, glob or folder of .jsonl, .csv, .parquet or .txt (each also .gz), or s3://bucket/prefix.
-        target: A folder, by its absolute path, or s3://bucket/prefix, for the Parquet parts.
-        chunk: Rows of one part.
-        column: The column of texts; empty: one of the usual names.
-        force: Start anew where the target holds parts of another version or input.
+        target: Where to write the Parquet parts: a folder (absolute path) or s3://bucket/prefix.
+        chunk: Rows per part.
+        column: The column of texts; if empty, one of the usual names.
+        force: Start again if the target has parts of another version or input.
     """
     environment.prepare()
     workspace.lasting("target", target)
@@ -45,7 +45,7 @@ def score(
 
 
 def progress(key: str, description: str) -> Callable[[int, int], None]:
-    """A progress bar among the run's artifacts, as a function of how many of how many are done."""
+    """Create a progress bar among the run's artifacts; returns a function that takes the number done and the total."""
     bar, told = create_progress_artifact(0.0, key=key, description=description), 0.0
 
     def show(done: int, total: int) -> None:

@@ -1,7 +1,7 @@
-"""A Prefect server for the time of one run, where none is configured and none is up; its state is in .prefect here.
+"""A Prefect server for one run, if none is configured and `make up` has started none. Its state is in .prefect.
 
-Prefect can start one by itself, which a kill -9 of the flow leaves running; this one dies with its flow, and one can
-watch the run in its UI.
+Prefect's own temporary server would keep running after a kill -9 of the flow. This one ends with its flow, and the run
+can be watched in its UI.
 """
 
 import os
@@ -21,12 +21,12 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 from memgpt import housekeeping, processes, tracking
 from memgpt.errors import UserError
 
-PATIENCE = 180.0  # seconds; the first start makes the database
+PATIENCE = 180.0  # seconds; the first start creates the database
 
 
 @contextmanager
 def running() -> Iterator[str]:
-    """Yield the API's URL: the configured one, that of `make up`, or one started here that ends with this process."""
+    """Yield the API's URL: of the configured server, of that of `make up`, or of one that ends with this process."""
     found = PREFECT_API_URL.value() or _up()
     if found:
         reach(found)
@@ -41,12 +41,12 @@ def running() -> Iterator[str]:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
-        # the UI asks this variable, not --port, where the API is
+        # the UI reads the API's port from this variable, not from --port
         server = processes.start(command, {**os.environ, "PREFECT_SERVER_API_PORT": str(port)}, output)
     with temporary_settings({PREFECT_API_URL: url}):
         _wait(url, server, log)
         yield url
-    # Not ended here: Prefect sends its last events when this process exits, which is also what ends the server.
+    # The server is not ended here: Prefect sends its last events when this process exits, which also ends the server.
 
 
 def _up() -> str | None:
@@ -56,10 +56,7 @@ def _up() -> str | None:
 
 
 def reach(url: str) -> None:
-    """
-    Raises:
-        UserError: if no Prefect server answers there, or the URL has a password, which Prefect would not send.
-    """
+    """Raise UserError if no Prefect server answers there, or the URL has a password, which Prefect would not send."""
     if "@" in urllib.parse.urlsplit(url).netloc:
         raise UserError(
             f"PREFECT_API_URL={tracking.shown(url)}: name and password belong in PREFECT_API_AUTH_STRING=name:password"

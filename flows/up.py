@@ -1,12 +1,12 @@
 """What `make up` and `make down` do: a Prefect server, a worker, the MLflow UI and the deployments of prefect.yaml.
 
-    python -m flows.up           start what does not run yet, deploy the commit that is checked out, say where to look
+    python -m flows.up           start what is not running, deploy the checked-out commit, print the addresses
     python -m flows.up --down    stop what this started, and nothing else
 
-All listen on loopback. State is in .prefect, mlflow.db and mlartifacts/ of the checkout; logs, and what was started, in
-.memgpt/up. A Prefect server that PREFECT_API_URL names, or an MLflow server in MLFLOW_TRACKING_URI, is used instead of
-one of ours. Ports: MEMGPT_PREFECT_PORT and MEMGPT_MLFLOW_PORT. Alerts: MEMGPT_ALERT_WEBHOOK, and MEMGPT_ALERT_DAYS (8)
-without a successful retrain.
+All listen on loopback. State is in .prefect, mlflow.db and mlartifacts/ of the checkout; logs and process ids are in
+.memgpt/up. If PREFECT_API_URL or an MLflow server in MLFLOW_TRACKING_URI is set, that server is used instead. Ports:
+MEMGPT_PREFECT_PORT and MEMGPT_MLFLOW_PORT. Alerts: MEMGPT_ALERT_WEBHOOK; MEMGPT_ALERT_DAYS (8) is the number of days
+without a successful retrain after which to alert.
 """
 
 import argparse
@@ -39,16 +39,16 @@ from memgpt.housekeeping import UP, service
 from memgpt.registry import commit_at_start
 
 POOL = "memgpt"
-PATIENCE = 180.0  # seconds until a service answers; the first start makes the databases
-LOOK = 5.0  # seconds until a note that is locked must say by whom
+PATIENCE = 180.0  # seconds until a service must answer; the first start creates the databases
+LOOK = 5.0  # seconds to wait for the lock of a service's note
 GRACE = 20.0  # seconds from SIGTERM to SIGKILL
 
 
 @dataclass(frozen=True)
 class Service:
-    """A process that outlives this one.
+    """A process that keeps running after this one.
 
-    command: a module and its arguments; answers: whether it is ready to serve; port: where, and what sets it.
+    command: a module and its arguments; answers: whether it is ready; port: its port and the variable that sets it.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Service:
         return UP / f"{self.name}.log"
 
     def start(self) -> str:
-        """Start it unless it runs; what was done.
+        """Start the service unless it is running; returns what was done.
 
         Raises:
             UserError: if its port is taken.
@@ -91,8 +91,8 @@ class Service:
         return "started"
 
     def _take(self, note: IO[str]) -> bool:
-        """Lock the note, which the process has from then on: see `service`. False if it runs, or another `make up`
-        starts it; `service` itself and `memgpt doctor` lock it for a moment only."""
+        """Lock the note; the process then inherits the lock and keeps it (see `service`). False if the service is
+        running or another `make up` is starting it. `service` and `memgpt doctor` lock the note only for a moment."""
         deadline = time.monotonic() + LOOK
         while True:
             try:
@@ -104,10 +104,7 @@ class Service:
             time.sleep(0.05)
 
     def wait(self) -> None:
-        """
-        Raises:
-            UserError: if it ends, or does not answer in time.
-        """
+        """Wait until the service answers; UserError if it ends or does not answer in time."""
         deadline = time.monotonic() + PATIENCE
         while not self.answers():
             if not service(self.name) or time.monotonic() > deadline:
@@ -117,11 +114,11 @@ class Service:
 
 
 def stop(name: str) -> bool:
-    """End a service and all that it started; True if it ran."""
+    """End a service and all its child processes; True if it was running."""
     process = service(name)
     if process:
         tree = [process, *process.children(recursive=True)]
-        for each in reversed(tree):  # the runs before the worker, which would start them again
+        for each in reversed(tree):  # runs before the worker, which would restart them
             with suppress(psutil.NoSuchProcess):
                 each.send_signal(signal.SIGTERM)
         _, left = psutil.wait_procs(tree, GRACE)
@@ -145,7 +142,7 @@ def up() -> None:
         board.say("note: uncommitted changes are not deployed")
     place = workspace.create(root, commit)
     crashed = ""
-    with suppress(UserError), workspace.occupied(None, place) as last:  # else a run is at it; the next one resets it
+    with suppress(UserError), workspace.occupied(None, place) as last:  # else a run is using it; the next one resets it
         workspace.reset(place, commit)
         crashed = last
 
@@ -158,12 +155,12 @@ def up() -> None:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PREFECT_HOME": str(root / ".prefect"),
         "PREFECT_API_URL": url,
-        "PREFECT_SERVER_API_PORT": port,  # the UI asks this variable, not --port, where the API is
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # as prefect.toml, which a run does not read: it starts elsewhere
+        "PREFECT_SERVER_API_PORT": port,  # the UI reads the API's port from here, not from --port
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # as in prefect.toml, which a run, started elsewhere, does not read
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the server has the runs' logs
         "PREFECT_WORKER_QUERY_SECONDS": "2",
-        "MLFLOW_BACKEND_STORE_URI": store,  # not an argument, which everyone on the machine could read
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven idle processes for what nothing here uses
+        "MLFLOW_BACKEND_STORE_URI": store,  # not an argument, which every user of the machine could read
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves seven idle processes of an unused feature
         "MEMGPT_MLFLOW_UI": ui,
         "MEMGPT_WORKSPACE": str(place),
         "MEMGPT_DEPLOYED": commit,
@@ -220,7 +217,7 @@ def _answers(url: str) -> bool:
 
 
 def _online() -> bool:
-    """Whether the server has heard from a worker of late."""
+    """Whether the server has heard from a worker recently."""
     online = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
     with get_client(sync_client=True) as client:
         return bool(client.read_workers_for_work_pool(POOL, worker_filter=online))
@@ -235,7 +232,7 @@ def _number(name: str, usual: str) -> float:
 
 @contextmanager
 def _schedules_as_they_were() -> Iterator[None]:
-    """Deploying makes the schedules anew, switched as in prefect.yaml; what was switched in the UI stays so."""
+    """Keeps schedules on or off as set in the UI: deploying recreates them with the settings of prefect.yaml."""
     with get_client(sync_client=True) as client:
 
         def found() -> Iterator[tuple[str, UUID, DeploymentSchedule]]:

@@ -1,5 +1,5 @@
-"""Where deployed runs happen: a git worktree of the checkout in .memgpt/workspace, put back to the deployed commit
-before each run, so that nothing is left over and nobody's checkout is touched. DVC's cache is the checkout's.
+"""The workspace of deployed runs: a git worktree of the checkout in .memgpt/workspace. It is reset to the deployed
+commit before each run, so that nothing is left over and no checkout is touched. It uses the checkout's DVC cache.
 
     make up     creates it and moves it to the commit that it deploys
     retrain     resets it, then applies the run's overrides to its params.yaml
@@ -24,13 +24,13 @@ from memgpt import atomic, console, processes, provenance
 from memgpt.errors import UserError
 from memgpt.housekeeping import RETRAIN, WORKSPACE
 
-SETTLED = Path(".memgpt/settled.json")  # what the last whole run left
-# What runs make stays: it says which outputs belong to which inputs, and DVC checks that anyway.
+SETTLED = Path(".memgpt/settled.json")  # the state after the last complete run
+# Files that runs write are not reset: they record which outputs belong to which inputs, and DVC checks that anyway.
 _PRODUCTS = ("dvc.lock", "data/sources.lock.json", "reports")
 
 
 def create(checkout: Path, commit: str) -> Path:
-    """The workspace of a checkout, made at `commit` if there is none yet, with the checkout's DVC cache and remotes."""
+    """The workspace of a checkout, with its DVC cache and remotes; created at `commit` if there is none yet."""
     folder = checkout / WORKSPACE
     if not (folder / ".git").exists():
         provenance.add_worktree(folder, commit)
@@ -42,13 +42,13 @@ def create(checkout: Path, commit: str) -> Path:
 
 
 def reset(folder: Path, commit: str) -> None:
-    """Make all that git tracks, but what runs make, as it is in `commit`; ignored files stay.
+    """Reset all files to `commit`, except ignored files and those that runs write (`_PRODUCTS`).
 
     Raises:
-        UserError: if the commit is not there.
+        UserError: if the commit is missing.
     """
     kept = [f":!{path}" for path in _PRODUCTS]
-    # Whoever holds the folder's lock (`occupied`) is alone here: this one was left by a git that was killed.
+    # The caller holds the folder's lock (`occupied`), so an index.lock can only be left from a killed git process.
     (folder / _git(folder, "rev-parse", "--git-path", "index.lock")).unlink(missing_ok=True)
     _git(folder, "reset", "--quiet", "--soft", commit)
     _git(folder, "restore", "--source", commit, "--staged", "--worktree", "--", ".", *kept)
@@ -57,12 +57,12 @@ def reset(folder: Path, commit: str) -> None:
 
 @contextmanager
 def occupied(run: str | None, folder: Path = Path()) -> Iterator[str]:
-    """Hold a folder for one flow run: one retrain at a time. The system drops the lock when its holder dies.
+    """Lock a folder for one flow run: one retrain at a time. The system releases the lock when its holder dies.
 
-    Yields the id of the run that held it before us and did not leave it in order, else "".
+    Yields the id of the previous run if it was killed while holding the lock, else "".
 
     Raises:
-        UserError: if another one runs.
+        UserError: if another retrain is running.
     """
     (folder / RETRAIN).parent.mkdir(parents=True, exist_ok=True)
     with (folder / RETRAIN).open("a+") as file:
@@ -91,7 +91,7 @@ def _write(file: IO[str], text: str) -> None:
 
 
 def mark_crashed(run: str) -> None:
-    """The run that held a folder's lock last, which is free: if the server takes it for running, it was killed."""
+    """Mark the run that last held a folder's lock, which is free now, as crashed if the server counts it as running."""
     with get_client(sync_client=True) as client:
         for other in client.read_flow_runs(flow_run_filter=FlowRunFilter(id={"any_": [run]})) if run else []:
             if other.state is None or not other.state.is_final():
@@ -99,8 +99,8 @@ def mark_crashed(run: str) -> None:
 
 
 def settled(tasks: Sequence[str], stages: Sequence[str]) -> bool:
-    """Whether these tasks were judged in the last run that was through, and nothing has changed since: none of these
-    stages would run."""
+    """Whether the last complete run judged these tasks, and nothing has changed since, so that none of these stages
+    would run."""
     try:
         known = json.loads(SETTLED.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -113,10 +113,10 @@ def settle(tasks: Sequence[str]) -> None:
 
 
 def lasting(name: str, where: str) -> str:
-    """A place to write to, which a deployed run is given, unless the next reset would take it away.
+    """Returns an output location of a deployed run after checking that the next reset will not remove it.
 
     Raises:
-        UserError: for a relative path, which would be in the workspace.
+        UserError: if it is a relative path, and so in the workspace.
     """
     ours = "://" not in where and not Path(where).is_absolute() and Path(where).parts[:1] != (".memgpt",)  # git-ignored
     if ours and os.environ.get("MEMGPT_DEPLOYED"):
@@ -125,9 +125,9 @@ def lasting(name: str, where: str) -> str:
 
 
 def _fingerprint() -> str:
-    """Of what decides on a run's result: commit, params, locked data, what DVC made of them, and which registry."""
+    """A digest of what determines a run's result: commit, registry address, params, dvc.lock and locked data."""
     digest = hashlib.sha256(_git(Path(), "rev-parse", "HEAD").encode())
-    digest.update(console.tracking_uri().encode())  # a new one has nothing yet
+    digest.update(console.tracking_uri().encode())  # a new registry is still empty
     for path in (Path("params.yaml"), Path("dvc.lock"), Path("data/sources.lock.json")):
         digest.update(path.read_bytes() if path.exists() else b"")
     return digest.hexdigest()
