@@ -1,10 +1,10 @@
-# make run    make .venv, train on the embedded data, end with promoted models
-# make test   make .venv, run the tests
-# make up     Prefect server, worker, MLflow UI and the scheduled deployments, on loopback; once is enough
+# make run    create .venv, train on the embedded data, promote the models
+# make test   create .venv, run the tests
+# make up     start Prefect server, worker, MLflow UI and the scheduled deployments, on loopback; once is enough
 # make down   stop what make up started
 # make check  lint, format and types
-# make clean  remove what these made
-# make lock   resolve requirements.lock anew from pyproject.toml
+# make clean  remove what these commands created
+# make lock   resolve requirements.lock again from pyproject.toml
 .PHONY: run test up down check clean lock environment
 
 run: environment
@@ -30,8 +30,8 @@ environment:
 lock:
 	@bash infra/lock.sh
 
-# Not backups, nor models of the user's own. Only what git does not track goes: -x takes ignored files too, and git keeps
-# every committed one. Patterns apart: beside one, git empties folders but leaves them.
+# Keeps backups and models of the user's own. git clean removes only untracked files, with -x also ignored ones. The
+# patterns are a separate call, because git clean leaves empty folders behind if one of its paths is a pattern.
 MODELS = $(addprefix models/,tokenizer base multitask ner sentiment recommendation)
 clean:
 	@if [ -d .memgpt/up ] && [ -x .venv/bin/python ]; then .venv/bin/python -m flows.up --down; fi

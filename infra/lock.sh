@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Resolves requirements.lock from pyproject.toml, the dev tools included, with the package sources that pip is set to.
+# Resolves requirements.lock from pyproject.toml, dev tools included, with the package sources configured for pip.
 #
-# uv, in a throw-away environment, resolves for every platform and Python at once. Its torch lines become one without a
-# local version: pip takes the CPU build where one is offered, and torch's own requirements bring CUDA where needed.
+# uv, in a temporary environment, resolves for all platforms and Python versions at once. Its torch lines become one
+# without a local version: pip takes the CPU build if one is offered; torch's own requirements add CUDA where needed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=$(mktemp -d)
