@@ -141,10 +141,9 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
 
 
 def _products(model: MemGPTForCausalLM, params: Pretrain) -> AbstractContextManager[None]:
-    """The context in which training multiplies in 8 bits, if `pretrain.float8` is set and the GPU supports it.
+    """A context in which training multiplies in 8 bits, if `pretrain.float8` is set and the GPU supports it.
 
-    Raises:
-        UserError: if the GPU supports 8 bits, but torchao is not installed.
+    UserError if only torchao is missing for that.
     """
     if not params.float8:
         return nullcontext()
