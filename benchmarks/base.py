@@ -1,13 +1,13 @@
-"""A base worth fine-tuning: preset `base` with memory, and without it at equal cost, on real text and real tasks.
+"""Preset `base` with memory, and without it at equal cost, pretrained on real text and fine-tuned on real tasks.
 
-    python benchmarks/base.py [--seconds 480]   goes on where it stopped; starts no cell after that many seconds
-    python benchmarks/base.py --tiny            everything at toy sizes on made-up text; about a minute without a GPU
-    python benchmarks/base.py --report          the table of what is done
+    python benchmarks/base.py [--seconds 480]   resumes where it stopped; starts no cell after that many seconds
+    python benchmarks/base.py --tiny            everything at toy sizes on synthetic text; about a minute without a GPU
+    python benchmarks/base.py --report          the table of finished cells
 
-Needs MEMGPT_REAL_DATA. Both are pretrained by the product's training on the same rows in the same order, some steps in
-both directions; the one without memory has wider feed-forward layers, for as many multiply-adds (benchmarks/peers.py).
-After --seconds, pretraining stops at its next checkpoint. Results stay in benchmarks/results/base/, weights in
-.memgpt/benchmarks/, outside git: those with memory also as shards, which `restore` loads.
+Needs MEMGPT_REAL_DATA. Both models are pretrained by MemGPT's own training loop on the same rows in the same order, in
+some steps bidirectionally. The one without memory has wider feed-forward layers, for equal multiply-adds (peers.py).
+After --seconds, pretraining stops at its next checkpoint. Results are in benchmarks/results/base/. Weights are in
+.memgpt/benchmarks/, outside git, those with memory also as shards, which `restore` loads.
 """
 
 import json
@@ -38,19 +38,19 @@ from memgpt.model.residency import place
 RESULTS = Path(__file__).parent / "results" / "base"
 SETS = ("wikigold", "financial_phrasebank", "movielens")
 MB = 1_000_000
-SHARD = 14 * MB  # of tensors; a file with its header stays below 15 MB
-GIT = 20 * MB  # of weights, that the repository may hold
-TOLERANCE = 0.01  # nats by which the shards' loss on the validation text may differ from that of the trained weights
+SHARD = 14 * MB  # tensors per shard; with its header a file stays below 15 MB
+GIT = 20 * MB  # weights that the repository may contain
+TOLERANCE = 0.01  # nats by which the shards' validation loss may differ from that of the trained weights
 HYBRID = {"masked_share_start": 0.25, "masked_share_end": 0.25}
 RECIPE: gpu.Spec = {**HYBRID, "sequence_length": 512, "batch_size": 64, "checkpoint_steps": 1000}
 TINY_RECIPE: gpu.Spec = {**HYBRID, "sequence_length": 64, "batch_size": 8, "checkpoint_steps": 4, "compile": False}
-# A third of the rate that a core of a quarter of the width has; a checkpoint of the base is 1.5 GB.
+# A third of the learning rate used for a core of a quarter of the width. A checkpoint of `base` takes 1.5 GB.
 TUNING: gpu.Spec = {"learning_rate": 3e-4, "checkpoint_steps": 500}
 TINY_TUNING: gpu.Spec = {**TUNING, "epochs": 1}
 
 
 def plan(tiny: bool) -> gpu.Cells:
-    """Name → spec. 43 million tokens are three epochs of the text."""
+    """Cell name → spec. 43 million tokens are three epochs of the text."""
     pretraining = {
         "preset": "tiny" if tiny else "base",
         "tokens": 12 * 8 * 64 if tiny else 43 * 10**6,
@@ -75,19 +75,19 @@ def measure(name: str, spec: gpu.Spec, source: Path, deadline: float) -> gpu.Spe
     return shards(cells.WORK / "cells" / spec["core"], cells.WORK / "shards")
 
 
-# --- weights small enough to hand on
+# --- weights small enough to distribute
 
 
 def shards(core: Path, folder: Path) -> gpu.Spec:
-    """The trained weights in `core` → safetensors files in `folder`: 16 bits, memory tables in 8 with a scale per row,
-    a tensor larger than a file cut by rows. Fails if what they load to answers otherwise."""
+    """Write the trained weights in `core` as safetensors shards to `folder`: in 16 bits, memory tables in 8 bits with a
+    scale per row; tensors larger than a shard are split by rows. Fails if the loaded shards change the loss."""
     model = MemGPTForCausalLM.from_pretrained(core / "model").to(gpu_cells.DEVICE)
     trained = cells.held_out(model, "validation", False, 1)
     model = place(model.cpu(), "int8").to(torch.bfloat16)
     sizes: dict[str, int] = {}
     pieces = {}
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":  # the embeddings
+        if name == "lm_head.weight":  # tied to the embeddings
             continue
         part = "tables" if "memory_table" in name else "embeddings" if "embed" in name else "blocks"
         sizes[part] = sizes.get(part, 0) + tensor.nbytes
@@ -113,7 +113,7 @@ def shards(core: Path, folder: Path) -> gpu.Spec:
 
 
 def restore(folder: Path) -> MemGPTForCausalLM:
-    """The model in bf16, its tables in int8, that `shards` wrote."""
+    """Load the model that `shards` wrote: in bf16, its memory tables in int8."""
     model = place(MemGPTForCausalLM(MemGPTConfig.from_pretrained(folder)), "int8").to(torch.bfloat16)
     pieces: dict[str, dict[int, torch.Tensor]] = {}
     for path in folder.glob("*.safetensors"):
@@ -168,7 +168,7 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def run(planned: gpu.Cells, source: Path, results: Path, seconds: float) -> bool:
-    """Whether nothing is left to do."""
+    """Run the cells that are not done yet; returns whether all are done."""
     deadline = time.monotonic() + seconds
     cells.prepare(source)
     limit = deadline - time.monotonic()
@@ -180,7 +180,7 @@ def run(planned: gpu.Cells, source: Path, results: Path, seconds: float) -> bool
 
 
 def toy(folder: Path) -> None:
-    """Work below `folder` from now on, where a made-up text and task data are written in place of the real ones."""
+    """From now on, work below `folder`, with synthetic text and task data in place of the real ones."""
     cells.WORK, peers.VOCABULARY = folder / "core", 512
     task_cells.WORK = folder / "tasks"
     task_cells.STATISTICS = tasks.STATISTICS = folder / "statistics"

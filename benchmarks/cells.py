@@ -1,7 +1,6 @@
-"""One cell of the benchmark of the core: a model, a seed and a budget, pretrained or fine-tuned, and what it reached.
+"""One cell of the core benchmark: a model with a seed and a token budget, pretrained or fine-tuned, and its scores.
 
-A cell resumes where it was stopped, since it trains with the product's own loop, and is not run again once its JSON
-is there.
+A cell uses MemGPT's training loop, so it resumes where it was stopped. It is not run again once its JSON exists.
 """
 
 import gzip
@@ -48,10 +47,10 @@ from memgpt.predict.words import best_path
 from memgpt.stages.pretrain import PackedTokens
 from memgpt.training import AfterEpoch, train
 
-WORK = Path(".memgpt/benchmarks/core")  # texts as tokens, weights and checkpoints: not for git
+WORK = Path(".memgpt/benchmarks/core")  # tokenised texts, weights and checkpoints; not in git
 CELLS = Path(__file__).parent / "results" / "core"
 VALIDATION_ROWS = 640
-# What differs from the pipeline's own pretraining, in params.yaml.
+# Settings that override those of `pretrain` in params.yaml.
 RECIPE = dict(
     init=None,
     update="all",
@@ -85,7 +84,7 @@ TUNING = dict(
 
 
 def prepare(source: Path) -> None:
-    """Tokenise the shared text once: train (shuffled by document), its validation split, and WikiText-2's."""
+    """Tokenise the shared text once: train (documents shuffled), its validation split, and that of WikiText-2."""
     if (WORK / "tokens/complete").exists():
         return
     shards = sorted((source / "text").glob("train-*.jsonl.gz"))
@@ -123,10 +122,10 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def build(spec: dict[str, Any]) -> PreTrainedModel:
-    """kind: memgpt, llama or bert; width; for memgpt also rows, changes to its configuration, and the ablations that
-    are no configuration: gate=False, product_key=True (in place of the fourth feed-forward layer). Or a preset of the
-    product, of kind memgpt or plain. least: of n-grams that get a row of their own, as in params.yaml; recall:
-    the longest run that is looked for, 0 is none."""
+    """The model of a spec. kind: memgpt, llama or bert, with a width; or a MemGPT preset of kind memgpt or plain. For
+    memgpt also: rows; changes to the configuration; ablations outside the configuration, gate=False and
+    product_key=True (replaces the fourth feed-forward layer); least: memory_least of params.yaml; recall: the longest
+    run that recall looks for, 0 for no recall."""
     set_seed(spec["seed"])
     if spec["kind"] == "llama":
         return peers.llama(spec["width"])
@@ -184,18 +183,18 @@ def recipe(**changes: Any) -> Pretrain:
 
 
 def pretrain(name: str, spec: dict[str, Any], go_on: AfterEpoch | None = None) -> dict[str, Any]:
-    """go_on: asked at every checkpoint; TimeoutError if it says no, and the next call goes on from there."""
+    """Pretrain a cell. go_on: called at every checkpoint; if false, raises TimeoutError, and the next call resumes."""
     params = recipe(tokens=spec["tokens"], seed=spec["seed"], **spec.get("recipe", {}))
     steps = params.tokens // (params.batch_size * params.sequence_length)
     model = build(spec)
     data: Dataset = PackedTokens(WORK / "tokens", "train", params.sequence_length)
     if steps > (batches := len(data) // params.batch_size) > 0:
-        # Several epochs: none ends with a smaller batch, for which all would be compiled again.
+        # With several epochs: drop the smaller last batch, for which everything would be compiled again.
         data = Subset(data, range(batches * params.batch_size))
     masked = spec["kind"] == "bert"
     directory = WORK / "cells" / name
     directory.mkdir(parents=True, exist_ok=True)
-    curve = directory / "curve.jsonl"  # a file, so that what was logged before a stop is kept
+    curve = directory / "curve.jsonl"  # a file, so that points logged before a stop are kept
 
     def log(numbers: dict[str, float], step: int) -> None:
         with curve.open("a") as lines:
@@ -231,7 +230,7 @@ def pretrain(name: str, spec: dict[str, Any], go_on: AfterEpoch | None = None) -
         "multiply_adds": peers.multiply_adds(model),
         "stored": model.num_parameters(),
         "curve": sorted({tokens: round(loss, 4) for tokens, loss, _ in told}.items()),
-        # The median leaves out what compiling, checkpoints and stops took.
+        # The median excludes time for compilation, checkpoints and stops.
         "tokens_per_second": round(median((b[0] - a[0]) / (b[2] - a[2]) for a, b in itertools.pairwise(told))),
     }
     if torch.cuda.is_available():
@@ -244,7 +243,7 @@ def pretrain(name: str, spec: dict[str, Any], go_on: AfterEpoch | None = None) -
 
 @torch.no_grad()
 def held_out(model: PreTrainedModel, split: str, masked: bool, seed: int) -> float:
-    """Nats per predicted token on rows that no model has seen, documents apart."""
+    """Nats per predicted token on held-out rows; attention stays within documents, except that of BERT."""
     data = PackedTokens(WORK / "tokens", split, peers.CONTEXT)
     rows = Subset(data, range(min(VALIDATION_ROWS, len(data))))
     losses = []
@@ -263,7 +262,7 @@ def held_out(model: PreTrainedModel, split: str, masked: bool, seed: int) -> flo
 
 
 def training_speed(spec: dict[str, Any], rounds: int = 12) -> dict[str, Any]:
-    """Seconds of a training step of both models, taken in turn; the first steps, which compile, are not counted."""
+    """Our training speed relative to the peer's; steps alternate, and the first ones, which compile, do not count."""
     params = recipe()
     data = PackedTokens(WORK / "tokens", "train", params.sequence_length)
     seconds: dict[str, list[float]] = {"memgpt": [], "llama": []}
@@ -290,7 +289,7 @@ def training_speed(spec: dict[str, Any], rounds: int = 12) -> dict[str, Any]:
 
 
 class Examples(Dataset):
-    """Token ids with a label per word (NER) or per text (sentiment)."""
+    """Texts as token ids, with a label per word (NER) or per text (sentiment)."""
 
     def __init__(self, rows: list[tuple[Any, Any]], labels: list[str], words: bool, length: int = 128):
         self.labels, self.words, self.rows = labels, words, rows
@@ -330,7 +329,7 @@ class Examples(Dataset):
 
 
 def examples(task: str, source: Path) -> tuple[Examples, Examples]:
-    """(train, held out). NER: WikiGold and SEC filings, one tag set. Sentiment: Financial PhraseBank."""
+    """(train, held-out) examples. NER: WikiGold and SEC filings, with one tag set. Sentiment: Financial PhraseBank."""
     if task == "ner":
         folders = [source / "ner/wikigold", source / "ner/sec_filings"]
         train_rows = [row for folder in folders for row in _conll(folder / "train.conll")]
@@ -367,7 +366,7 @@ HEADS = {
 
 
 def finetune(name: str, spec: dict[str, Any], source: Path) -> dict[str, Any]:
-    """The pretrained cell `spec["start"]` on a task; every kind without dropout, and scored after the last step."""
+    """Fine-tune the pretrained cell `spec["start"]` on a task, without dropout for any kind; scores the last step."""
     task = spec["task"]
     train_set, test_set = examples(task, source)
     set_seed(spec["seed"])
@@ -402,7 +401,7 @@ def predictions(model: PreTrainedModel, data: Examples) -> tuple[list[Any], list
 
 
 def score(task: str, golds: list[Any], guesses: list[Any]) -> dict[str, Any]:
-    """Entity or macro F1 with a 95 % interval by resampling examples."""
+    """Entity F1 (NER) or macro F1 (sentiment) with a 95 % bootstrap interval over examples."""
 
     def of(rows: np.ndarray) -> float:
         gold, guess = [golds[i] for i in rows], [guesses[i] for i in rows]
@@ -425,7 +424,7 @@ def run(name: str, spec: dict[str, Any], source: Path) -> None:
     else:
         result = training_speed(spec) if spec["kind"] == "speed" else pretrain(name, spec)
     CELLS.mkdir(parents=True, exist_ok=True)
-    on_gpu = torch.cuda.is_available() and spec["kind"] != "speed"  # which is of the CPU
+    on_gpu = torch.cuda.is_available() and spec["kind"] != "speed"  # speed is measured on the CPU
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
     atomic.write_json(CELLS / f"{name}.json", {"spec": spec, "device": device, **result})
 

@@ -1,12 +1,12 @@
-"""Does every kill end as if nothing had happened?
+"""Do killed runs end with the same results as an undisturbed run?
 
-    python benchmarks/chaos.py --kills 24 --seed 1     stages, killed at random moments of a retrain by hand
-    python benchmarks/chaos.py --up 6 --seed 1         the flow, the worker and the server of `make up`, in turn
-    python benchmarks/chaos.py --report                what the kills so far came to
+    python benchmarks/chaos.py --kills 24 --seed 1     kills stages at random moments of manual retrains
+    python benchmarks/chaos.py --up 6 --seed 1         kills the flow, the worker and the server of `make up`, in turn
+    python benchmarks/chaos.py --report                the results of the kills so far
 
-On tiny settings, in a clone in .memgpt/chaos. Once undisturbed; then from nothing again and again, with kill -9 at a
-random moment of a random stage (or of what runs it), started anew until the run is whole: its test metrics must be
-those of the undisturbed one, bit for bit. A stopped benchmark goes on where it was; results/chaos.json has every kill.
+Uses tiny settings, in a clone in .memgpt/chaos. The first run is undisturbed. Each other run starts from scratch, gets
+kill -9 at a random moment of a random stage (or of flow, worker or server), and is restarted until complete. Its test
+metrics must equal the undisturbed run's, bit for bit. A stopped benchmark resumes; results/chaos.json has every kill.
 """
 
 import argparse
@@ -56,8 +56,8 @@ STAGES = (
     "promote sentiment",
 )
 MADE = ("dvc.lock", "models", "reports", "data/tables", "data/tokens", ".dvc/cache", ".dvc/tmp", ".memgpt/checkpoints")
-PER_RUN = 3  # kills of one retrain, from nothing to whole
-PATIENCE = 1800.0  # seconds for one retrain of a machine that does other things too
+PER_RUN = 3  # kills in one retrain, from scratch until complete
+PATIENCE = 1800.0  # seconds for one retrain on a machine with other load
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,19 @@ class Checkout:
         return self.start("memgpt", "retrain")
 
     def forget(self) -> None:
-        """Back to nothing but the code, the settings and the registry."""
+        """Remove everything that runs made except the registry."""
         for name in MADE:
             path = self.root / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         subprocess.run(["git", "checkout", "--quiet", "--", "models", "data"], cwd=self.root, check=False)
 
     def metrics(self, folder: str = ".") -> dict[str, str]:
-        """model → its report's bytes; empty where evaluate did not end."""
+        """model → text of its metrics report; models whose evaluation did not finish are missing."""
         found = (self.root / folder / "reports/metrics").glob("*.json")
         return {path.stem: path.read_text(encoding="utf-8") for path in sorted(found)}
 
     def processes(self, *calls: tuple[str, ...]) -> list[psutil.Process]:
-        """That work below this folder and whose command line has the words of one of the calls in a row."""
+        """Processes that work in this folder and whose command line contains the words of one of the calls in a row."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -102,12 +102,12 @@ class Checkout:
 
 
 def stage(name: str) -> list[tuple[str, ...]]:
-    """How a stage's process is called: by dvc.yaml, and by the flow."""
+    """The command lines of a stage's process: from dvc.yaml, and from the flow."""
     return [("memgpt", *name.split()), ("memgpt.cli", *name.split())]
 
 
 def clone(target: Path) -> Checkout:
-    """The committed state with tiny settings, committed there."""
+    """A clone of the committed state, in which tiny settings are committed."""
     if not (target / ".git").exists():
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(target)], check=True)
         setter = "import sys; from memgpt import config; config.write(config.override(config.read(), sys.argv[1:]))"
@@ -126,7 +126,7 @@ def whole(checkout: Checkout, reference: dict[str, str]) -> bool:
 def kill_stages(
     checkout: Checkout, plan: list[tuple[str, float]], reference: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """A retrain from nothing; each stage of `plan` is killed after its delay (seconds) when it first comes up."""
+    """A retrain from scratch; each stage of `plan` is killed once, so many seconds after it is first seen."""
     checkout.forget()
     left = list(plan)
     deadline = time.monotonic() + PATIENCE
@@ -146,7 +146,7 @@ def kill_stages(
                         if process.is_running():
                             process.kill()
                             killed.append({"what": name, "seconds_into_it": round(delay, 2)})
-            time.sleep(0.2)  # looking at every process costs, too
+            time.sleep(0.2)  # listing all processes takes time too
         if flow.returncode == 0 or (not left and whole(checkout, reference)):
             break
         left = [(name, delay) for name, delay in left if not _done(checkout, name)]
@@ -156,7 +156,7 @@ def kill_stages(
 
 
 def _done(checkout: Checkout, name: str) -> bool:
-    """Whether a stage is past and will not come up again."""
+    """Whether a stage is done and will not run again."""
     lock = checkout.root / "dvc.lock"
     return lock.exists() and f"\n  {name.replace(' ', '@')}:" in lock.read_text(encoding="utf-8")
 
@@ -165,7 +165,7 @@ def _done(checkout: Checkout, name: str) -> bool:
 
 
 class Up:
-    """`make up` in the checkout, on ports of its own."""
+    """`make up` in the checkout, on free ports."""
 
     def __init__(self, checkout: Checkout) -> None:
         ports = [_free_port(), _free_port()]
@@ -204,7 +204,7 @@ class Up:
             return "UNKNOWN"
 
     def until(self, well: Callable[[], Any], seconds: float = PATIENCE) -> float:
-        """Seconds that it took."""
+        """Wait until `well()` is true; returns the seconds that it took."""
         began = time.monotonic()
         while not well():
             if time.monotonic() - began > seconds:
@@ -222,10 +222,10 @@ ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 def kill_up(up: Up, target: str, delay: float, reference: dict[str, str]) -> dict[str, Any]:
-    """A deployed retrain from nothing: the target is killed `delay` seconds into pretraining, then all starts again."""
+    """A deployed retrain from scratch; the target is killed `delay` seconds into pretraining, then `make up` is run."""
     place = Checkout(up.checkout.root / ".memgpt/workspace", up.checkout.env)
     place.forget()
-    shutil.rmtree(up.checkout.root / ".dvc/cache", ignore_errors=True)  # which the workspace uses
+    shutil.rmtree(up.checkout.root / ".dvc/cache", ignore_errors=True)  # the workspace uses it too
     (place.root / ".memgpt/settled.json").unlink(missing_ok=True)
     training = lambda: place.processes(*stage("pretrain"))  # noqa: E731
     first = up.run()
@@ -236,7 +236,7 @@ def kill_up(up: Up, target: str, delay: float, reference: dict[str, str]) -> dic
     began = time.monotonic()
     up.start()
     result: dict[str, Any] = {"what": target, "seconds_into_it": round(delay, 2)}
-    if up.state(first) not in ENDED and training():  # it lives on
+    if up.state(first) not in ENDED and training():  # the run survived
         up.until(lambda: up.state(first) in ENDED)
     if not whole(place, reference):
         second = up.run()
@@ -257,7 +257,7 @@ def _free_port() -> str:
 
 
 def undisturbed(checkout: Checkout) -> tuple[dict[str, str], float]:
-    """Metrics and seconds of a run that nobody kills; kept."""
+    """(metrics, seconds) of an undisturbed run; measured once and stored."""
     path = WORK / "undisturbed.json"
     if not path.exists():
         checkout.forget()

@@ -1,14 +1,13 @@
 """Is a GPT with memory better than a plain GPT and a plain BERT of the same cost?
 
     python benchmarks/core.py --quick            one seed, half a million tokens, two widths
-    python benchmarks/core.py --full [--jobs 2]  a day of two cores: three seeds at 4 M and 10 M tokens, four widths
-    python benchmarks/core.py --ablation         what each part of the memory brings, a million tokens each
-    python benchmarks/core.py --report           tables and pictures from the cells that are done
+    python benchmarks/core.py --full [--jobs 2]  a day on two cores: three seeds at 4 M and 10 M tokens, four widths
+    python benchmarks/core.py --ablation         what each part of the memory contributes, a million tokens each
+    python benchmarks/core.py --report           tables and pictures from the finished cells
 
-Trained on the real text in MEMGPT_REAL_DATA, on a GPU where there is one. A cell (model, seed, budget) is a process of
-its own with one thread; it resumes where it was stopped, and its result is kept in benchmarks/results/core/. All models
-see the same rows in the same order with the same optimizer, schedule and precision; see `cells.RECIPE` and
-benchmarks/peers.py.
+Trains on the real text in MEMGPT_REAL_DATA, on a GPU if there is one. Each cell (model, seed, budget) is a separate
+process with one thread. It resumes where it was stopped; its result is stored in benchmarks/results/core/. All models
+see the same rows in the same order with the same optimizer, schedule and precision: `cells.RECIPE` and `peers`.
 """
 
 import argparse
@@ -28,10 +27,10 @@ HERE = Path(__file__).parent
 ROWS = 262144
 WIDTHS = (64, 96, 128, 192)
 MAIN, BUDGET, LARGEST = 128, 4, 10  # width, million tokens
-FRONTIER = 2  # million tokens of each width
-EQUAL_ROWS = 10534  # a table with which width 128 stores as much as the Llama shape of width 192
-MORE_ROWS = 4 * ROWS  # at the largest budget, where owners leave most n-grams without a row
-AS_SHIPPED = {"least": 2, "recall": 4}  # as in params.yaml and MemGPTConfig
+FRONTIER = 2  # million tokens for each width
+EQUAL_ROWS = 10534  # table size with which width 128 stores as many parameters as Llama's shape of width 192
+MORE_ROWS = 4 * ROWS  # for the largest budget, where most n-grams own no row
+AS_SHIPPED = {"least": 2, "recall": 4}  # the defaults of params.yaml and MemGPTConfig
 SEEDS = (1, 2, 3)
 MILLION = 1_000_000
 Spec = dict[str, Any]
@@ -47,7 +46,7 @@ def pretraining(kind: str, width: int, tokens: float, seed: int, rows: int = ROW
 
 
 def tuning(start: tuple[str, Spec], task: str, seed: int, epochs: int = 5) -> tuple[str, Spec]:
-    """It holds the spec of its start: what was tuned from another form of that does not count."""
+    """A fine-tuning cell. Its spec contains that of its start, so that results from another start do not count."""
     name, pretrained = start
     spec = {"kind": pretrained["kind"], "start": name, "pretrained": pretrained}
     return f"{name}-{task}-{seed}", {**spec, "task": task, "seed": seed, "epochs": epochs}
@@ -60,7 +59,7 @@ def speed() -> tuple[str, Spec]:
 
 
 def plan(quick: bool) -> list[tuple[str, Spec]]:
-    """Every cell, the ones that others start from first."""
+    """All cells; those from which others start come first."""
     if quick:
         cells = [pretraining(kind, width, 0.5, 1) for width in (64, MAIN) for kind in ("memgpt", "llama")]
         cells.append(pretraining("bert", MAIN, 0.5, 1))
@@ -76,7 +75,7 @@ def plan(quick: bool) -> list[tuple[str, Spec]]:
     tasks = ("ner", "sentiment")
     tuned = [tuning(cell, task, cell[1]["seed"]) for cell in main for task in tasks]
     tuned += [tuning(bert, task, seed) for seed in SEEDS for task in tasks]
-    # Of the frontier, the cheap ones with memory and the dear ones without are compared on tasks.
+    # Of the frontier, the cheap models with memory and the expensive ones without are compared on tasks.
     tuned += [
         tuning(cell, task, seed)
         for cell in frontier
@@ -113,7 +112,7 @@ ABLATIONS: dict[str, Spec] = {
 
 
 def ablations() -> list[tuple[str, Spec]]:
-    """Cells at a million tokens that differ from the main one in one thing each."""
+    """Cells of a million tokens, each of which differs from the main one in one respect."""
     cells = []
     for label, change in ABLATIONS.items():
         name, spec = pretraining("memgpt", MAIN, 1, 1)
@@ -137,7 +136,7 @@ def report_ablations() -> None:
 
 def run(cells: list[tuple[str, Spec]], jobs: int) -> None:
     prepare(Path(os.environ.get("MEMGPT_REAL_DATA", "")))
-    # Results are in git and weights are not: what others start from is made again where they are lacking.
+    # Results are in git, weights are not: cells from which others start are run again if their weights are missing.
     waiting = [spec for name, spec in cells if not runner.done(CELLS, name, spec)]
     again = {spec["start"] for spec in waiting if "start" in spec and not weights(spec["start"]).is_dir()}
     runner.run(cells, jobs, HERE / "cells.py", CELLS, WORK / "logs", again)
@@ -149,7 +148,7 @@ def weights(name: str) -> Path:
 
 
 def provide(names: set[str], jobs: int) -> None:
-    """Pretrain cells of the plans whose weights are not here, for a benchmark that starts from them."""
+    """Pretrain the named cells whose weights are missing, for a benchmark that starts from them."""
     lacking = [
         (name, spec)
         for name, spec in [*plan(quick=True), *plan(quick=False)]
@@ -161,7 +160,7 @@ def provide(names: set[str], jobs: int) -> None:
         runner.run(lacking, jobs, HERE / "cells.py", CELLS, WORK / "logs", names)
 
 
-# --- what the cells say
+# --- results
 
 
 def results(cells: Iterable[tuple[str, Spec]]) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def results(cells: Iterable[tuple[str, Spec]]) -> dict[str, Any]:
 
 
 def summarise(done: dict[str, Any], budget: float, frontier: float) -> dict[str, Any]:
-    """The numbers behind the targets; one whose cells are missing is left out. Token numbers are millions."""
+    """The numbers behind the targets, except those whose cells are missing. budget, frontier: millions of tokens."""
     summary: dict[str, Any] = {"targets": []}
 
     def cell(kind: str, width: int = MAIN, tokens: float = budget, seed: int = 1, rows: int = ROWS) -> Any:
@@ -210,7 +209,7 @@ def summarise(done: dict[str, Any], budget: float, frontier: float) -> dict[str,
         gaps = [peer["validation"] - fewer["validation"] for fewer, peer in pairs if fewer and peer]
         if gaps:
             name = f"nats below the peer's loss after {theirs} M tokens with {tokens / theirs:g} of them"
-            reached = True if _mean(gaps) >= 0 else None  # with fewer than are asked for, a miss says nothing
+            reached = True if _mean(gaps) >= 0 else None  # with fewer tokens than the target's, a miss says nothing
             target(f"{name}, mean of {len(gaps)} seeds", _mean(gaps), ">= 0 with 0.7", reached)
 
     points = {
@@ -252,7 +251,7 @@ def summarise(done: dict[str, Any], budget: float, frontier: float) -> dict[str,
 
 
 def _scores(done: dict[str, Any]) -> dict[str, Any]:
-    """task → pretrained model → its fine-tuned F1: mean, and each seed's with its interval over examples."""
+    """task → pretrained model → its F1 after fine-tuning: the mean, and each seed's with its interval over examples."""
     scores: dict[str, Any] = {"ner": {}, "sentiment": {}}
     for cell in done.values():
         spec = cell["spec"]
@@ -267,7 +266,7 @@ def _scores(done: dict[str, Any]) -> dict[str, Any]:
 
 
 def _both(ours: dict[str, Any] | None, peer: dict[str, Any] | None) -> list[str]:
-    """Seeds that two models were tuned with: a mean over others would compare seeds, not models."""
+    """The seeds with which both models were tuned; a mean over other seeds would compare seeds, not models."""
     return sorted(set(ours["seeds"]) & set(peer["seeds"])) if ours and peer else []
 
 
@@ -280,7 +279,7 @@ def _mean(values: list[float]) -> float:
 
 
 def draw(done: dict[str, Any], summary: dict[str, Any], budget: float, frontier: float, target: Path) -> None:
-    """Loss against cost, loss against tokens, and the gap against tokens."""
+    """Draw loss against cost, loss against tokens, and the gap against tokens."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""What does the flow cost over the same stages called by hand?
+"""How much longer does the flow take than the same stages run manually?
 
     python benchmarks/flow.py [--rounds 2]
 
-In a clone with tiny settings in .memgpt/flow: from nothing, and with nothing to do, by the flow and by hand (snapshot,
-`dvc repro`, promote), in turn. The flow runs several stages at once, which by hand nobody does: its time may be less.
+In a clone with tiny settings in .memgpt/flow: from scratch, and with nothing to do, by the flow and manually (snapshot,
+`dvc repro`, promote), in turn. The flow may take less time, because it runs several stages in parallel.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BY_FLOW = [["memgpt", "retrain"]]
 def seconds(checkout: chaos.Checkout, commands: list[list[str]]) -> float:
     began = time.monotonic()
     for command in commands:
-        checkout.start(*command).wait()  # a tiny model is rejected, which is an exit status of 1
+        checkout.start(*command).wait()  # a tiny model is rejected, with exit status 1
     return time.monotonic() - began
 
 

@@ -1,7 +1,7 @@
-"""The models that the core is measured against, made from transformers' own classes, and what each costs.
+"""The models with which the core is compared, built from transformers' own classes, and their cost.
 
-Cost is the number of multiply-adds per token in a forward pass with a sequence of `CONTEXT` tokens: every matrix that
-a token passes through, the output matrix included, and attention over half the context (causal) or all of it.
+Cost is the number of multiply-adds per token in a forward pass over a sequence of `CONTEXT` tokens: all matrices that a
+token passes, including the output matrix, and attention over half the context (causal) or all of it (bidirectional).
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ LAYERS = 6
 
 
 def memgpt(width: int, rows: int = 0, **changes: Any) -> MemGPTForCausalLM:
-    """MemGPT of a width; its feed-forward layers fill up what a Llama-shaped model of that width costs. rows=0 makes
-    it plain."""
+    """MemGPT of a width, with feed-forward layers that make it cost as much as a Llama-shaped model of that width.
+    rows=0: without memory."""
     heads = max(2, width // 32)
     shape: dict[str, Any] = dict(
         vocab_size=VOCABULARY,
@@ -36,7 +36,7 @@ def memgpt(width: int, rows: int = 0, **changes: Any) -> MemGPTForCausalLM:
 
 
 def preset(name: str, memory: bool = True) -> MemGPTForCausalLM:
-    """A preset of the product; or it without memory, with feed-forward layers that fill up what the memory costs."""
+    """A MemGPT preset; or the same without memory, with feed-forward layers widened to equal cost."""
     shape = {**PRESETS[name], "vocab_size": VOCABULARY}
     if memory:
         return MemGPTForCausalLM(MemGPTConfig(**shape))
@@ -47,7 +47,7 @@ def preset(name: str, memory: bool = True) -> MemGPTForCausalLM:
 
 
 def _filled_up(shape: dict[str, Any], budget: int) -> MemGPTForCausalLM:
-    """With the widest feed-forward layers that stay within so many multiply-adds."""
+    """The model of `shape` with the widest feed-forward layers within a budget of multiply-adds."""
     for intermediate in range(4 * shape["hidden_size"], 16, -16):
         fitted = MemGPTConfig(**{**shape, "intermediate_size": intermediate})
         with torch.device("meta"):
@@ -58,7 +58,7 @@ def _filled_up(shape: dict[str, Any], budget: int) -> MemGPTForCausalLM:
 
 
 def llama(width: int) -> LlamaForCausalLM:
-    """Llama's shape: full multi-head attention, SwiGLU of 8/3 of the width."""
+    """Llama's shape: full multi-head attention, SwiGLU of 8/3 the width."""
     heads = max(2, width // 32)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -78,8 +78,8 @@ def llama(width: int) -> LlamaForCausalLM:
 
 
 def bert(width: int) -> BertForMaskedLM:
-    """BERT's shape: learned positions, norm after each layer, GELU of four times the width. Without its dropout, as the
-    others are: no text is seen twice."""
+    """BERT's shape: learned positions, norm after each layer, GELU of four times the width. Without dropout, like the
+    other models, because no text is seen twice."""
     return BertForMaskedLM(
         BertConfig(
             vocab_size=VOCABULARY,
@@ -96,7 +96,7 @@ def bert(width: int) -> BertForMaskedLM:
 
 
 def multiply_adds(model: PreTrainedModel) -> int:
-    """Per token, in a forward pass over `CONTEXT` tokens. Look-ups multiply nothing."""
+    """Multiply-adds per token in a forward pass over `CONTEXT` tokens. Look-ups cost none."""
     matrices = sum(
         module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv1d)
     )

@@ -1,7 +1,7 @@
-"""What recommendation is measured against: popularity, item-kNN, EASE and SASRec.
+"""The peers for recommendation: popularity, item-kNN, EASE and SASRec.
 
-Each is a function from the readers' histories in train, as lines of item places 0..N-1 oldest first, to a scorer:
-history → scores of the N items [N]. What a reader has read is left out by whoever ranks.
+Each is a function from the readers' training histories (lines of item indices 0..N-1, oldest first) to a scorer:
+history → scores of the N items [N]. The caller excludes items that the reader has already read.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ def popularity(lines: Lines, items: int) -> Scorer:
 
 
 def item_knn(lines: Lines, items: int, neighbours: int = 100, latest: int = 1_000_000, shrinkage: float = 10) -> Scorer:
-    """Shrunk cosine of the items' readers (Sarwar et al. 2001), the nearest `neighbours` of each of the `latest` items
-    of a history."""
+    """Item-kNN (Sarwar et al. 2001): shrunk cosine similarity of the items' readers, summed over the `latest` items of
+    a history; each item has at most `neighbours` neighbours."""
     near = _readers(lines, items)
     near = near.T @ near
     norm = np.sqrt(np.diag(near))
@@ -56,8 +56,8 @@ def sasrec(
     seed: int = 1,
 ) -> Scorer:
     """Self-attentive sequential recommendation (Kang and McAuley 2018), with the softmax over the whole catalogue
-    instead of one sampled negative, which makes it a better peer (Klenitskiy and Vasilev 2023). As wide as the core
-    that it is compared with."""
+    instead of one sampled negative, which makes it a stronger peer (Klenitskiy and Vasilev 2023). It is as wide as the
+    core with which it is compared."""
     torch.manual_seed(seed)
     model = _SASRec(items, width, layers, length, dropout).train()
     runs = [line[max(0, last - length - 1) : last] for line in lines for last in range(len(line), 1, -length)]
@@ -105,7 +105,7 @@ class _SASRec(nn.Module):
         nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, history: torch.Tensor) -> torch.Tensor:
-        """Places of items [B, H], oldest first, padded at the end → what comes after each [B, H, width]."""
+        """Item indices [B, H], oldest first, padded at the end → predicted next item of each position [B, H, width]."""
         length = history.shape[1]
         hidden = self.dropout(self.item(history) + self.position.weight[:length])
         mask = nn.Transformer.generate_square_subsequent_mask(length)
@@ -117,7 +117,7 @@ def _chosen(lines: Lines, items: int) -> np.ndarray:
 
 
 def _readers(lines: Lines, items: int) -> np.ndarray:
-    """Who chose what [readers, items], 0 or 1."""
+    """Which reader chose which item [readers, items], 0 or 1."""
     read = np.zeros((len(lines), items), dtype=np.float32)
     for row, line in enumerate(lines):
         read[row, list(line)] = 1

@@ -1,6 +1,6 @@
-"""Product-key memory (Lample et al. 2019, arXiv 1907.05242), which the n-gram memory is compared with.
+"""Product-key memory (Lample et al. 2019, arXiv 1907.05242), with which the n-gram memory is compared.
 
-It lives here, not in the model: it lost (see docs/decisions.md).
+It is here and not in the model because it was worse (see docs/decisions.md).
 """
 
 import torch
@@ -8,8 +8,8 @@ from torch import nn
 
 
 class ProductKeyMemory(nn.Module):
-    """h [B, T, D] → a weighted sum of `top` of keys² learned values per head, [B, T, D]; stands in for a feed-forward
-    layer. The best of all pairs are among the pairs of the best halves, so that 2 · keys products find them."""
+    """h [B, T, D] → a weighted sum of `top` of keys² learned values per head, [B, T, D]; replaces a feed-forward layer.
+    The best pairs of keys are among the pairs of the best half keys, so 2 · keys products per head find them."""
 
     def __init__(self, width: int, keys: int = 128, heads: int = 4, top: int = 16):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Runs the cells of a benchmark: a process with one thread each, several at a time, none that has a result already."""
+"""Runs the cells of a benchmark that have no result yet: each in a process with one thread, several at a time."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 
 def done(results: Path, name: str, spec: dict[str, Any]) -> dict[str, Any] | None:
-    """A cell's result, if there is one of this spec: what another form of it reached does not count."""
+    """A cell's result, if there is one for exactly this spec; else None."""
     path = results / f"{name}.json"
     cell = json.loads(path.read_text()) if path.exists() else None
     return cell if cell and cell["spec"] == spec else None
@@ -28,8 +28,8 @@ def run(
     logs: Path,
     again: Container[str] = (),
 ) -> None:
-    """`script NAME SPEC` writes `results/NAME.json`. A cell waits for those that its spec names in `start` (one) and
-    `after` (a list). again: cells to run though they have a result."""
+    """Run `script NAME SPEC` per cell; it writes `results/NAME.json`. A cell waits for those that its spec names in
+    `start` (one) and `after` (a list). again: cells to run even if they have a result."""
     specs = dict(cells)
     waiting = [(name, spec) for name, spec in cells if name in again or not done(results, name, spec)]
     unfinished = {name for name, _ in waiting}
