@@ -1,12 +1,12 @@
-"""What does learning a new domain cost on the old one? Full tuning, LoRA, the whole memory, its few telling rows.
+"""How much of an old domain is forgotten by learning a new one? Full tuning, LoRA, the whole memory, a few of its rows.
 
     python benchmarks/forgetting.py [--quick]
 
-A small MemGPT learns fiction (domain A), then reads some science (domain B) with each method, at several learning rates
-and seeds. On held-out documents of both, before and after: the loss on B, which should fall (gain), and on A,
-which should not rise (forgetting). Needs peft for LoRA, and MEMGPT_REAL_DATA: a folder with text/train-*.jsonl.gz,
-lines of {"domain", "text"} with the domains "book" and "science". Writes benchmarks/results/forgetting.json and .png;
-with --quick it only shows that everything runs. The model of A is kept in .memgpt/benchmarks/forgetting.
+A small MemGPT learns fiction (domain A), then some science (domain B) with each method, at several learning rates and
+seeds. Measured on held-out documents, before and after: the loss on B, which should fall (gain), and on A, which should
+not rise (forgetting). Needs peft for LoRA, and MEMGPT_REAL_DATA: a folder with text/train-*.jsonl.gz, whose lines are
+{"domain", "text"}, with the domains "book" and "science". Writes benchmarks/results/forgetting.json and .png; with
+--quick it only shows that everything runs. The model trained on A is cached in .memgpt/benchmarks/forgetting.
 """
 
 import argparse
@@ -75,7 +75,7 @@ GRID = {  # method → learning rates
     "sparse memory, 10 %": [1e-2, 3e-2, 1e-1],
 }
 SHARES = {"sparse memory, 50 %": 0.5, "sparse memory, 10 %": 0.1}
-GAINS = [0.2, 0.3, 0.4, 0.5]  # nats on B at which the methods' cost on A is compared
+GAINS = [0.2, 0.3, 0.4, 0.5]  # gains on B, in nats, at which the methods' forgetting on A is compared
 
 Batch = dict[str, torch.Tensor]
 
@@ -92,7 +92,7 @@ def documents(folder: Path, domain: str) -> Iterator[str]:
 
 
 class Rows:
-    """Documents as one row of ids, the end token before each, cut into rows of `LENGTH`."""
+    """Documents as token ids, each after an end token, concatenated and cut into rows of `LENGTH`."""
 
     def __init__(self, tokenizer: MemGPTTokenizer, texts: list[str]):
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -116,7 +116,7 @@ class Rows:
 
 
 def read_domains(folder: Path) -> tuple[MemGPTTokenizer, dict[str, Rows]]:
-    """Rows of each domain to train on and to judge by, every tenth document; the tokenizer knows only A."""
+    """Training and held-out rows (every tenth document) of each domain. The tokenizer is trained on A only."""
     parts: dict[str, Rows] = {}
     tokenizer = None
     for name, domain in (("old", "book"), ("new", "science")):
@@ -126,7 +126,7 @@ def read_domains(folder: Path) -> tuple[MemGPTTokenizer, dict[str, Rows]]:
         np.random.default_rng(0).shuffle(texts)
         held_out, train = texts[::10], [text for i, text in enumerate(texts) if i % 10]
         if tokenizer is None:
-            train = train[: len(train) // 3]  # more than is read
+            train = train[: len(train) // 3]  # still more than training reads
             tokenizer = MemGPTTokenizer.train(train, FULL["shape"]["vocab_size"])
         parts[name], parts[f"{name} held out"] = Rows(tokenizer, train), Rows(tokenizer, held_out)
     return tokenizer, parts
@@ -141,7 +141,7 @@ def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 class Loop:
-    """One model's compiled loss; compiling again for every run would cost more than the runs."""
+    """A model with its compiled loss, for many runs: compiling for every run would take longer than the runs."""
 
     def __init__(self, model: nn.Module, quick: bool):
         torch._dynamo.reset()
@@ -156,7 +156,7 @@ class Loop:
             loss = self.loss(self.model, batch)
         loss.backward()
         dense = [p for p in self.model.parameters() if p.grad is not None and not p.grad.is_sparse]
-        nn.utils.clip_grad_norm_(dense, 1.0)  # Adagrad's steps do not depend on the size of the tables' gradients
+        nn.utils.clip_grad_norm_(dense, 1.0)  # not the tables: Adagrad's steps do not depend on gradient scale
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -171,7 +171,7 @@ class Loop:
 
 
 def pretrained(tokenizer: MemGPTTokenizer, old: Rows, settings: dict[str, Any]) -> MemGPTForCausalLM:
-    """The model of A: Muon, AdamW and row-wise Adagrad, as the pretrain stage does it, in a short run."""
+    """The model trained on A: a short run with Muon, AdamW and row-wise Adagrad, as in the pretrain stage."""
     made_of = [settings["shape"], settings["old_steps"], PRETRAINING, len(old), old.ids[:99999].tolist()]
     directory = CACHE / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     if directory.is_dir():
@@ -198,7 +198,7 @@ def old_order(old: Rows, settings: dict[str, Any]) -> np.ndarray:
 
 
 class Learner:
-    """A model that one kind of method trains, again and again from the same start."""
+    """A model that is trained with one kind of method, repeatedly from the same initial weights."""
 
     def __init__(self, kind: str, base: MemGPTForCausalLM, quick: bool):
         self.kind = kind
@@ -217,7 +217,7 @@ class Learner:
         self.start = [parameter.detach().clone() for parameter in self.trained]
 
     def learn(self, data: Iterator[Batch], rate: float, rows: torch.Tensor | None) -> None:
-        """From the start, over the data once; of a memory only these rows."""
+        """Train from the initial weights, once over the data; of the memory only `rows`, if given."""
         with torch.no_grad():
             for parameter, value in zip(self.trained, self.start, strict=True):
                 parameter.copy_(value)
@@ -233,7 +233,7 @@ class Learner:
 def runs_of(
     method: str, learner: Learner, base: MemGPTForCausalLM, parts: dict[str, Rows], settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """A point per learning rate and seed: {learning_rate, seed, old, new}, with the losses after learning."""
+    """One point per learning rate and seed: {learning_rate, seed, old, new}, with the losses after training."""
     points, began = [], time.monotonic()
     old_usage = count_rows(base, parts["old"].batches(old_order(parts["old"], settings)))
     for seed in settings["seeds"]:
@@ -257,11 +257,11 @@ def new_order(new: Rows, settings: dict[str, Any], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(len(new))[: settings["new_steps"] * BATCH]
 
 
-# --- what came out
+# --- results
 
 
 def frontier(points: list[dict[str, Any]], before: dict[str, float]) -> list[tuple[float, float]]:
-    """(forgetting, gain), mean over seeds, of the settings that no other one of the method beats in both."""
+    """(forgetting, gain), means over seeds, of the learning rates that no other one of the method beats in both."""
     grouped: dict[float, list[tuple[float, float]]] = {}
     for point in points:
         change = (point["old"] - before["old"], before["new"] - point["new"])
@@ -275,7 +275,7 @@ def frontier(points: list[dict[str, Any]], before: dict[str, float]) -> list[tup
 
 
 def cost_at(gain: float, line: list[tuple[float, float]]) -> float | None:
-    """Forgetting at a gain, between the frontier's points on a straight line, from (0, 0); None if none gains it."""
+    """Forgetting at a gain, interpolated linearly on the frontier, from (0, 0) on; None if the gain is not reached."""
     costs, gains = zip((0.0, 0.0), *line, strict=True)
     return round(float(np.interp(gain, gains, costs)), 4) if gain <= gains[-1] else None
 

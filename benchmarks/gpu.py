@@ -1,13 +1,13 @@
-"""How near to the limits of a GPU does the core run, and how does it compare with transformers' own models there?
+"""How close to the limits of a GPU does the core run, and how does it compare with transformers' own models there?
 
-    python benchmarks/gpu.py [--seconds 480]    goes on where it stopped; starts no cell after that many seconds
-    python benchmarks/gpu.py --tiny             every cell at toy sizes, on whatever there is; about a minute
-    python benchmarks/gpu.py --report           the table of what is done
+    python benchmarks/gpu.py [--seconds 480]    resumes where it stopped; starts no cell after that many seconds
+    python benchmarks/gpu.py --tiny             every cell at toy sizes, on any device; about a minute
+    python benchmarks/gpu.py --report           the table of finished cells
 
-A cell is a measurement (gpu_cells.py); its JSON stays in benchmarks/results/gpu/, so that device time that comes in
-pieces adds up: run the command until it says that nothing is left. Peers have the same shapes: hidden size, layers,
-heads, key-value heads, feed-forward size. A peer may run in each way that is measured, and counts at its fastest.
-Floors: bytes over the device's own speed of copying, or operations over its own speed of multiplying, both measured.
+A cell is one measurement (gpu_cells.py). Its JSON stays in benchmarks/results/gpu/, so the measurements may be spread
+over time: repeat the command until all cells are done. Peers have the same hidden size, layers, heads, key-value heads
+and feed-forward size. A peer is measured in several ways, and its fastest counts. Floors are the bytes over the
+device's copy bandwidth, or the operations over its matrix-product rate, both measured.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from memgpt.model import MemGPTConfig
 RESULTS = Path(__file__).parent / "results" / "gpu"
 BATCHES = (1, 16, 128)
 EIGHT_BITS = ("float8", "int8")  # weights
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 operations per second, as NVIDIA says
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 operations per second, stated by NVIDIA
 Spec = dict[str, Any]
 Cells = dict[str, Spec]
 
 
 def plan(tiny: bool) -> Cells:
-    """Name → spec; `run` names the function of gpu_cells. What the goals are about comes first."""
+    """Cell name → spec; its `run` names the function in gpu_cells. Cells that the goals need come first."""
     base = "tiny" if tiny else "base"
     cells: Cells = {"floors": {"run": "floors", "size": base}}
     for drawn in ("uniform", "zipf"):
@@ -68,15 +68,15 @@ def plan(tiny: bool) -> Cells:
             cells[f"{weights}-decode-{batch}"] = {**cells[f"decode-{batch}-memgpt"], "weights": weights}
     for size in sizes:
         cells |= _training(size, tiny, first=size == "medium") | _training(size, tiny, first=False)
-    for spec in cells.values():  # a result tells which form of the core it is of
+    for spec in cells.values():  # the spec of a result shows which form of the core was measured
         if spec.get("kind", "").startswith("memgpt"):
             spec["recall"] = MemGPTConfig(**gpu_cells.SIZES[base]).recall_length
     return cells
 
 
 def _training(size: str, tiny: bool, first: bool) -> Cells:
-    """As the stage pretrain trains, without memory too, and the peer in both ways; or the other ways."""
-    flexible = "sdpa" if tiny else "flex_attention"  # flex attention learns on GPUs alone
+    """first: training as in the stage pretrain, with and without memory, and both ways of the peer; else other ways."""
+    flexible = "sdpa" if tiny else "flex_attention"  # flex attention can be trained only on GPUs
     product = ("text_by_text", "product")
     ways = [("memgpt", *product), ("llama", "sdpa", "blocks"), ("plain", *product), ("llama", "sdpa", "whole")]
     if not first:
@@ -102,7 +102,7 @@ def measure(name: str, spec: Spec) -> Spec:
 
 
 def run(cells: Cells, results: Path, limit: float, measure: Callable[[str, Spec], Spec] = measure) -> bool:
-    """Whether nothing is left to do. A cell that fails is told and does not stop the others."""
+    """Run the cells that are not done; returns whether all are done. A failed cell is reported and stops no other."""
     begun, left = time.monotonic(), False
     for name, spec in cells.items():
         if done(results, name, spec) is not None:
@@ -112,7 +112,7 @@ def run(cells: Cells, results: Path, limit: float, measure: Callable[[str, Spec]
         start = time.monotonic()
         try:
             found = measure(name, spec)
-        except Exception as error:  # one variant that a library does not support must not cost the others' device time
+        except Exception as error:  # if a library does not support one variant, the others still run
             lines = str(error).strip().splitlines() or [""]
             print(f"{name}: {type(error).__name__}: {lines[0]}", file=sys.stderr, flush=True)
             left = True
@@ -133,11 +133,11 @@ def device() -> str:
 # --- the table
 
 
-Row = tuple[str, str, float, float | None, float | None, str]  # what, unit, ours, peer's, floor or best, goal
+Row = tuple[str, str, float, float | None, float | None, str]  # what, unit, ours, peer, bound, goal
 
 
 def table(cells: Cells, results: Path) -> list[Row]:
-    """What can be said from the cells that are done. A ratio is above 1 where ours is better."""
+    """The rows for which the finished cells suffice. A ratio above 1 means that ours is better."""
     found = {name: cell for name, spec in cells.items() if (cell := done(results, name, spec))}
     floors, rows = found.get("floors", {}), []
     peak = next((rate for name, rate in PEAKS.items() if name in floors.get("device", "")), None)
@@ -224,7 +224,7 @@ def show(rows: list[Row]) -> None:
 
 
 def options(description: str) -> argparse.Namespace:
-    """What a command that goes on where it stopped is told, by its docstring; libraries keep quiet from here on."""
+    """Command-line options of a benchmark that resumes, with its docstring as help; also silences the libraries."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--tiny", action="store_true")

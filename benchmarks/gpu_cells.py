@@ -1,7 +1,7 @@
-"""The cells of benchmarks/gpu.py: each measures one thing on one device and gives numbers, no verdicts.
+"""The cells of benchmarks/gpu.py: each measures one thing on one device and returns numbers without verdicts.
 
-Weights and tokens are random, since speed does not depend on them; n-grams are drawn as in text, few of them often, as
-caches and gradients depend on that. Sizes stand in SIZES; `tiny` has toy ones, for a trial on the CPU.
+Weights and tokens are random, since speed does not depend on them. Tokens follow Zipf's law, so that few n-grams are
+frequent as in text, because caches and gradients depend on that. SIZES has the model sizes; `tiny` is for the CPU.
 """
 
 import os
@@ -39,7 +39,7 @@ from memgpt.optimizers import RowAdagrad, clip_gradients, for_pretraining
 
 PARAMS = config.load(Path(__file__).parents[1] / "params.yaml").pretrain
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Under Triton's interpreter the kernels run on a CPU too: slowly, but so it is known that they run here.
+# With Triton's interpreter the kernels also run on a CPU: slowly, but it shows that these cells work.
 KERNELS = kernels.TRITON and (DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 BASE = {**PRESETS["base"], "vocab_size": 32768, "max_position_embeddings": 4096}
 SIZES: dict[str, dict[str, Any]] = {  # active parameters: 46, 150 and 525 million
@@ -71,7 +71,7 @@ def memgpt(size: str, memory: bool = True, **changes: Any) -> MemGPTForCausalLM:
 
 
 def llama(size: str) -> LlamaForCausalLM:
-    """The same hidden size, layers, heads, key-value heads and feed-forward size; every layer sees the whole text."""
+    """Llama of equal hidden size, layers, heads, key-value heads and feed-forward size; layers see the whole text."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shape = {name: SIZES[size][name] for name in (*names, "num_key_value_heads")}
     return LlamaForCausalLM(
@@ -108,7 +108,7 @@ def synchronise() -> None:
 
 
 def seconds(run: Callable[[], Any], tiny: bool, repeats: int = 20) -> float:
-    """Median of single runs, after some to warm up; by CUDA's events on a GPU."""
+    """Median time of single runs after a warm-up, measured by CUDA events on a GPU."""
     for _ in range(1 if tiny else 5):
         run()
     times = []
@@ -140,7 +140,7 @@ def peak_memory(found: Cell) -> Iterator[None]:
 
 
 def floors(spec: Cell) -> Cell:
-    """Bytes per second of a copy, read and written both counted; floating-point operations per second of a product."""
+    """Bytes per second of a copy (bytes read plus written), and operations per second of a matrix product."""
     tiny = spec["size"] == "tiny"
     source = torch.empty(1 << (20 if tiny else 30), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
@@ -156,8 +156,8 @@ def floors(spec: Cell) -> Cell:
 
 
 def flops_per_token(model: PreTrainedModel, length: int) -> float:
-    """Floating-point operations of a training step per token: every matrix, and attention over what is seen, six
-    each. Look-ups, norms and what is computed twice do not count."""
+    """Floating-point operations of a training step per token: six per multiply-add of the matrices and of attention
+    within its window. Look-ups, norms and recomputation do not count."""
     shape = model.config
     matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     width = shape.num_attention_heads * (getattr(shape, "head_dim", None) or 0)
@@ -169,7 +169,7 @@ def flops_per_token(model: PreTrainedModel, length: int) -> float:
 
 
 def loss_of(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, **read: Any) -> torch.Tensor:
-    """Pretraining's own loss. The peer gets the same, but no position_ids, for which it would make a mask."""
+    """Pretraining's loss. The peer gets the same loss, but no position_ids, from which it would build a mask."""
     if isinstance(model, MemGPTForCausalLM) or not (KERNELS and kernels.LIGER):
         return next_token_loss(model, input_ids, position_ids, input_ids, Z_LOSS, **read)
     hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -181,9 +181,9 @@ def stock_loss(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: to
 
 
 def train(spec: Cell) -> Cell:
-    """spec: kind "memgpt", "plain" (it without memory), "llama", or "stock", which is that with transformers' own loss
-    and AdamW; attention; scope: "product" is what the stage pretrain does, "whole" compiles loss and model, "blocks"
-    each block alone, so that masks are made outside; float8: the blocks' products in it."""
+    """A training step. spec: kind "memgpt", "plain" (without memory), "llama", or "stock" (Llama with transformers' own
+    loss and AdamW); attention; scope: "product" trains like the stage pretrain, "whole" compiles loss and model,
+    "blocks" each block alone, so that masks are built outside; float8: the blocks' products in 8 bits."""
     size, tiny, kind = spec["size"], spec["size"] == "tiny", spec["kind"]
     model = (memgpt(size, kind == "memgpt") if kind in ("memgpt", "plain") else llama(size)).to(DEVICE).train()
     model.set_attn_implementation(spec["attention"])
@@ -196,7 +196,7 @@ def _steps(model: PreTrainedModel, spec: Cell, tiny: bool) -> Cell:
     optimizer: torch.optim.Optimizer = for_pretraining(model, PARAMS)
     batch, length = BATCH[size]
     input_ids, position_ids = ids(size, batch, length), torch.arange(length, device=DEVICE).expand(batch, -1)
-    if scope == "product":  # which brings them to the device itself
+    if scope == "product":  # it moves batches to the device itself
         input_ids, position_ids = input_ids.cpu(), position_ids.cpu()
     loss: Callable[..., torch.Tensor] = loss_of
     if spec["kind"] == "stock":
@@ -247,11 +247,11 @@ def _by_product(pretraining: Pretraining, model: PreTrainedModel, ids: torch.Ten
     return pretraining(model, {"input_ids": ids, "position_ids": at}, 0)
 
 
-# --- kernels beside their references
+# --- kernels, compared with their references
 
 
 def look_up(spec: Cell) -> Cell:
-    """Rows to 16 bits and their gradients back, uniformly (no help from caches) or as in text."""
+    """Look-up of rows into 16 bits, and its gradient, for uniform rows (caches do not help) or rows as in text."""
     tiny, shape = spec["size"] == "tiny", SIZES[spec["size"]]
     memory = make_table(MemGPTConfig(**shape)).to(DEVICE)
     memory.sparse = True
@@ -296,14 +296,14 @@ def look_up(spec: Cell) -> Cell:
 
         found[f"{name}_forward"] = seconds(partial(run, table.detach()), tiny)
         found[f"{name}_backward"] = seconds(backward, tiny)
-        if name == "kernel":  # what it does for its gradient beforehand
+        if name == "kernel":  # sorting the readers, which its gradient needs beforehand
             found["kernel_backward"] += seconds(readers, tiny)
         found[f"{name}_update"] = seconds(optimizer.step, tiny)
     return found
 
 
 def gate(spec: Cell) -> Cell:
-    """Gate and convolution after the look-up: the memory layer less its look-up and its two products."""
+    """Gate and convolution: the memory layer without its look-up and its two matrix products."""
     size, tiny = spec["size"], spec["size"] == "tiny"
     memory = KnowledgeMemory(MemGPTConfig(**SIZES[size])).to(DEVICE)
     (batch, length), width, lead = BATCH[size], SIZES[size]["hidden_size"], memory.lead
@@ -326,7 +326,7 @@ def gate(spec: Cell) -> Cell:
         weight = memory.query_norm.weight * memory.key_norm.weight
         return gated_convolution(hidden, key, value, weight, memory.taps, positions, 1e-6)[0]
 
-    # hidden, key, value and the sum; the sum's gradient, these and their gradients
+    # forward: hidden, key, value and the output; backward: the output's gradient, the three and their gradients
     found: Cell = {"forward_bytes": hidden.numel() * 12, "backward_bytes": hidden.numel() * 20}
     variants = {"plain": plain, "compiled": compiled(plain, tiny), **({"kernel": kernel} if KERNELS else {})}
     learn = [hidden, key, value, memory.taps, memory.query_norm.weight, memory.key_norm.weight]
@@ -338,7 +338,7 @@ def gate(spec: Cell) -> Cell:
 
 
 def head(spec: Cell) -> Cell:
-    """Output matrix and loss, both passes."""
+    """Output matrix and loss, forward and backward."""
     size, tiny = spec["size"], spec["size"] == "tiny"
     (batch, length), width, vocabulary = BATCH[size], SIZES[size]["hidden_size"], SIZES[size]["vocab_size"]
     hidden = torch.randn(batch, length, width, device=DEVICE, requires_grad=True)
@@ -375,9 +375,9 @@ def head(spec: Cell) -> Cell:
 
 
 def encode(spec: Cell) -> Cell:
-    """Sentences of uneven length. Ours are packed into rows without padding ("packed") or, as the peers', padded in
-    batches of similar length ("padded"), which the trunk may read without the padding ("unpadded"). weights: as in
-    `accelerate`."""
+    """Encode sentences of uneven length. Ours are packed into rows without padding ("packed") or, like the peers',
+    padded in batches of similar length ("padded"), which the trunk can read without the padding ("unpadded"). weights:
+    as in `accelerate`."""
     size, tiny = spec["size"], spec["size"] == "tiny"
     shape, names = SIZES[size], ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     same = {name: shape[name] for name in names}
@@ -412,7 +412,7 @@ def encode(spec: Cell) -> Cell:
 
 
 def _padded(lengths: list[int], row: int, size: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of 16 rows' worth of tokens, sorted by length."""
+    """Batches with as many tokens as 16 rows; sentences are sorted by length."""
     waiting = sorted(lengths, reverse=True)
     while waiting:
         longest = waiting[0]
@@ -422,7 +422,7 @@ def _padded(lengths: list[int], row: int, size: str) -> Iterator[dict[str, torch
 
 
 def _packed(lengths: list[int], row: int, size: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of 16 rows in which texts stand one after the other; a row's rest is a text that nobody asked for."""
+    """Batches of 16 rows in which texts follow one another; the rest of a row is filled with a dummy text."""
     texts, room = [], 0
     for length in lengths:
         if length > room:
@@ -432,7 +432,7 @@ def _packed(lengths: list[int], row: int, size: str) -> Iterator[dict[str, torch
         room -= length
     positions = torch.cat([*texts, torch.arange(room)]).view(-1, row)
     for part in positions.split(16):
-        whole = torch.nn.functional.pad(part, (0, 0, 0, 16 - len(part)))  # of one shape, to be compiled once
+        whole = torch.nn.functional.pad(part, (0, 0, 0, 16 - len(part)))  # one shape, compiled once
         yield {"input_ids": ids(size, *whole.shape), "position_ids": whole.to(DEVICE)}
 
 
@@ -440,8 +440,8 @@ def _packed(lengths: list[int], row: int, size: str) -> Iterator[dict[str, torch
 
 
 def decode(spec: Cell) -> Cell:
-    """A step of `generate`. kind: "memgpt" as accelerated (weights: as there), "plain" it without memory, "llama" over
-    transformers' compiled static cache, "llama eager" over its default one."""
+    """A step of `generate`. kind: "memgpt" with `accelerate` (weights: as there), "plain" (the same without memory),
+    "llama" with transformers' compiled static cache, "llama eager" with its default cache."""
     size, tiny, batch = spec["size"], spec["size"] == "tiny", spec["batch"]
     if "llama" in spec["kind"]:
         model: PreTrainedModel = llama(size).to(DEVICE, torch.bfloat16).eval()
@@ -454,7 +454,7 @@ def decode(spec: Cell) -> Cell:
             model.generation_config.compile_config.backend = "eager"
     context, tokens = (8, 4) if tiny else (128, 128)
     prompt = ids(size, batch, context)
-    rows = ("memory_table.weight", "embed_tokens.weight", "canonical_ids")  # of which a step reads a few
+    rows = ("memory_table.weight", "embed_tokens.weight", "canonical_ids")  # a step reads only a few of their rows
     read = sum(weight.nbytes for name, weight in model.state_dict().items() if not name.endswith(rows))
     step = _step(model, prompt, tokens, tiny)
     return {"step_seconds": step, "tokens_per_second": batch / step, "step_bytes": read}
@@ -477,11 +477,11 @@ def _step(model: PreTrainedModel, prompt: torch.Tensor, tokens: int, tiny: bool)
     return median(call() for _ in range(1 if tiny else 4))
 
 
-# --- where the tables live
+# --- location of the tables
 
 
 def residency(spec: Cell) -> Cell:
-    """Reading a batch, with the coming one's rows fetched ahead, and a step of decoding, by place of the tables."""
+    """Time to read a batch while the next one's rows are prefetched, and to decode a token, by table location."""
     size, tiny, kept = spec["size"], spec["size"] == "tiny", spec["kept"]
     with tempfile.TemporaryDirectory() as folder:
         model = memgpt(size).to(torch.bfloat16)

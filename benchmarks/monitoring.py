@@ -1,10 +1,10 @@
-"""How often `memgpt monitor` is wrong, and how soon it finds a surge, by simulation.
+"""False-alarm rate of `memgpt monitor`, and how soon it finds a surge, by simulation.
 
     python benchmarks/monitoring.py [--topics 2000] [--sentiment FOLDER]
 
-Each topic has its own number of texts and share of negative ones by weekday, and days that vary more than binomially.
-A day is judged once. Drift is looked for in samples of held-out rows of the newsroom, and of a folder of train.jsonl,
-dev.jsonl and test.jsonl. The table is written to benchmarks/results/monitoring.json.
+The number of texts and the share of negative ones depend on the weekday, and days vary more than binomially. A day is
+judged once. Drift is tested on samples of held-out rows of the newsroom, and of a folder with train.jsonl, dev.jsonl
+and test.jsonl. The table is written to benchmarks/results/monitoring.json.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def draw(
 
 
 def alarms(negative: np.ndarray, texts: np.ndarray, weeks: int, false_alarms: float) -> np.ndarray:
-    """[topics]: whether the last of the days is a surge, by the rule of `monitoring.judge`."""
+    """[topics]: whether the last day is a surge, by the rule of `monitoring.judge`."""
     alarm = np.zeros(len(texts), bool)
     for days in WINDOWS:
         x, n = negative[:, -7 * weeks - days :], texts[:, -7 * weeks - days :]
@@ -65,7 +65,7 @@ def alarms(negative: np.ndarray, texts: np.ndarray, weeks: int, false_alarms: fl
 def rate(
     rng: np.random.Generator, topics: int, texts: list[int], share: list[float], rho: float, weeks: int = WEEKS
 ) -> float:
-    """Alarms per topic and year where there is no surge, of 1 that is stated, over every day of the week."""
+    """Alarms per topic and year without any surge, averaged over the days of the week; the nominal rate is 1."""
     found = 0
     for start in range(7):
         found += alarms(*draw(rng, topics, 7 * weeks + 3, texts, share, rho, start), weeks, 1.0).sum()
@@ -75,7 +75,7 @@ def rate(
 def power(
     rng: np.random.Generator, topics: int, texts: int, before: float, after: float, rho: float, weeks: int = WEEKS
 ) -> list[float]:
-    """Chance that a surge which lasts has been found on its first day, by its second, third, …, seventh."""
+    """Probability that a lasting surge is found on its first day, by its second, third, …, seventh day."""
     days = 7 * weeks + 3
     calm, many = draw(rng, topics, days + 7, [texts] * 7, [before] * 7, rho)
     surge, more = draw(rng, topics, 7, [texts] * 7, [after] * 7, rho)
@@ -88,7 +88,7 @@ def power(
 
 
 def false_drifts(train: pd.DataFrame, held_out: pd.DataFrame, samples: int = 200, texts: int = 200) -> dict[str, int]:
-    """In how many samples of held-out rows something has drifted from train, with a tokenizer learned from train."""
+    """Number of samples of held-out rows for which drift from train is reported; the tokenizer is trained on train."""
     settings = config.load(ROOT / "params.yaml").monitor
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(train["text"], vocab_size=4096, show_progress=False)
@@ -108,7 +108,7 @@ def false_drifts(train: pd.DataFrame, held_out: pd.DataFrame, samples: int = 200
 
 
 def held_out_sets(folder: Path | None) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Name → (train, the rest)."""
+    """Data set name → (train, held-out rows)."""
     newsroom = generate()["sentiment"]
     sets = {"newsroom": (newsroom["train"], pd.concat([newsroom["validation"], newsroom["test"]]))}
     if folder:

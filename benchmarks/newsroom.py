@@ -1,11 +1,11 @@
-"""How hard is the newsroom? Floors and ceiling of each task, measured; exits with 1 if a bound on its difficulty is
-broken.
+"""How hard is the newsroom? Measures floors and ceiling of each task; exits with 1 if a bound on its difficulty is
+violated.
 
     python benchmarks/newsroom.py [--scale 1] [--seed 7]
 
-A floor is what a method without understanding reaches: the most frequent answer, looking answers up, counting words.
-The oracle reads the generator's hidden state and fails only on noise. None of these numbers, nor a model's on this
-data, is a quality result: the data is synthetic. At scale 1 and seed 7 the table is written to
+A floor is the score of a method without understanding: the most frequent answer, looking up answers, counting words.
+The ceiling is an oracle that reads the generator's hidden state and fails only on noise. The data is synthetic, so
+neither these numbers nor a model's scores on it are quality results. With scale 1 and seed 7 the table is written to
 benchmarks/results/newsroom.json.
 """
 
@@ -56,7 +56,7 @@ def ner_floors(room: Newsroom) -> dict[str, float]:
 
 
 def _mentions(train: pd.DataFrame) -> dict[tuple[str, ...], Counter[str]]:
-    """Mention → how often it is of which type."""
+    """Mention → how often it has which type."""
     found: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for tokens, tags in zip(train["tokens"], train["tags"], strict=True):
         start = 0
@@ -71,7 +71,7 @@ def _mentions(train: pd.DataFrame) -> dict[tuple[str, ...], Counter[str]]:
 
 
 def _look_up(tokens: list[str], mentions: dict[tuple[str, ...], Counter[str]]) -> list[str]:
-    """The longest match of a train mention, with its most frequent type."""
+    """Tags of the longest matching train mentions, with their most frequent types."""
     longest = max(map(len, mentions))
     tags = ["O"] * len(tokens)
     start = 0
@@ -88,7 +88,7 @@ def _look_up(tokens: list[str], mentions: dict[tuple[str, ...], Counter[str]]) -
 
 
 def _capitals(tokens: list[str], kind: str) -> list[str]:
-    """Every run of capitalised words is an entity of the most frequent type."""
+    """Tags in which every run of capitalised words is an entity of type `kind`."""
     tags: list[str] = []
     for token in tokens:
         inside = bool(tags) and tags[-1] != "O"
@@ -97,7 +97,7 @@ def _capitals(tokens: list[str], kind: str) -> list[str]:
 
 
 def _window_model(train: pd.DataFrame, validation: pd.DataFrame, test: pd.DataFrame) -> Tags:
-    """Logistic regression on the word and the unordered words within two of it."""
+    """Tags by logistic regression on each word and the unordered words up to two positions away."""
 
     def features(frame: pd.DataFrame) -> list[dict[str, bool]]:
         out = []
@@ -155,8 +155,8 @@ def _macro(gold: Any, predicted: Any) -> float:
 
 
 def recommendation_floors(room: Newsroom) -> dict[str, float]:
-    """NDCG@10 of each reader's last click among all items that the reader has not read. The floors learn from every
-    other click."""
+    """NDCG@10 of each reader's last click among all items that the reader has not read. The floors learn from all other
+    clicks."""
     items = room.tables["recommendation"]["items"]
     place = {item: i for i, item in enumerate(items["item_id"])}
     ordered = room.tables["recommendation"]["interactions"].sort_values(
@@ -218,18 +218,18 @@ def _cosine(histories: list[list[int]], size: int) -> np.ndarray:
 
 
 def _gain(score: np.ndarray, read: set[int], target: int) -> float:
-    """NDCG@10 with one right answer; ties are broken by the items' order, which says nothing."""
+    """NDCG@10 with one correct item; ties are broken by the items' order, which carries no information."""
     score = score.copy()
     score[list(read)] = -np.inf
     rank = int((score > score[target]).sum() + (score[:target] == score[target]).sum())
     return float(1 / np.log2(rank + 2)) if rank < 10 else 0.0
 
 
-# --- does anything give the test split away, and does the corpus contain it?
+# --- can the test split be told from train, and does the corpus contain it?
 
 
 def split_auc(train: list[str], test: list[str]) -> float:
-    """How well character n-grams tell test from train texts (0.5: not at all). Names must be masked already."""
+    """AUC of character n-grams in telling test from train texts (0.5: not at all). Names must already be masked."""
     texts, target = train + test, np.array([0] * len(train) + [1] * len(test))
     model = make_pipeline(
         TfidfVectorizer(analyzer="char", ngram_range=(2, 5), sublinear_tf=True, min_df=2),
@@ -246,8 +246,8 @@ def masked(room: Newsroom, task: str, split: str) -> list[str]:
 
 
 def corpus_loss(room: Newsroom) -> float:
-    """Share of the corpus's words in paragraphs that contain a held-out text of a task or share 13 words in a row
-    with one."""
+    """Share of the corpus's words in paragraphs that contain a held-out text of a task or have 13 consecutive words in
+    common with one."""
     held: list[list[str]] = []
     for split in ("validation", "test"):
         held += [_words(" ".join(tokens)) for tokens in room.tables["ner"][split]["tokens"]]
@@ -273,7 +273,7 @@ def _words(text: str) -> list[str]:
 
 
 def digest(tables: Tables) -> str:
-    """sha256 of every value: the generator is frozen as long as this stays what it was."""
+    """sha256 of all values; it changes if the generator's output changes."""
     values = {
         source: {split: frame.to_dict("list") for split, frame in splits.items()} for source, splits in tables.items()
     }

@@ -1,14 +1,14 @@
-"""Where the memory lives and what the context takes: latency, resident bytes and error of each way, measured.
+"""Latency, memory and error by location of the memory table, and size of the key-value cache.
 
     nice -n 5 python benchmarks/residency.py [--quick]
 
-Makes a model with a table of 2 GB (--quick: 64 MB) of random numbers in a temporary directory, and encodes texts of 512
-tokens with it in a fresh process per way. "uniform" are random ids: nearly every look-up is of a row never read before,
-the worst case. "zipf" are phrases drawn by 1 / rank, which come again as in text. "cold" is the mean from the first
-look-up on, with nothing of the file in the system's page cache; "warm" is the median of a second pass over the same
-texts, and the mean of its processor time. Megabytes are what loading and the first pass add to the process: its own,
-pages of the file, and both at the peak. The whole run's table is written to benchmarks/results/residency.json; exits
-with 1 if a target is missed.
+Creates a model with a table of 2 GB (--quick: 64 MB) of random numbers in a temporary directory, and encodes texts of
+512 tokens in a new process per location. "uniform": random ids, so that nearly every look-up reads a new row, the worst
+case. "zipf": phrases drawn with probability ∝ 1 / rank, which recur as in text. "cold": the mean from the first look-up
+on, with none of the file in the system's page cache. "warm": the median of a second pass over the same texts, and the
+mean of its processor time. Megabytes are what loading and the first pass add to the process: its own memory, pages of
+the file, and both at the peak. Without --quick the table is written to benchmarks/results/residency.json. Exits with 1
+if a target is missed.
 """
 
 import argparse
@@ -44,7 +44,7 @@ SHAPE: dict[str, Any] = {
 
 
 def texts(kind: str, count: int, seed: int = 0) -> torch.Tensor:
-    """Ids [count, 512]: uniform, or Zipf-distributed with phrases that come again, as a text's n-grams do."""
+    """Ids [count, 512]: uniform, or Zipf-distributed phrases, which recur as the n-grams of a text do."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "uniform":
         return torch.randint(3, 8192, (count, LENGTH), generator=generator)
@@ -66,7 +66,7 @@ def encode(model: PreTrainedModel, batch: torch.Tensor) -> list[float]:
 
 
 def resident(file: Path) -> dict[str, int]:
-    """Bytes in memory: this process's own now and all at its peak, and how much of a file it has mapped in."""
+    """Bytes in this process's memory: its own, all, all at the peak, and the resident pages of a mapped file."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     found = {name: int(rest[0]) * 1024 for name, *rest in lines if name in ("RssAnon:", "VmRSS:", "VmHWM:")}
     pages, inside = 0, False
@@ -80,7 +80,7 @@ def resident(file: Path) -> dict[str, int]:
 
 
 def make(directory: Path, rows: int, seed: int = 0) -> None:
-    """Save a model whose table holds random numbers: real bytes, no holes in the file."""
+    """Save a model whose table holds random numbers, so that the file has no holes."""
     torch.manual_seed(seed)
     model = MemGPTForCausalLM(MemGPTConfig(**{**SHAPE, "memory_rows": rows}))
     for part in model.model.memory_table.weight.data[1:].split(1 << 20):
@@ -89,7 +89,7 @@ def make(directory: Path, rows: int, seed: int = 0) -> None:
 
 
 def forget(directory: Path) -> None:
-    """Take a model's file out of the system's page cache."""
+    """Remove a model's file from the system's page cache."""
     for path in directory.glob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -97,12 +97,12 @@ def forget(directory: Path) -> None:
         os.close(descriptor)
 
 
-# --- each way in a process of its own
+# --- in a separate process per location
 
 
 def serve(directory: Path, small: Path, memory: str, kind: str, count: int) -> dict[str, float]:
     """Run in the child: load, encode cold, encode again warm."""
-    encode(load(MemGPTForCausalLM, small, memory), texts("uniform", 4, seed=9))  # libraries and buffers are there
+    encode(load(MemGPTForCausalLM, small, memory), texts("uniform", 4, seed=9))  # warms up libraries and buffers
     file = directory / "model.safetensors"
     before, start = resident(file), time.perf_counter()
     model = load(MemGPTForCausalLM, directory, memory)
@@ -155,7 +155,7 @@ def residencies(work: Path, quick: bool) -> dict[str, Any]:
 
 
 def growth(quick: bool) -> dict[str, float]:
-    """Encode latency with a table of 16 times the rows: medians over interleaved runs on fresh texts."""
+    """Encoding latency with a table of 16 times the rows: medians over interleaved runs on new texts."""
     models = []
     for rows in (8192, 16 * 8192):
         torch.manual_seed(0)
@@ -213,7 +213,7 @@ def context() -> dict[str, Any]:
 
 @torch.no_grad()
 def stream(work: Path, quick: bool) -> dict[str, Any]:
-    """Read on in pieces of 100, decode the last 100 tokens before each mark one by one; global layers keep 1,024."""
+    """Read in pieces of 100 tokens, the last 100 before each mark singly; global layers keep 1,024 (--quick: 256)."""
     model = load(MemGPTForCausalLM, work / "small", "mapped")
     marks = (1_000, 5_000, 10_000) if quick else (10_000, 50_000, 100_000)
     ids = texts("zipf", marks[-1] // LENGTH + 1).view(1, -1)
@@ -247,7 +247,7 @@ def targets(result: dict[str, Any]) -> dict[str, bool]:
     mapped = [result["residency"][f"mapped, {kind}"] for kind in ("uniform", "zipf")]
     held = list(result["stream"]["cache_bytes"].values())
     share: dict[str, bool] = {}
-    if table > 1000:  # of a small one, the pages around what was read are a large part
+    if table > 1000:  # in a small table, the pages around the rows read are a large share
         share["mapped: at most 10 % of the table in the process"] = all(
             way["table_file_mb"] + max(0, way["own_mb"]) <= 0.1 * table for way in mapped
         )

@@ -1,13 +1,13 @@
-"""How fast is the core served? Encoding sentences and decoding, against transformers' own models, in one process.
+"""How fast is the core served? Encoding sentences and decoding, compared with transformers' own models, in one process.
 
     python benchmarks/speed.py [--quick] [--threads N]
 
-All weights are random, since speed does not depend on them; the shapes are those of benchmarks/peers.py. Variants take
-turns, round by round, and a ratio is the median over the rounds of the ratio within a round, so that what else the
-machine does falls on all alike. Sentences are those of WNUT 2017 and WikiGold in MEMGPT_REAL_DATA (ner/…/test.conll),
-else the newsroom's. A width of ours stands beside the peer's width: which widths are equal in quality is what
-benchmarks/core.py measures. Half precision is bfloat16 where the processor multiplies it; elsewhere all stay in 32
-bits, peers too. --quick: fewer sentences, tokens and rounds, and nothing compiled; writes no file.
+All weights are random, since speed does not depend on them; the shapes are those of benchmarks/peers.py. The variants
+run in turn in each round. A ratio is the median over rounds of the ratio within a round, so that other load on the
+machine affects all alike. Sentences are from WNUT 2017 and WikiGold in MEMGPT_REAL_DATA (ner/…/test.conll), else from
+the newsroom. Several of our widths are compared with one peer width; benchmarks/core.py measures their quality. Half
+precision is bfloat16 if the processor multiplies it; else all models, peers too, stay in 32 bits. --quick: fewer
+sentences, tokens and rounds, and nothing compiled; writes no file.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from memgpt.model.serving import accelerate
 from memgpt.newsroom import generate
 
 PEER, OURS = 256, (256, 192, 128)  # widths
-ROWS = 32768  # of a memory table, per hash head
+ROWS = 32768  # rows of the memory table, per hash head
 WEIGHTS = "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32"
 MARK = {"bfloat16": "bf16", "float32": "f32"}[WEIGHTS]
 RESULTS = Path(__file__).parent / "results" / f"speed_{MARK}.json"
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def read_sentences(count: int) -> tuple[str, list[list[str]]]:
-    """Words of sentences, in the order in which they stand in the files."""
+    """(source, the words of `count` sentences in the order of the files)."""
     root = os.environ.get("MEMGPT_REAL_DATA")
     if root is None:
         return "newsroom", [list(words) for words in generate(0.2)["ner"]["test"]["tokens"]][:count]
@@ -109,7 +109,7 @@ def read_sentences(count: int) -> tuple[str, list[list[str]]]:
 
 
 def encode(sentences: list[list[str]], folder: Path, rounds: int, compiled: bool) -> tuple[Rounds, Rounds]:
-    """Seconds for all sentences, and for one, by variant: text in, entities out."""
+    """Seconds from text to entities by variant, for all sentences and for one."""
     tokenizer = MemGPTTokenizer.train([" ".join(words) for words in sentences] * 2, peers.VOCABULARY)
     names: dict[str, Any] = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
 
@@ -119,7 +119,7 @@ def encode(sentences: list[list[str]], folder: Path, rounds: int, compiled: bool
     tokenizer.save_pretrained(folder)
 
     def served(model: PreTrainedModel) -> Callable[[list[str]], Any]:
-        """Ours and the peers through one predictor: the same tokens, buckets and entities."""
+        """Serves our models and the peers by the same predictor: the same tokens, batches and decoding of entities."""
         predictor = predict.load("ner", folder)
         predictor.model = model.eval()
         shape = predictor.model.config
@@ -132,7 +132,7 @@ def encode(sentences: list[list[str]], folder: Path, rounds: int, compiled: bool
         return served(accelerate(MemGPTForTokenClassification(shape), WEIGHTS, compile))
 
     def accelerated(model: PreTrainedModel, compile: bool) -> Callable[[list[str]], Any]:
-        """A peer with what `accelerate` gives ours."""
+        """A peer with the same optimisations as `accelerate`."""
         model = model.to(getattr(torch, WEIGHTS)).requires_grad_(False)
         if compile:
             unchecked = torch.compiler.skip_guard_on_all_nn_modules_unsafe
@@ -175,7 +175,7 @@ def encode(sentences: list[list[str]], folder: Path, rounds: int, compiled: bool
             variants[f"ours {width} {MARK}{mark}"] = ours(width, compile=compile)
     variants[BIG] = ours(192, ROWS * 16)
     texts = [" ".join(words) for words in sentences]
-    for run in variants.values():  # compiles, for many and for one, and warms caches
+    for run in variants.values():  # compiles for many texts and for one, and warms up caches
         run(texts)
         run(texts[:1])
     many = take_turns({name: timed(run, texts) for name, run in variants.items()}, rounds)
@@ -207,7 +207,7 @@ def take_turns(variants: dict[str, Callable[[], float]], rounds: int) -> Rounds:
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token is there, and stops nothing."""
+    """Records when each token is generated; never stops the generation."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -218,7 +218,7 @@ class Clock(StoppingCriteria):
 
 
 def decode(batch: int, context: int, tokens: int, rounds: int, compiled: bool) -> Rounds:
-    """Seconds per step of `generate`, the median within a call; reading the prompt is not in it."""
+    """Seconds per step of `generate` (the median within a call), without reading the prompt."""
 
     def ours(rows: int = ROWS) -> PreTrainedModel:
         return peers.memgpt(PEER, rows, sliding_window=256, **LAYERS)
@@ -255,7 +255,7 @@ def decode(batch: int, context: int, tokens: int, rounds: int, compiled: bool) -
     return take_turns({name: lambda model=model: step(model) for name, model in models.items()}, rounds)
 
 
-# --- what comes out
+# --- results
 
 
 def medians(times: Rounds) -> dict[str, float]:
@@ -263,7 +263,7 @@ def medians(times: Rounds) -> dict[str, float]:
 
 
 def fastest(times: Rounds, start: str) -> str:
-    """The variant whose name starts so with the smallest median: a model is judged at its best, a peer too."""
+    """The fastest variant by median whose name starts with `start`: every model, peers too, counts at its best."""
     return min((name for name in times if name.startswith(start) and name != BIG), key=lambda n: median(times[n]))
 
 
