@@ -1,7 +1,7 @@
-"""One cell of the benchmark of the tasks: a system on a data set, with settings and a seed, and what it reached.
+"""One cell of the task benchmark: a system on a data set, with settings and a seed, and its scores.
 
-Data go through the product's own ingestion into a folder per set, and every neural model through its training loop,
-decoding and judges: the peers differ in the model alone.
+MemGPT's own stages ingest the data into one folder per set. MemGPT and BERT share training loop, decoding and metrics,
+so that they differ only in the model. SASRec has its own training loop.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ ROOT = Path(__file__).parents[1]
 WORK = Path(".memgpt/benchmarks/tasks").resolve()
 cells.WORK = cells.WORK.resolve()
 RESULTS = Path(__file__).parent / "results" / "tasks"
-STATISTICS = Path(__file__).parent / "results" / "statistics"  # what each test example adds to a metric, for pairs
+STATISTICS = Path(__file__).parent / "results" / "statistics"  # each test example's part of a metric, for pairing
 CORE, BERT = "memgpt-128-4M-1", "bert-128-4M-1"  # cells of benchmarks/core.py; a spec may name another `core`
 Spec = dict[str, Any]
-# Where trunks are compared: a ranking's other signals are learnt anew on top of any.
+# Where trunks are compared: no re-ranking, because its other signals are learnt again on any trunk.
 TRUNK: dict[str, Spec] = {"ner": {}, "sentiment": {}, "recommendation": {"rerank": False}}
 Answers = list[Any]
 Ask = Callable[[list[Any]], Answers]
@@ -58,7 +58,7 @@ SETS = {
     "sst2": ("sentiment", "sentiment/sst2"),
     "movielens": ("recommendation", "recommendation/ml_latest_small"),
 }
-# Epochs of every neural model on a set; what else differs from params.yaml.
+# By set: epochs of MemGPT and BERT, and what else differs from params.yaml.
 SETTINGS: dict[str, Spec] = {
     "wnut17": {"epochs": 5},
     "wikigold": {"epochs": 10, "batch_by_length": True},  # half the time, as good on validation
@@ -70,7 +70,7 @@ SETTINGS: dict[str, Spec] = {
 
 
 def prepare(name: str, source: Path) -> Path:
-    """The folder of a data set, or of several whose names are joined by +: tables as the product ingests them."""
+    """The folder of a data set, or of several whose names are joined by +, with the tables that the stages ingest."""
     place = WORK / "sets" / name
     if (place / "complete").exists():
         return place
@@ -89,7 +89,7 @@ def prepare(name: str, source: Path) -> Path:
 
 
 def start(core: str) -> Path:
-    """The model directory of a pretrained cell, to which the tokenizer is added."""
+    """The model directory of a pretrained cell; adds the tokenizer to it."""
     place = cells.WORK / "cells" / core / "model"
     if not place.is_dir():
         raise SystemExit(f"{place}: not pretrained here; `python benchmarks/core.py --full` does it")
@@ -99,18 +99,18 @@ def start(core: str) -> Path:
 
 
 def settings(task: str, spec: Spec) -> Finetune:
-    """finetune.<task> of params.yaml with what the set and the cell change."""
+    """finetune.<task> of params.yaml with the changes of the set and the cell."""
     document = config.read(ROOT / "params.yaml")
     changes = {**SETTINGS.get(spec["set"], {}), **spec.get("changes", {}), "seed": spec["seed"]}
     config.override(document, [f"finetune.{task}.{key}={json.dumps(value)}" for key, value in changes.items()])
     return getattr(config.parse(document).finetune, task)
 
 
-# --- the systems: from a spec to a function that answers a task's inputs, and numbers of the training
+# --- the systems: spec → (a function that predicts a task's inputs, numbers about the training)
 
 
 def memgpt(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
-    """By the product's own stage."""
+    """MemGPT, trained by the stage finetune."""
     began = time.perf_counter()
     metrics = finetune.fit(settings(task, spec), task, target)
     told = {"minutes": round((time.perf_counter() - began) / 60, 2)}
@@ -135,7 +135,7 @@ def bert(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
     data = module.Training(TABLES, tokenizer, **params.model_dump())
     steps = params.epochs * math.ceil(len(data) / params.batch_size)
     began = time.perf_counter()
-    # Mixed batches always: in those of texts of similar length it may learn nothing (WNUT-17, one seed of three).
+    # Never batches of texts of similar length: with these BERT may learn nothing (WNUT-17, one seed of three).
     train(model, data, data.collate, params, steps=steps, checkpoints=target, title=target.name)
     told = {"minutes": round((time.perf_counter() - began) / 60, 2)}
     if task == "ner":
@@ -147,7 +147,7 @@ def bert(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
 
 
 class _TagsOf(ner.Predictor):
-    """The product's windows and decoding around another model."""
+    """MemGPT's windows and decoding with another model."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any):
         self.model, self.tokenizer = model, tokenizer
@@ -170,8 +170,8 @@ def _labels_of(model: PreTrainedModel, tokenizer: Any) -> Ask:
 
 
 def crf(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
-    """A conditional random field on features of a word and its neighbours, by hand (sklearn-crfsuite). As crf_biased
-    its entities are told as ours are, on F1, from each word's marginal probabilities."""
+    """A conditional random field (sklearn-crfsuite) on hand-made features of a word and its neighbours. The system
+    crf_biased decodes like MemGPT, optimising F1, from each word's marginal probabilities."""
     from sklearn_crfsuite import CRF
 
     rows, module = rows_of(TABLES, "ner", "train"), judge("ner")
@@ -239,7 +239,7 @@ def _features(words: list[str]) -> list[dict[str, Any]]:
 
 
 def bag(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
-    """TF-IDF of words and word pairs with logistic regression: the product's own baseline, with a C of its own."""
+    """TF-IDF of words and word pairs with logistic regression: the baseline of the stage evaluate, with a given C."""
     module = judge("sentiment")
     return (lambda inputs: module.baseline(TABLES, [{"input": row} for row in inputs], **spec["changes"])), {}
 
@@ -265,7 +265,7 @@ def collaborative(task: str, spec: Spec, target: Path) -> tuple[Ask, Spec]:
     return ask, {}
 
 
-# "plain" is a core of our own without memory, which the spec names.
+# "plain" is MemGPT from a core without memory, which the spec names.
 SYSTEMS = (
     {"memgpt": memgpt, "plain": memgpt, "bert": bert, "bag_of_words": bag}
     | dict.fromkeys(("crf", "crf_biased"), crf)
@@ -277,7 +277,7 @@ SYSTEMS = (
 
 
 def compare(name: str, spec: Spec, target: Path) -> Spec:
-    """One system, judged on validation; or, final, on test with the changes that did best in the trials `after`."""
+    """Score one system on validation; a final cell on test, with the changes that were best in the trials `after`."""
     task = SETS[spec["set"]][0]
     if spec.get("test") and spec.get("after"):
         tried = [json.loads((RESULTS / f"{trial}.json").read_text()) for trial in spec["after"]]
@@ -288,13 +288,13 @@ def compare(name: str, spec: Spec, target: Path) -> Spec:
     ask, told = SYSTEMS[spec["system"]](task, spec, target)
     test = bool(spec.get("test"))
     found = {"changes": spec.get("changes", {}), **told, **judged(task, ask, name, test)}
-    if task == "recommendation" and SYSTEMS[spec["system"]] is memgpt:  # the same model, by the texts alone
+    if task == "recommendation" and SYSTEMS[spec["system"]] is memgpt:  # the same model without re-ranking
         found["text"] = judged(task, lambda rows: ask([{**row, "rerank": False} for row in rows]), f"{name}-text", test)
     return found
 
 
 def _untried(name: str, spec: Spec) -> Spec | None:
-    """What the same settings reached without trials: a test split need not be read again."""
+    """The result of the same settings without trials, if any, so that the test split is not read again."""
     twin = f"{spec['set']}-{spec['system']}-{spec['seed']}"
     found = runner.done(RESULTS, twin, {key: value for key, value in spec.items() if key != "after"})
     if not found:
@@ -306,7 +306,7 @@ def _untried(name: str, spec: Spec) -> Spec | None:
 
 
 def judged(task: str, ask: Ask, name: str, test: bool) -> Spec:
-    """The primary metric on validation or test. What each test example adds to it is kept too."""
+    """The primary metric on validation or test; stores each test example's part of it."""
     module, split = judge(task), "test" if test else "validation"
     rows = module.test_rows(TABLES, split)
     answers = ask([row["input"] for row in rows])
@@ -321,9 +321,9 @@ def judged(task: str, ask: Ask, name: str, test: bool) -> Spec:
 
 
 def joint(name: str, spec: Spec, target: Path) -> Spec:
-    """The multi-task stage; then each task as it is there, and tuned from there. Recommendation by the texts alone: the
-    rest of a ranking is learnt anew on top of any trunk. `NAME_trunk`, without the votes of words either, and
-    `text_loss`, the core's own loss on held-out text, are what tuning may spoil."""
+    """Run the stage multitask; then score each task as trained jointly, and tuned from there. Recommendation is without
+    re-ranking, which is learnt again on any trunk. `NAME_trunk` (also without word votes) and `text_loss` (the core's
+    loss on held-out text) can get worse by tuning."""
     document = config.read("params.yaml")
     assignments = [f"multitask.{key}={json.dumps(value)}" for key, value in spec["changes"].items()]
     config.override(document, [*assignments, f"multitask.seed={spec['seed']}"])
@@ -343,8 +343,8 @@ def joint(name: str, spec: Spec, target: Path) -> Spec:
 
 
 def forgetting(name: str, spec: Spec, target: Path) -> Spec:
-    """A task tuned from the joint model in one way; then the other tasks, whose heads stayed, and the core's own loss
-    on held-out text, both on the changed trunk. What they were before is what `joint` found."""
+    """Tune a task from the joint model by one method. Then, on the changed trunk, score the other tasks with their
+    unchanged heads, and the core's loss on held-out text. The values before tuning are those that `joint` measured."""
     part, before = spec["part"], json.loads((RESULTS / f"{spec['after'][0]}.json").read_text())
     task = SETS[part][0]
     params = settings(task, {**spec, "set": part, "changes": {**spec["changes"], "start": "multitask", **TRUNK[task]}})
@@ -367,13 +367,13 @@ def forgetting(name: str, spec: Spec, target: Path) -> Spec:
 
 
 def _without_votes(params: Finetune) -> Finetune:
-    """Nothing beside the deep model, which would hide what it forgets."""
+    """Switch off what is added to the deep model (word votes, re-ranking), because it would hide what that forgets."""
     beside = {"word_votes": 0, "rerank": False}
     return params.model_copy(update={key: value for key, value in beside.items() if hasattr(params, key)})
 
 
 def _on_trunk(task: str, params: Finetune, source: Path, directory: Path, trunk: Path | None = None) -> float:
-    """What a task's head of the joint model in `source` reaches on validation, there or on another model's trunk."""
+    """Validation score of a task's head of the joint model in `source`, on its own or another model's trunk."""
     model = judge(task).model(source, TABLES, **params.model_dump())
     model = _with_trunk(model, trunk).eval() if trunk else model.eval()
     finetune.save(model, task, params, AutoTokenizer.from_pretrained(source), directory)
@@ -381,14 +381,14 @@ def _on_trunk(task: str, params: Finetune, source: Path, directory: Path, trunk:
 
 
 def _text_loss(trunk: Path | None = None) -> float:
-    """Of the core on held-out text, as it is or on another model's trunk."""
+    """The core's loss on held-out text, with its own or another model's trunk."""
     core = MemGPTForCausalLM.from_pretrained("models/base")
     return cells.held_out(_with_trunk(core, trunk) if trunk else core, "validation", False, 1)
 
 
 def _with_trunk(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
-    """A model on the trunk of another, which may be wider by an adapter that was merged: then so is this, by one that
-    adds nothing. A prefix does not come along: it is a weight of the other's task."""
+    """A model with another's trunk. If that is wider because of a merged adapter, this one is widened by an adapter
+    that adds nothing. A prefix is not copied, because it belongs to the other's task."""
     wider = AutoConfig.from_pretrained(directory).intermediate_size - model.config.intermediate_size
     if wider:
         adapter = config.load(ROOT / "params.yaml").finetune.ner.model_copy(update={"tune": "adapter", "rank": wider})
@@ -404,8 +404,8 @@ KINDS = {"compare": compare, "joint": joint, "forgetting": forgetting}
 
 
 def settle(name: str, spec: Spec) -> Path:
-    """A folder of the cell's own, since cells run side by side: the set's tables and core, and the joint model of the
-    cell that it comes after."""
+    """A separate folder for the cell, since cells run in parallel, with links to the set's tables, the core, and the
+    joint model of the cell after which it runs."""
     source, place = WORK / "sets" / spec["set"], WORK / "places" / name
     links = {part: source / part for part in ("params.yaml", "data")}
     if SYSTEMS.get(spec.get("system", "memgpt")) is memgpt:
@@ -420,7 +420,7 @@ def settle(name: str, spec: Spec) -> Path:
 
 
 def measure(name: str, spec: Spec) -> Spec:
-    """Run a cell in this process."""
+    """Run a cell in this process and return its result."""
     place = settle(name, spec)
     with contextlib.chdir(place):
         result = KINDS[spec.get("kind", "compare")](name, spec, place / "tuned")

@@ -1,15 +1,15 @@
-"""Is each task as good as what a user would pick instead? Same data, same steps, same machine.
+"""Is MemGPT as good on each task as what a user would otherwise pick? Same data, same steps, same machine.
 
-    python benchmarks/tasks.py --quick            a set per task, one seed, no trials, cores of half a million tokens
-    python benchmarks/tasks.py --compare          every set, three seeds, settings as they come: no trials
-    python benchmarks/tasks.py --full [--jobs 2]  trials for the peers too; joint training, tuning, regularisers
-    python benchmarks/tasks.py --report           tables from the cells that are done, of --compare and of --full
+    python benchmarks/tasks.py --quick            one set per task, one seed, no trials, cores of half a million tokens
+    python benchmarks/tasks.py --compare          all sets, three seeds, default settings: no trials
+    python benchmarks/tasks.py --full [--jobs 2]  also trials for the peers; joint training, tuning, regularisers
+    python benchmarks/tasks.py --report           tables from the finished cells of --compare and --full
 
-Needs the real data sets in MEMGPT_REAL_DATA. The cells memgpt-128-4M-1 and bert-128-4M-1 of benchmarks/core.py, from
-which all start (--quick: memgpt-128-0.5M-1, bert-128-0.5M-1), are pretrained first where their weights are not here,
-which takes longest. Ours keeps the settings that it comes with; peers choose theirs on validation (--full), or have
-usual ones. A test split is read once, by the final cells. "beats": the paired 95 % interval of the difference is above
-0; "matches": it holds 0.
+Needs the real data sets in MEMGPT_REAL_DATA. All systems that are pretrained start from the cells memgpt-128-4M-1 and
+bert-128-4M-1 of benchmarks/core.py (--quick: memgpt-128-0.5M-1, bert-128-0.5M-1). If their weights are missing, they
+are pretrained first, which takes longest. MemGPT keeps its default settings; the peers' are chosen on validation
+(--full) or are usual values. Test splits are read once, by the final cells. "beats": the paired 95 % interval of the
+difference is above 0; "matches": it contains 0.
 """
 
 import argparse
@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
 RESAMPLES = 1000
 Cells = list[tuple[str, dict[str, Any]]]
-# Values that are tried on validation, by system; without trials the middle one is taken. One alone is no trial.
+# Settings tried on validation, by system. Without trials the middle one is used. A single one needs no trial.
 RATES = [{"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)]
 CRF = [{"c1": c1, "c2": c2} for c1 in (0.01, 0.1, 0.5) for c2 in (0.01, 0.1)]
 TRIALS: dict[str, list[dict[str, Any]]] = {
@@ -55,10 +55,10 @@ PEERS = {
 SEEDED = ("memgpt", "bert", "sasrec")
 PRETRAINED = ("memgpt", "bert")
 QUICK = {"memgpt": "memgpt-128-0.5M-1", "bert": "bert-128-0.5M-1"}  # what --quick starts from
-TRIO = "wikigold+financial_phrasebank+movielens"  # one set per task, for what concerns several
+TRIO = "wikigold+financial_phrasebank+movielens"  # one set per task, for measurements across tasks
 METHODS: dict[str, dict[str, Any]] = {
     **{method: {"tune": method} for method in ("all", "backbone", "memory", "head", "adapter", "lora", "adalora")},
-    "prefix": {"tune": "prefix", "learning_rate": 0.01},  # few numbers, far from where they are needed
+    "prefix": {"tune": "prefix", "learning_rate": 0.01},  # few parameters, far from their optimum
 }
 REGULARISERS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -76,22 +76,22 @@ REGULARISERS: dict[str, dict[str, Any]] = {
     "ensemble of three": {"ensemble": 3},
 }
 
-DECIDING = ("as it is", "no dropout")  # of two seeds on every set
+DECIDING = ("as it is", "no dropout")  # with two seeds on every set
 
-# Readers' histories have no words to change, and the one epoch of them no earlier one to stop at.
+# Readers' histories have no words to change, and with one epoch there is no earlier one to stop at.
 WORDS = ("synonyms", "word edits", "letter case", "recombination", "mention replacement")
 NOT_FOR = {
     "ner": (),
     "sentiment": ("mention replacement",),
     "recommendation": (*WORDS, "early stopping", "ensemble of three"),
 }
-# As many examples as the three tasks see one by one, and texts as long.
+# As many examples as in training the three tasks separately, and the same item length.
 JOINT = {"steps": 3130, "item_length": 16}
 
 
 def compared(name: str, seeds: tuple[int, ...], trials: bool, starts: dict[str, str] | None = None) -> Cells:
-    """All systems on a set: trials on validation, then the final ones on test. starts: system → pretrained cell, where
-    these are others than usual."""
+    """Cells of all systems on a set: trials on validation, then final cells on test. starts: system → pretrained cell,
+    if not the usual ones."""
     cells: Cells = []
     for system in ("memgpt", *PEERS[SETS[name][0]]):
         base = {"set": name, "system": system}
@@ -111,7 +111,7 @@ def compared(name: str, seeds: tuple[int, ...], trials: bool, starts: dict[str, 
 
 
 def regularised(name: str) -> Cells:
-    """All of them on a set of TRIO; on the others those that decide about a default."""
+    """Cells with all regularisers on a set of TRIO; on other sets only those that decide on a default."""
     task = SETS[name][0]
     return [
         (
@@ -125,8 +125,8 @@ def regularised(name: str) -> Cells:
 
 
 def plan(mode: str) -> Cells:
-    """Every cell of quick, compare or full, trials before what waits for them. Ours hold the spec of the core that they
-    start from: what was reached from another form of it does not count."""
+    """All cells of quick, compare or full, trials before the cells that wait for them. The spec of our cells contains
+    that of the core from which they start, so that results from another form of it do not count."""
     pretrained = dict([*core.plan(quick=True), *core.plan(quick=False)])
     return [
         (name, {**spec, "pretrained": pretrained[core_of(spec)]} if spec.get("system", "memgpt") == "memgpt" else spec)
@@ -135,7 +135,7 @@ def plan(mode: str) -> Cells:
 
 
 def core_of(spec: dict[str, Any]) -> str:
-    """The pretrained cell that a cell starts from."""
+    """The pretrained cell from which a cell starts."""
     return spec.get("core", BERT if spec.get("system") == "bert" else CORE)
 
 
@@ -166,12 +166,12 @@ def run(cells: Cells, jobs: int) -> None:
     waiting = [spec for name, spec in cells if not runner.done(RESULTS, name, spec)]
     starts = {core_of(spec) for spec in waiting if spec.get("system", "memgpt") in PRETRAINED}
     core.provide(starts, jobs)
-    for name in starts:  # before the cells, which run side by side, ask for it
+    for name in starts:  # before the parallel cells need it
         start(name)
     runner.run(cells, jobs, HERE / "task_cells.py", RESULTS, WORK / "logs")
 
 
-# --- what the cells say
+# --- results
 
 
 def results(cells: Cells) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def results(cells: Cells) -> dict[str, Any]:
 
 
 def compare(done: dict[str, Any], name: str) -> dict[str, Any]:
-    """Each system on a set's test split, over its seeds, and ours minus each peer's, paired by example."""
+    """Each system's score on a set's test split, over its seeds, and MemGPT minus each peer, paired by example."""
     module = judge(SETS[name][0])
     sums: dict[str, list[np.ndarray]] = {}
     for cell, result in done.items():
@@ -226,7 +226,7 @@ Row = dict[str, Any]
 
 
 def joint(done: dict[str, Any]) -> dict[str, Row]:
-    """Each task alone, jointly, and tuned from there: mean primary metric on validation, and of how many seeds."""
+    """Each task trained alone, jointly, and tuned after that: mean validation score, and the number of seeds."""
     table: dict[str, Row] = {}
     for part in TRIO.split("+"):
         task = SETS[part][0]
@@ -239,8 +239,8 @@ def joint(done: dict[str, Any]) -> dict[str, Row]:
 
 
 def tuned(done: dict[str, Any]) -> dict[str, Row]:
-    """Each way to tune: trained parameters, minutes, the task itself, and what all else loses, in nats per token of
-    text and in the other tasks' metrics."""
+    """Each tuning method: trained parameters, minutes, the task's validation score, and the changes of the rest: nats
+    per token of text (before − after) and the other tasks' metrics (after − before)."""
     table = {}
     for cell in done.values():
         if cell["spec"].get("kind") == "forgetting":
@@ -253,7 +253,7 @@ def tuned(done: dict[str, Any]) -> dict[str, Row]:
 
 
 def regularisers(done: dict[str, Any]) -> dict[str, Row]:
-    """Primary metric on validation with each of them, and minutes."""
+    """Mean validation score and minutes with each regulariser."""
     columns = {"validation": "validation", "minutes": "minutes"}
     table = {}
     for name in SETS:
@@ -265,7 +265,7 @@ def regularisers(done: dict[str, Any]) -> dict[str, Row]:
 
 
 def _mean(done: dict[str, Any], cells: list[str], columns: dict[str, str], number: str = "seeds") -> Row:
-    """Column → mean of what the cells hold under that key, and the number of cells that are done; empty if none is."""
+    """Column → mean of the cells' values of its key, and the number of finished cells; empty if there are none."""
     there = [done[cell] for cell in cells if cell in done]
     if not there:
         return {}
