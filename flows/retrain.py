@@ -226,7 +226,7 @@ def main() -> int:
     parser.add_argument("--ask", action="store_true", help="hold what the gate would promote")
     options = parser.parse_args()
     environment.prepare()
-    with workspace.occupied(None):  # fails before anything starts if it is; the flow takes the lock again
+    with workspace.occupied(None):  # fails here if another retrain runs; the flow takes the lock again
         pass
     out = console.Board()
     out.say("starting the flow's server")

@@ -37,7 +37,7 @@ def convert(
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights. Default: the source's.")
     ] = None,
 ) -> None:
-    """Convert an existing model and add an empty memory: at first the same outputs, then more to learn with.
+    """Convert an existing model and add an empty memory: same outputs at first, but more capacity to learn.
 
     Set pretrain.init to DIR to start from it. Example: [bold]memgpt convert HuggingFaceTB/SmolLM2-135M models/smollm[/]
     """

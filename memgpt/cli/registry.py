@@ -131,7 +131,7 @@ def lineage(
 ) -> None:
     """Show where a version came from: commit, data, params, parent, flow run, metrics; and how to restore its data.
 
-    Given a commit, flow run, hash or path instead, show the versions that were made from it.
+    For a commit, flow run, hash or path, show the versions that were made from it.
     Example: [bold]memgpt lineage ner@champion[/], [bold]memgpt lineage data/tables/ner[/]
     """
     from memgpt import provenance, registry

@@ -68,7 +68,7 @@ def assemble(scale: float, seed: int) -> Newsroom:
 
 
 def _sentences(world: World, make: Maker, rows: dict[str, int], dice: Dice) -> dict[str, list[tuple[Event, Sentence]]]:
-    """(event, sentence) by split. Within a half, all events are used about equally often; no text occurs twice."""
+    """(event, sentence) by split. In each half, all events are used about equally often; no text occurs twice."""
     halves = [[event for event in world.events if event.strange == strange] for strange in (False, True)]
     queues: list[list[Event]] = [[], []]
     taken: set[str] = set()
