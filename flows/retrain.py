@@ -117,7 +117,7 @@ def _run(order: Order, only_if_changed: bool) -> State[Any]:
                     futures[step.name] = submit(step)
                 wait(list(futures.values()))
                 pages = _keep_pages(run)
-        except tracking.Away:
+        except tracking.Unreachable:
             if not crew.failures:
                 raise
             pages = ""  # the failed stages' messages say why
@@ -247,7 +247,7 @@ def main() -> int:
             print(f"error: {line}", file=sys.stderr)
         return 1
     out.say("")
-    out.say("\n".join(console.ways_to_look()))
+    out.say("\n".join(console.ui_hints()))
     return 0
 
 

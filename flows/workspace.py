@@ -36,8 +36,8 @@ def create(checkout: Path, commit: str) -> Path:
         provenance.add_worktree(folder, commit)
     local = checkout / ".dvc/config.local"  # this machine's remotes and credentials
     atomic.write_text(folder / ".dvc/config.local", local.read_text(encoding="utf-8") if local.exists() else "")
-    cache = processes.said([sys.executable, "-m", "dvc", "--cd", str(checkout), "cache", "dir"])
-    processes.said([sys.executable, "-m", "dvc", "--cd", str(folder), "cache", "dir", "--local", cache])
+    cache = processes.output_of([sys.executable, "-m", "dvc", "--cd", str(checkout), "cache", "dir"])
+    processes.output_of([sys.executable, "-m", "dvc", "--cd", str(folder), "cache", "dir", "--local", cache])
     return folder
 
 
@@ -139,4 +139,4 @@ def _changed(stages: Sequence[str]) -> bool:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    return processes.said(["git", "-C", str(folder), *arguments])
+    return processes.output_of(["git", "-C", str(folder), *arguments])

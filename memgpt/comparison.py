@@ -111,7 +111,7 @@ def _local(model: str, directory: Path, rows: list[dict[str, Any]]) -> list[Any]
 def _checkout(revision: str, model: str, folder: Path) -> Path:
     """models/<model> of an experiment or commit, from DVC's cache."""
     target = folder / model
-    processes.said(  # not --quiet, which hides why it fails
+    processes.output_of(  # not --quiet, which hides why it fails
         [sys.executable, "-m", "dvc", "get", ".", f"models/{model}", "--rev", revision, "--out", str(target)],
         f"{revision}: neither a version (ner@champion, ner/3) nor an experiment or commit whose models/{model} is in "
         "the cache",

@@ -120,7 +120,7 @@ def tracking_uri() -> str:
     return tracking.shown(tracking.location())
 
 
-def ways_to_look() -> list[str]:
+def ui_hints() -> list[str]:
     """How to open each UI and how to load a model, as lines."""
     uri = tracking_uri()
     server = tracking.shown(os.environ.get("PREFECT_API_URL", "").removesuffix("/api"))

@@ -26,7 +26,7 @@ def first() -> bool:
     return rank() == 0
 
 
-def tell(text: str) -> None:
+def print_once(text: str) -> None:
     """Print a line on stderr, from the first process only."""
     if first():
         print(text, file=sys.stderr, flush=True)
@@ -59,7 +59,7 @@ def mean(number: torch.Tensor) -> torch.Tensor:
     return total / processes()
 
 
-def agreed(answer: bool) -> bool:
+def broadcast_flag(answer: bool) -> bool:
     """The first process's answer, in all of them."""
     if processes() == 1:
         return answer
@@ -80,7 +80,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def leave_rows_to_us(model: torch.nn.Module) -> bool:
+def exclude_tables_from_ddp(model: torch.nn.Module) -> bool:
     """Exclude the memory tables from DDP's averaging, because NCCL cannot average sparse gradients. Returns whether any
     trained parameter is left to DDP."""
     tables = {id(m.weight) for m in model.modules() if getattr(m, "_memory_table", False)}

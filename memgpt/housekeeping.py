@@ -129,14 +129,14 @@ def _cache(dry_run: bool) -> Item:
     """Clean DVC's cache, except while a stage runs: what that has read or written is not in dvc.lock yet."""
     if busy := running():
         return Item("DVC's cache", 0, f"{busy} works here")
-    where = processes.said([sys.executable, "-m", "dvc", "cache", "dir"], "DVC's cache")
+    where = processes.output_of([sys.executable, "-m", "dvc", "cache", "dir"], "DVC's cache")
     before = _size(Path(where))
     named = ["--workspace", "--all-commits", "--all-experiments", "--skip-failed"]  # some old dvc.yaml may not parse
     named += ["--projects", str(WORKSPACE)] if WORKSPACE.is_dir() else []
     command = [sys.executable, "-m", "dvc", "gc", *named, "--force"]
     if dry_run:
-        return Item(where, before, processes.said([*command, "--dry"], "DVC's cache").splitlines()[-1])
-    processes.said(command, "DVC's cache")
+        return Item(where, before, processes.output_of([*command, "--dry"], "DVC's cache").splitlines()[-1])
+    processes.output_of(command, "DVC's cache")
     return Item(f"{where} (unused objects)", before - _size(Path(where)))
 
 
@@ -239,5 +239,5 @@ def upgrade() -> tuple[list[Path], list[Path]]:
             command = [sys.executable, "-m", "mlflow", "db", "upgrade", uri]
         else:
             command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
-        processes.said(command, f"{path}: not upgraded; the backup is {saved[0].parent}")
+        processes.output_of(command, f"{path}: not upgraded; the backup is {saved[0].parent}")
     return saved, list(found.values())

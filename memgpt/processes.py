@@ -38,7 +38,7 @@ def start(
     )
 
 
-def said(command: Sequence[str], what: str | None = None, fix: str = "") -> str:
+def output_of(command: Sequence[str], what: str | None = None, fix: str = "") -> str:
     """Run a command without showing its output, and return its standard output.
 
     Raises:

@@ -62,7 +62,7 @@ def of(client: "MlflowClient", model: str, version: str) -> dict[str, Any]:
     }
 
 
-def came_of(client: "MlflowClient", what: str) -> dict[str, list[str]]:
+def descendants(client: "MlflowClient", what: str) -> dict[str, list[str]]:
     """The reverse: the versions made from `what` → how they used it. `what` is the hash of a commit or file (seven
     characters or more), a flow run, or a path in the checkout such as data/tables/ner.
 
@@ -189,7 +189,7 @@ def add_worktree(folder: Path, commit: str) -> None:
     """
     remove_worktree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    processes.said(
+    processes.output_of(
         # --force twice: also replaces a worktree that a kill left locked during its creation.
         ["git", "worktree", "add", "--quiet", "--detach", "--force", "--force", str(folder), commit],
         f"commit {commit}",

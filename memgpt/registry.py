@@ -183,7 +183,7 @@ def commit_at_start(root: Path) -> tuple[str, bool]:
 
     def git(*arguments: str) -> str:
         what = f"{root.resolve()}: no commit to name in the lineage"
-        return processes.said(["git", "-C", str(root), *arguments], what, "work in a git checkout")
+        return processes.output_of(["git", "-C", str(root), *arguments], what, "work in a git checkout")
 
     return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", *_PRODUCTS))
 
@@ -223,7 +223,7 @@ def intact(model: str, version: str) -> bool:
     """Whether the version's files are still where the registry says; whether they load is checked by the gate.
 
     Raises:
-        UserError: if the artifact store does not answer (Away), or refuses access.
+        UserError: if the artifact store does not answer (Unreachable), or refuses access.
     """
     from mlflow.artifacts import list_artifacts
     from mlflow.exceptions import MlflowException
@@ -233,7 +233,7 @@ def intact(model: str, version: str) -> bool:
     except Exception as error:
         if getattr(error, "response", {}).get("Error", {}).get("Code") == "NoSuchBucket":
             return False
-        if told := tracking.explained(error):
+        if told := tracking.as_user_error(error):
             raise told from None
         if isinstance(error, MlflowException | OSError):
             return False

@@ -277,24 +277,24 @@ class _Bucket:
         self._s3, self._target = s3, target
         self._bucket, key = s3.parse("output", target)
         self._prefix = f"{key.rstrip('/')}/" if key else ""
-        with s3.explained("output", target):
+        with s3.as_user_errors("output", target):
             self._client = s3.connect()
 
     def names(self) -> set[str]:
-        with self._s3.explained("output", self._target):
+        with self._s3.as_user_errors("output", self._target):
             keys = self._s3.keys_below(self._client, self._bucket, self._prefix)
         return {key.removeprefix(self._prefix) for key in keys}
 
     def read(self, name: str) -> bytes:
-        with self._s3.explained("output", self._target):
+        with self._s3.as_user_errors("output", self._target):
             return self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"].read()
 
     def write(self, name: str, data: bytes) -> None:
-        with self._s3.explained("output", self._target):
+        with self._s3.as_user_errors("output", self._target):
             self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=data)
 
     def remove(self, name: str) -> None:
-        with self._s3.explained("output", self._target):
+        with self._s3.as_user_errors("output", self._target):
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
 
 

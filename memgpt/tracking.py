@@ -46,7 +46,7 @@ _BATCH = 1000  # metrics in one request, MLflow's limit
 _NAME = re.compile(r"[^\w.\- /]")  # characters that MLflow refuses in a metric's name
 
 
-class Away(UserError):
+class Unreachable(UserError):
     """The tracking server or the artifact store does not answer."""
 
 
@@ -54,13 +54,13 @@ def patiently(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call MLflow; retry for two minutes while its server or artifact store does not answer.
 
     Raises:
-        Away: if it still does not answer.
+        Unreachable: if it still does not answer.
     """
     for pause in (*PAUSES, None):
         try:
             return call(*args, **kwargs)
         except Exception as error:
-            gone = away(error)
+            gone = unreachable(error)
             if gone is None:
                 raise
             if pause is None:
@@ -69,18 +69,18 @@ def patiently(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     raise AssertionError("the last pause is None")
 
 
-def away(error: Exception) -> Away | None:
+def unreachable(error: Exception) -> Unreachable | None:
     """The error in one line if it means that MLflow's server or the artifact store does not answer, else None."""
-    told = explained(error)
-    return told if isinstance(told, Away) else None
+    told = as_user_error(error)
+    return told if isinstance(told, Unreachable) else None
 
 
-def explained(error: Exception) -> UserError | None:
+def as_user_error(error: Exception) -> UserError | None:
     """The error in one line if the artifact store or the connection to MLflow's server caused it, else None."""
-    if isinstance(error, Away):
+    if isinstance(error, Unreachable):
         return error
     if type(error).__module__.startswith(("botocore.", "boto3.")):
-        kind = Away if _no_store(error) else UserError
+        kind = Unreachable if _no_store(error) else UserError
         told = (str(error) or type(error).__name__).splitlines()[0]
         return kind(f"the artifact store: {told}; check AWS_ENDPOINT_URL, its credentials and the network")
     if type(error).__name__ != "MlflowException" or " failed with exception " not in str(error):
@@ -100,8 +100,8 @@ def _no_store(error: Exception) -> bool:
     return isinstance(cause, ConnectionError | HTTPClientError | RetriesExceededError)
 
 
-def _no_answer(uri: str, reason: object) -> Away:
-    return Away(
+def _no_answer(uri: str, reason: object) -> Unreachable:
+    return Unreachable(
         f"MLFLOW_TRACKING_URI={shown(uri)}: {NO_SERVER} ({reason}); "
         "start it, or unset the variable to track in mlflow.db"
     )
@@ -269,7 +269,7 @@ def stage_run(
     this machine left open are closed as KILLED.
 
     Raises:
-        Away: if the tracking server cannot be reached.
+        Unreachable: if the tracking server cannot be reached.
     """
     use()
     mlflow_client = client()
@@ -287,10 +287,10 @@ def stage_run(
         if params:
             run.params(params)
         yield run
-    except Away:
+    except Unreachable:
         raise
     except BaseException as error:
-        with suppress(Away):  # the first error is the one to report
+        with suppress(Unreachable):  # the first error is the one to report
             run.tags({"error": f"{type(error).__name__}: {error}"[:1000]})
             run.end("FAILED" if isinstance(error, Exception) else "KILLED")
         raise

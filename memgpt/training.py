@@ -92,7 +92,7 @@ def train(
     callbacks = [_AllocateRanks(), average, _Epochs(epoch_steps, after_epoch, average) if after_epoch else None]
     optimizer = optimizer or for_tuning(model, params, settings.optimizer if settings else "adamw")
     callbacks += [_MarkComplete(), _StopOnNaN(), _Progress(title, steps, log) if distributed.first() else None]
-    wrapped = distributed.leave_rows_to_us(model)
+    wrapped = distributed.exclude_tables_from_ddp(model)
     if divide_tables:
         sharding.divide(model)
     with _memory_to_be_short_of(section, params):
@@ -116,7 +116,7 @@ def train(
         distributed.wait()
         resume = checkpoint.latest(checkpoints)
         set_seed(params.seed + distributed.rank())  # different dropout masks in each process
-        if not distributed.agreed(over):
+        if not distributed.broadcast_flag(over):
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     sharding.join(model, checkpoints)
     for module in model.modules():
@@ -140,11 +140,11 @@ def _device(title: str) -> tuple[bool, bool]:
     line if a GPU was to be expected but there is none, or if it is too old for bf16."""
     if not torch.cuda.is_available():
         if torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES", "-1") not in ("", "-1"):
-            distributed.tell(f"{title}: no GPU that torch can use; training on the CPU")
+            distributed.print_once(f"{title}: no GPU that torch can use; training on the CPU")
         return True, multiplies_bfloat16(torch.device("cpu"))
     major, minor = torch.cuda.get_device_capability()
     if major < 8:  # torch would emulate bf16, which is slower than 32 bits
-        distributed.tell(
+        distributed.print_once(
             f"{title}: {torch.cuda.get_device_name()} (compute capability {major}.{minor}) is too old for bf16, which "
             "takes 8.0; training in 32 bits"
         )
@@ -299,7 +299,7 @@ class _Epochs(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self.steps == 0:
             model = self.average.model.module if self.average else model
-            if not distributed.agreed(distributed.first() and self.ask(model, state.global_step)):
+            if not distributed.broadcast_flag(distributed.first() and self.ask(model, state.global_step)):
                 control.should_training_stop = True
 
 

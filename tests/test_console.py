@@ -86,6 +86,6 @@ def test_verdicts_come_in_the_order_of_the_models(tmp_path: Path, monkeypatch: p
 
 def test_a_password_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql+psycopg2://ada:secret@db.example:5432/mlflow")
-    told = "\n".join(console.ways_to_look())
+    told = "\n".join(console.ui_hints())
     assert "postgresql+psycopg2://ada:***@db.example:5432/mlflow" in told
     assert "secret" not in told

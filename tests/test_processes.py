@@ -87,9 +87,9 @@ def test_a_command_that_is_not_there_is_named() -> None:
 def test_a_command_that_fails_is_told_in_one_line(script: str | None, named: list[str], told: str) -> None:
     command = ["/no/such/command"] if script is None else [sys.executable, "-c", f"import sys; {script}"]
     with pytest.raises(UserError) as caught:
-        processes.said(command, *named)
+        processes.output_of(command, *named)
     assert str(caught.value).replace(" ".join(command), "COMMAND") == told
-    assert processes.said([sys.executable, "-c", "print(' fine ')"]) == "fine"
+    assert processes.output_of([sys.executable, "-c", "print(' fine ')"]) == "fine"
 
 
 @pytest.mark.parametrize("manner", ["willing", "stubborn"])

@@ -221,9 +221,9 @@ def test_only_a_server_that_does_not_answer_is_waited_for() -> None:
     from mlflow.exceptions import MlflowException
 
     gone = MlflowException("API request to http://here/runs/log-batch failed with exception Max retries exceeded")
-    assert "no MLflow server answers" in str(tracking.away(gone))
-    assert tracking.away(MlflowException("Invalid parameter value")) is None
-    assert tracking.away(ValueError("API request failed with exception")) is None
+    assert "no MLflow server answers" in str(tracking.unreachable(gone))
+    assert tracking.unreachable(MlflowException("Invalid parameter value")) is None
+    assert tracking.unreachable(ValueError("API request failed with exception")) is None
 
 
 def test_a_store_that_refuses_is_told_at_once_and_one_that_is_away_is_waited_for(
@@ -248,10 +248,10 @@ def test_a_store_that_refuses_is_told_at_once_and_one_that_is_away_is_waited_for
     refused = [NoCredentialsError(), denied, gone, uploads["AccessDenied"]]
     away = [EndpointConnectionError(endpoint_url="http://here"), ReadTimeoutError(endpoint_url="http://here")]
     for error in refused:
-        assert tracking.away(error) is None
-        assert str(tracking.explained(error)).startswith("the artifact store: ")
+        assert tracking.unreachable(error) is None
+        assert str(tracking.as_user_error(error)).startswith("the artifact store: ")
     for error in [*away, answers(500, "InternalError"), answers(400, "Throttling"), uploads["SlowDown"]]:
-        assert "the artifact store" in str(tracking.away(error))
+        assert "the artifact store" in str(tracking.unreachable(error))
 
     answer = Mock(side_effect=[gone, denied])
     monkeypatch.setattr("mlflow.artifacts.list_artifacts", answer)

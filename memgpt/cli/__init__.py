@@ -39,7 +39,7 @@ def main() -> None:
         if type(error).__module__.startswith(("mlflow.", "botocore.", "boto3.")):
             from memgpt import tracking
 
-            if told := tracking.explained(error):
+            if told := tracking.as_user_error(error):
                 sys.exit(f"error: {told}")
         if not _disk_is_full(error):
             raise

@@ -198,4 +198,4 @@ def ui() -> None:
     """
     from memgpt import console
 
-    print("\n".join(console.ways_to_look()))
+    print("\n".join(console.ui_hints()))

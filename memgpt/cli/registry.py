@@ -141,7 +141,7 @@ def lineage(
         told = provenance.of(client, *registry.resolve(client, what))
         show(told if as_json else provenance.lines(told))
     else:
-        found = provenance.came_of(client, what)
+        found = provenance.descendants(client, what)
         show(found if as_json else [f"{version:<20} {', '.join(uses)}" for version, uses in found.items()])
 
 

@@ -143,7 +143,7 @@ def _tracked(verb: str, item: str | None = None, *, log: bool = False) -> None:
             made = True
             tracking.patiently(curve.flush)
             run.metrics(metrics)
-    except tracking.Away as error:
+    except tracking.Unreachable as error:
         if not made:
             raise
         print(f"warning: what {verb} made is kept, its metrics are not in MLflow: {error}", file=sys.stderr)
@@ -167,7 +167,7 @@ class _Curve:
             try:
                 self.flush()
             except Exception as error:  # training continues without a server; the points are kept for later
-                if tracking.away(error) is None:
+                if tracking.unreachable(error) is None:
                     raise
                 self.sent = time.monotonic()
 

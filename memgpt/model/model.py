@@ -378,9 +378,9 @@ class MemGPTModel(MemGPTPreTrainedModel):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(given.shape[1], device=given.device)[None] + past
         recalled = None
-        if memory_ids is None and input_ids is None and self.remembers and not torch.compiler.is_compiling():
+        if memory_ids is None and input_ids is None and self.has_memory and not torch.compiler.is_compiling():
             logger.warning_once("inputs_embeds without memory_ids, the tokens that they stand for: no memory is read")
-        if memory_ids is not None and self.remembers:
+        if memory_ids is not None and self.has_memory:
             memory_ids = hide(memory_ids, attention_mask)
             if context_ids is None and past_key_values is not None:
                 context_ids = _noted_ids(past_key_values)
@@ -437,7 +437,7 @@ class MemGPTModel(MemGPTPreTrainedModel):
         )
 
     @property
-    def remembers(self) -> bool:
+    def has_memory(self) -> bool:
         """Whether the model has a memory table or recall."""
         return self.memory_table is not None or self.recall is not None
 
@@ -550,7 +550,7 @@ class MemGPTForCausalLM(MemGPTPreTrainedModel, GenerationMixin):
             inputs.pop("memory_ids", None)
         if embedded is None and _of_vectors(cache):
             inputs["memory_ids"] = input_ids[:, :0]
-        elif embedded is None and cache is not None and self.model.remembers:
+        elif embedded is None and cache is not None and self.model.has_memory:
             past, count = input_ids.shape[1] - inputs["input_ids"].shape[1], self.model.context
             near = min(past, count)  # to hide ids in the whole text would take longer than a decoding step
             known = hide(input_ids[:, past - near :], attention_mask)

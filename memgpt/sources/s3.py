@@ -35,7 +35,7 @@ class _Damaged(Exception):
 
 def resolve(name: str, uri: str) -> dict[str, Any]:
     bucket, key = parse(name, uri)
-    with explained(name, uri):
+    with as_user_errors(name, uri):
         client = connect()
         folder, keys = _list(client, bucket, key)
         roles = naming.roles(name, uri, keys, folder=folder)
@@ -57,7 +57,7 @@ def fetch(name: str, entry: dict[str, Any], cache: Path = CACHE) -> list[Part]:
         base = PurePosixPath(file["path"]).name
         path = cache / hashlib.sha256(identity.encode()).hexdigest()[:16] / base
         if not path.exists():
-            with explained(name, file["path"]):
+            with as_user_errors(name, file["path"]):
                 _download(name, file, path)
         parts.append(Part(role=file["role"], name=file["path"], path=path))
     return parts
@@ -171,7 +171,7 @@ def _download(name: str, file: dict[str, Any], path: Path) -> None:
 
 
 @contextmanager
-def explained(name: str, uri: str) -> Iterator[None]:
+def as_user_errors(name: str, uri: str) -> Iterator[None]:
     """Turns boto3 exceptions that are user errors into one-line UserErrors."""
     where = f"{naming.key(name)}: {uri}"
     try:

@@ -94,7 +94,7 @@ def run(config: Config, log: Log | None = None) -> dict[str, float]:
     stored, memory_table = model.num_parameters(), model.model.memory_table
     table = 0 if memory_table is None else memory_table.weight.numel()
     size = f"{(stored - table) / 1e6:.1f} M active parameters, {table / 1e6:.1f} M in the memory table"
-    distributed.tell(f"pretrain: {params.init or params.preset}, {size}")
+    distributed.print_once(f"pretrain: {params.init or params.preset}, {size}")
     if memory_table is not None and params.memory_least:
         learned = memory_table.weight.any(dim=1)
         model.model.ngram_hash.claim(_all(data, "count n-grams"), params.memory_least, learned)
@@ -148,7 +148,9 @@ def _products(model: MemGPTForCausalLM, params: Pretrain) -> AbstractContextMana
     if not params.float8:
         return nullcontext()
     if not float8.available():
-        distributed.tell("pretrain.float8: no GPU that multiplies in 8 bits (Ada, Hopper or later); training without")
+        distributed.print_once(
+            "pretrain.float8: no GPU that multiplies in 8 bits (Ada, Hopper or later); training without"
+        )
         return nullcontext()
     if find_spec("torchao") is None:
         raise UserError(
@@ -213,4 +215,4 @@ def _update_memory_only(model: MemGPTForCausalLM, usage: torch.Tensor | None, pa
     except ValueError as error:
         raise UserError(f"pretrain.init={params.init}: {error}") from None
     restrict_to_memory(model, rows)
-    distributed.tell(f"pretrain: updating {int(rows.sum())} of {len(rows)} rows of the memory table")
+    distributed.print_once(f"pretrain: updating {int(rows.sum())} of {len(rows)} rows of the memory table")

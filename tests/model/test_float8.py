@@ -51,7 +51,7 @@ def test_without_such_a_gpu_a_line_says_so_and_without_torchao_an_error(
 ) -> None:
     params = config.load("params.yaml").pretrain.model_copy(update={"float8": True})
     told: list[str] = []
-    monkeypatch.setattr(distributed, "tell", told.append)
+    monkeypatch.setattr(distributed, "print_once", told.append)
     monkeypatch.setattr(float8, "available", lambda: False)
     with pretrain._products(model, params):
         assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
