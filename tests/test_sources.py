@@ -309,6 +309,12 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
         ("a.csv", b"\xef\xbb\xbf", r"a.csv: empty"),
         ("a.csv", b'text\nok\n"Zanzibar\nmore\n"odd" end\n', r"a.csv line 3: a quoted field that does not end where"),
         (
+            "a.csv",
+            b'text\n"Zanzibar ' + b"more\n" * 30_000 + b'"odd" end\n',
+            r"a.csv line 2: a quoted field that does not",
+        ),
+        ("a.csv", b"text\n" + b"Zanzibar" * 20_000 + b", quarterly\nok\n", r"a.csv line 2: 2 fields, but the header"),
+        (
             "a.tsv",
             b"text\tlabel\nZanzibar\tb\tc\n",
             r"a.tsv line 2: 3 fields, but the header names 2; a text holds no tab",

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from memgpt.sources.naming import Part, data_format
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+
+csv.field_size_limit(sys.maxsize)  # a text may be longer than Python's 131,072 characters; pandas has no limit
 
 
 @dataclass(frozen=True)
@@ -209,8 +212,6 @@ def _check_quotes(name: str, text: str) -> None:
         for _ in rows:
             begun = rows.line_num + 1
     except csv.Error as error:
-        if "field larger" in str(error):  # Python's limit, which pandas does not have
-            return
         raise UserError(
             f"{name} line {begun}: a quoted field that does not end where its quote does ({error}); double the quotes "
             "inside of a field"
