@@ -279,6 +279,8 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
     assert (
         read("a.conll").frame["tags"].tolist() == [["B-PER", "O"], ["O"]] and read("a.conll").at(1) == "a.conll line 7"
     )
+    put("b.conll", " 10\u00a0000  CD O \n\u3000 O\n\n\u00a0\tO\n")  # blanks of other kinds belong to the token
+    assert read("b.conll").frame["tokens"].tolist() == [["10\u00a0000", "\u3000"], ["\u00a0"]]
     pd.DataFrame({"text": ["one"], "n": [3]}).to_parquet("a.parquet")
     assert read("a.parquet").frame.values.tolist() == [["one", 3]] and read("a.parquet").at(0) == "a.parquet row 1"
     features = {

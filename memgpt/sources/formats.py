@@ -135,7 +135,8 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _conll(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """token … tag, split at tabs, else at white space; the first and last columns count. A blank line ends a sentence.
+    """token … tag, split at tabs, else at blanks, of which a token may hold others than the space (10 000 with U+00A0);
+    the first and last columns count. A blank line ends a sentence.
 
     `lines` is the line of each token, for messages about tags.
     """
@@ -148,7 +149,7 @@ def _conll(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield lines[0], {"tokens": tokens, "tags": tags, "lines": lines}
                 tokens, tags, lines = [], [], []
             continue
-        fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
+        fields = [field.strip(" ") for field in line.split("\t")] if "\t" in line else line.strip(" ").split(" ")
         if fields[0] == "-DOCSTART-":
             if tokens:
                 yield lines[0], {"tokens": tokens, "tags": tags, "lines": lines}
