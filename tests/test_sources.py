@@ -323,6 +323,12 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
         ),
         ("a.jsonl", b"[" * 200_000, r"a.jsonl line 1: JSON that is nested too deeply"),
         ("a.conll", b"Zanzibar quarterly\nAnn\n", r"a.conll line 2: expected a token and its tag"),
+        (
+            "a.conll",
+            b"1 Zanzibar O\n2 shop O\n\n1 Yes O\n",
+            r"a.conll: the first column numbers the words; leave it out",
+        ),
+        ("a.conll", b"-DOCSTART- -X- O\n", r"a.conll: holds no rows"),
         ("a.parquet", b"PAR1 Zanzibar quarterly", r"a.parquet: not a readable Parquet file, or truncated"),
     ],
 )

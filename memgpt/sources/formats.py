@@ -143,6 +143,7 @@ def _conll(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     tokens: list[str] = []
     tags: list[str] = []
     lines: list[int] = []
+    counted: bool | None = None  # whether every first column is the word's number in its sentence
     for number, line in _lines(text + "\n"):
         if not line.strip():
             if tokens:
@@ -157,9 +158,12 @@ def _conll(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         if len(fields) < 2 or not fields[-1] or not fields[0]:
             raise UserError(f"{name} line {number}: expected a token and its tag, separated by a tab or a space")
+        counted = counted is not False and len(fields) > 2 and fields[0] in (str(len(tokens)), str(len(tokens) + 1))
         tokens.append(fields[0])
         tags.append(fields[-1])
         lines.append(number)
+    if counted:
+        raise UserError(f"{name}: the first column numbers the words; leave it out: the first one must be the token")
 
 
 def _txt(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
