@@ -83,6 +83,8 @@ MILLISECONDS = 10**11  # a numeric time above this is in milliseconds: as second
 _DAY = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240531; seconds would be of 1970
 _DAY_OR_MONTH_FIRST = re.compile(r"\d{1,2}[-/.]\d{1,2}[-/.]\d")  # 03/04/2024: nobody can tell
 
+_LITERAL = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)  # a string in JSON or Python
+_GLUED = re.compile(r'\[""(\s*"")+\s*\]')
 _BIO = re.compile(r"O|[BI]-\S+")
 
 
@@ -356,6 +358,10 @@ def _starts(before: str, tag: str) -> bool:
 def _sequence(value: Any, rows: Rows, index: int, column: str) -> list[str]:
     """A list of strings; a cell of text is a list in JSON or Python, or words separated by white space."""
     if isinstance(value, str) and value.startswith("["):
+        if _GLUED.fullmatch(_LITERAL.sub('""', value)):  # Python would read 'a' 'b' as 'ab'
+            raise UserError(
+                f"{rows.at(index)}: column {column!r} has lists without commas, as NumPy prints them; write JSON"
+            )
         for parse in (json.loads, ast.literal_eval):  # as Python and pandas write lists
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 value = parse(value)

@@ -224,6 +224,18 @@ def test_broken_ner_rows_are_named() -> None:
     fails("ner", inner, match=r"train.jsonl line 1, tag 3: broken BIO")
     numbers = jsonl("train.jsonl", [{"tokens": ["a"], "tags": [3]}])
     fails("ner", numbers, match=r"column 'tags' is not a list of strings; numbers stand for names")
+    printed = part(
+        "train.csv", "tokens,tags\n\"['Ann' 'Lee']\",\"['B-PER'\n 'I-PER']\"\n"
+    )  # read as AnnLee, B-PERI-PER
+    fails(
+        "ner", printed, match=r"train.csv row 1: column 'tokens' has lists without commas, as NumPy prints them; .*JSON"
+    )
+    quotes = jsonl("train.jsonl", [{"tokens": "['\"', '\"', 'a \\' \\' b']", "tags": '["B-X", "O", "O"]'}])
+    assert build("ner", *three(quotes), labels=["LOC", "PER", "X"]).tables["train"].to_pylist()[0]["tokens"] == [
+        '"',
+        '"',
+        "a ' ' b",
+    ]
     fails(
         "ner",
         *three(part("train.conll", GOOD)),
