@@ -85,7 +85,7 @@ _DAY_OR_MONTH_FIRST = re.compile(r"\d{1,2}[-/.]\d{1,2}[-/.]\d")  # 03/04/2024: n
 
 _LITERAL = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)  # a string in JSON or Python
 _GLUED = re.compile(r'\[""(\s*"")+\s*\]')
-_BIO = re.compile(r"O|[BI]-\S+")
+_BIO = re.compile(r"O|[BI]-\S(?:.*\S)?")  # a type may be several words
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,9 @@ def _ner_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
         if broken := bio_error(tags):
             position, reason = broken
             where = f"{rows.name} line {lines[index][position]}" if lines else f"{rows.at(index)}, tag {position + 1}"
-            raise UserError(f"{where}: broken BIO: {reason}; begin every entity with B-")
+            known = _BIO.fullmatch(tags[position])
+            fix = "begin every entity with B-" if known else "BIO, IOB1, BIOES and BILOU are read"
+            raise UserError(f"{where}: broken BIO: {reason}; {fix}")
         yield {"id": _string(identity), "tokens": tokens, "tags": tags, "at": rows.at(index)}
 
 
