@@ -322,6 +322,11 @@ def _ner_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
         [_sequence(value, rows, index, found[column]) for index, value in enumerate(_values(rows, found, column))]
         for column in ("tokens", "tags")
     )
+    if len(tokens_of) > 1 and not lines and all(map(_is_word, _values(rows, found, "tokens"))):
+        raise UserError(
+            f"{rows.name}: every row holds one word; a row is a sentence, or bring a .conll file, with a word and its "
+            "tag on a line and a blank line after each sentence"
+        )
     tags_of = _as_bio(tags_of)
     identities = _values(rows, found, "id")
     for index, (identity, tokens, tags) in enumerate(zip(identities, tokens_of, tags_of, strict=True)):
@@ -334,6 +339,11 @@ def _ner_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
             fix = "begin every entity with B-" if known else "BIO, IOB1, BIOES and BILOU are read"
             raise UserError(f"{where}: broken BIO: {reason}; {fix}")
         yield {"id": _string(identity), "tokens": tokens, "tags": tags, "at": rows.at(index)}
+
+
+def _is_word(value: Any) -> bool:
+    """Whether a cell is a single word as text, and no list."""
+    return isinstance(value, str) and not value.startswith("[") and len(value.split()) == 1
 
 
 _ENDS = {"E": "I", "L": "I", "S": "B", "U": "B"}  # of BIOES and BILOU in BIO

@@ -242,6 +242,14 @@ def test_broken_ner_rows_are_named() -> None:
         '"',
         "a ' ' b",
     ]
+    words = part("train.csv", "Sentence #,Word,Tag\nSentence: 1,Ann,B-PER\n,Lee,I-PER\n,left,O\n")
+    named = {"tokens": "Word", "tags": "Tag"}
+    fails(
+        "ner",
+        words,
+        columns=named,
+        match=r"train.csv: every row holds one word; a row is a sentence, or bring a .conll",
+    )
     fails(
         "ner",
         *three(part("train.conll", GOOD)),
