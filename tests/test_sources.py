@@ -283,6 +283,9 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
     assert read("b.conll").frame["tokens"].tolist() == [["10\u00a0000", "\u3000"], ["\u00a0"]]
     pd.DataFrame({"text": ["one"], "n": [3]}).to_parquet("a.parquet")
     assert read("a.parquet").frame.values.tolist() == [["one", 3]] and read("a.parquet").at(0) == "a.parquet row 1"
+    columns = {"text": pa.array(["ö".encode()]), "tokens": pa.array([[b"a"]]), "other": pa.array([b"\xff"])}
+    pq.write_table(pa.table(columns), "bytes.parquet")
+    assert read("bytes.parquet").frame.values.tolist() == [["ö", ["a"], b"\xff"]]
     features = {
         "label": {"names": ["bad", "good"], "_type": "ClassLabel"},
         "text": {"dtype": "string", "_type": "Value"},

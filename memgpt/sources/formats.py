@@ -1,5 +1,6 @@
 """Files → rows with the line each came from. Whatever is wrong with a file is said in one line, without its text."""
 
+import contextlib
 import csv
 import gzip
 import io
@@ -238,8 +239,20 @@ def _parquet(name: str, data: bytes) -> pd.DataFrame:
 
         table = plain(datasets.Dataset(datasets.table.InMemoryTable(table)))
     return pd.DataFrame(
-        {column: pd.Series(table.column(column).to_pylist(), dtype=object) for column in table.column_names}
+        {column: pd.Series(_as_text(table.column(column)).to_pylist(), dtype=object) for column in table.column_names}
     )
+
+
+def _as_text(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """Bytes as text, which some writers (Spark, Hive) do not mark as such; bytes that are none stay."""
+    import pyarrow as pa
+
+    lists = pa.types.is_list(column.type)
+    inner = column.type.value_type if lists else column.type
+    if pa.types.is_binary(inner) or pa.types.is_large_binary(inner):
+        with contextlib.suppress(pa.ArrowInvalid):
+            return column.cast(pa.list_(pa.string()) if lists else pa.string())
+    return column
 
 
 def plain(part: "datasets.Dataset") -> "pa.Table":
