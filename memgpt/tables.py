@@ -76,6 +76,7 @@ REQUIRED = {
     "items": ("item_id", "title"),
     "interactions": ("user_id", "item_id", "timestamp"),
 }
+_SINGLE = {"text", "label", "title", "item_id", "user_id"}  # columns whose value is never a list
 LICENCE_COLUMNS = ("license", "licence")
 _LONGEST_NAME = 64  # characters of a column's name
 MILLISECONDS = 10**11  # a numeric time above this is in milliseconds: as seconds it would be after the year 5000
@@ -272,7 +273,21 @@ def _licences(rows: Rows) -> set[str]:
 
 
 def _values(rows: Rows, found: dict[str, str], column: str) -> list[Any]:
-    return rows.frame[found[column]].tolist() if column in found else [None] * len(rows.frame)
+    """The values of one of our columns, None where the source has none.
+
+    Raises:
+        UserError: for a list or a record where one value is meant: as text it would be its brackets and quotes too.
+    """
+    if column not in found:
+        return [None] * len(rows.frame)
+    values = rows.frame[found[column]].tolist()
+    if column in _SINGLE:
+        for index, value in enumerate(values):
+            if isinstance(value, list | tuple | dict | bytes):
+                raise UserError(
+                    f"{rows.at(index)}: column {found[column]!r} is not one value; write a text or a number"
+                )
+    return values
 
 
 def _present(value: Any) -> bool:

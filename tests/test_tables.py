@@ -145,6 +145,12 @@ def test_a_column_is_read_as_one_thing_and_can_be_left_out() -> None:
     }
 
 
+@pytest.mark.parametrize(("column", "value"), [("text", ["a", "b"]), ("text", {"en": "a"}), ("label", ["good"])])
+def test_a_list_or_a_record_is_no_text(column: str, value: object) -> None:
+    rows = jsonl("a.jsonl", [*reviews(1), {**reviews(1)[0], column: value}], "all")
+    fails("sentiment", rows, match=rf"a.jsonl line 2: column '{column}' is not one value; write a text or a number")
+
+
 def test_the_licences_of_the_rows_are_collected() -> None:
     rows = [{"text": f"t{number}", "license": ("MIT", "CC0")[number % 2]} for number in range(100)]
     assert build("corpus", jsonl("a.jsonl", rows, "all")).licences == ["CC0", "MIT"]
