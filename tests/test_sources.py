@@ -134,6 +134,15 @@ def test_a_glob_never_descends() -> None:
     assert roles("set/**") == roles("set/*")
 
 
+def test_a_glob_over_folders_finds_their_splits() -> None:
+    for name in ("train/part-0.jsonl", "train/part-1.jsonl", "test/part-9.jsonl", "test/dev-0.jsonl"):
+        put(f"set-for-tests/{name}", row())
+    splits = {"part-0.jsonl": "train", "part-1.jsonl": "train", "part-9.jsonl": "test", "dev-0.jsonl": "validation"}
+    assert roles("set-for-tests/*/*.jsonl") == splits
+    put("dev-blog/a.jsonl", row())
+    assert roles("dev-blog/*") == roles("dev-blog") == {"a.jsonl": "all"}
+
+
 def test_unsplit_files_are_one_whole() -> None:
     put("one/reviews.jsonl", row())
     assert roles("one/reviews.jsonl") == roles("one") == roles("one/*.jsonl") == {"reviews.jsonl": "all"}

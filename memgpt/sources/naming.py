@@ -83,7 +83,8 @@ def split_of(word: str) -> str | None:
 
 def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, str]:
     """File name → role, for one source's files; in a folder, files without a role are left out beside those with one.
-    Of what is no source of the pipeline, all files are wanted. What is left out is told.
+    Where a glob takes in several folders, their names count for files whose own say no split. Of what is no source of
+    the pipeline, all files are wanted. What is left out is told.
 
     Raises:
         UserError: if no file is data, a glob mixes split and unsplit files, or a split comes in two formats or only in
@@ -97,10 +98,13 @@ def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, st
     if source not in config.SOURCES:
         return dict.fromkeys(data, WHOLE)
     found: dict[str, str | None] = {}
+    folders = {name: PurePosixPath(name).parent for name in data}
+    several = len(set(folders.values())) > 1  # then a folder may be a split: train/part-0.csv
     for name in data:
         base = PurePosixPath(name).name
         table = _TABLE.match(base)
-        found[name] = (table[1].lower() if table else None) if tables else split_of(base)
+        split = split_of(base) or (split_of(folders[name].name) if several else None)
+        found[name] = (table[1].lower() if table else None) if tables else split
     named = {name: role for name, role in found.items() if role}
     if tables:
         missing = {"items", "interactions"} - set(named.values())
