@@ -77,6 +77,7 @@ REQUIRED = {
     "interactions": ("user_id", "item_id", "timestamp"),
 }
 _SINGLE = {"text", "label", "title", "item_id", "user_id"}  # columns whose value is never a list
+_SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold")
 LICENCE_COLUMNS = ("license", "licence")
 _LONGEST_NAME = 64  # characters of a column's name
 MILLISECONDS = 10**11  # a numeric time above this is in milliseconds: as seconds it would be after the year 5000
@@ -112,6 +113,7 @@ def build(name: str, parts: Iterable[Part], source: config.Source, settings: con
     splits: dict[str, list[dict[str, Any]]] = {}
     licences: set[str] = set()
     for rows in read:
+        _refuse_splits(rows)
         found = _columns(name, name, rows, source.columns)
         columns.update(found)
         licences |= _licences(rows)
@@ -261,6 +263,18 @@ def _listed(columns: list[str]) -> str:
     if any(len(column) > _LONGEST_NAME for column in columns):
         return "a first line that does not look like names of columns; a file begins with such a line"
     return ", ".join(columns)
+
+
+def _refuse_splits(rows: Rows) -> None:
+    """A column that says each row's split is not read, and its rows are not split anew over it."""
+    for column in rows.frame.columns if rows.role == WHOLE else ():
+        if str(column).strip().lower() in _SPLIT_COLUMNS:
+            splits = {naming.split_of(value) for value in map(str, rows.frame[column])}
+            if None not in splits and len(splits) > 1:
+                raise UserError(
+                    f"{rows.name}: column {str(column)!r} names splits, and is not read; write a file for each "
+                    "(train.csv, …), or take the column out"
+                )
 
 
 def _own_tables(name: str) -> tuple[str, ...]:

@@ -81,6 +81,14 @@ def test_a_split_that_stays_empty_is_an_error() -> None:
 # ---- ids, labels, columns
 
 
+def test_rows_that_name_their_split_are_not_split_anew() -> None:
+    rows = [{**row, "Split": ("train", "dev", "test")[place % 3]} for place, row in enumerate(reviews(300))]
+    fails(
+        "sentiment", jsonl("a.jsonl", rows, "all"), match=r"a.jsonl: column 'Split' names splits, and is not read; wri"
+    )
+    assert build("sentiment", jsonl("a.jsonl", [*rows, {**rows[0], "Split": "web"}], "all"))
+
+
 def test_ids_are_the_sources_or_derived_and_always_unique() -> None:
     rows = [{"text": "same", "label": "a"}, {"text": "same", "label": "b"}, {"id": 7, "text": "x", "label": "a"}]
     test = [{"id": 7.0, "text": "y", "label": "a"}]
