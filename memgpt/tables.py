@@ -206,6 +206,15 @@ def _labels(name: str, splits: dict[str, list[dict[str, Any]]], pinned: list[str
     word = "entity type" if name == "ner" else "label"
     if not known:
         raise UserError(f"data.{name}: train has no {word}")
+    if pinned is None:
+        spelled: dict[str, str] = {}
+        for label in sorted(known):
+            other = spelled.setdefault(label.casefold().removesuffix(".0"), label)
+            if other != label:
+                at = next(row["at"] for row in splits["train"] if label in of(row))
+                raise UserError(
+                    f"{at}: {word} {label!r}, elsewhere {other!r}; spell it one way, or pin both in data.{name}.labels"
+                )
     for split, rows in splits.items():
         for row in rows:
             if extra := of(row) - known:

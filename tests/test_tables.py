@@ -116,6 +116,15 @@ def test_labels_are_those_of_train_or_the_pinned() -> None:
     )
 
 
+@pytest.mark.parametrize("pair", [("Good", "good"), ("1", "1.0")])
+def test_two_spellings_of_a_label_are_not_two_labels(pair: tuple[str, str]) -> None:
+    rows = [{"text": str(place), "label": label} for place, label in enumerate((pair[0], pair[1], "bad"))]
+    parts = [jsonl("a.jsonl", rows), jsonl("v.jsonl", rows[2:], "validation"), jsonl("e.jsonl", rows[2:], "test")]
+    match = rf"a.jsonl line 2: label '{pair[1]}', elsewhere '{pair[0]}'; spell it one way, or pin both in data"
+    fails("sentiment", *parts, match=match)
+    assert build("sentiment", *parts, labels=["bad", *pair]).labels == sorted(("bad", *pair))
+
+
 def test_columns_are_mapped_by_usual_names_or_by_the_configuration() -> None:
     rows = [{"sentence": f"s {number}", "sentiment": "a", "when": "x"} for number in range(100)]
     built = build("sentiment", jsonl("a.jsonl", rows, "all"))
