@@ -259,6 +259,10 @@ def _columns(name: str, table: str, rows: Rows, mapping: Mapping[str, str | None
         raise UserError(
             f"{rows.name}: a .txt file holds texts without a {missing[0]}; bring .csv, .tsv, .jsonl or .parquet"
         )
+    if missing and len(has) == 1 and re.search(r"[;,|\t]", has[0]):
+        raise UserError(
+            f"{rows.name}: a single column, {_listed(has)}; commas separate the fields of a .csv, tabs those of a .tsv"
+        )
     if missing:
         raise UserError(
             f"{rows.name}: no column {missing[0]!r}; it has {_listed(has)}; "

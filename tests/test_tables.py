@@ -146,6 +146,9 @@ def test_columns_are_mapped_by_usual_names_or_by_the_configuration() -> None:
         columns={"txt": "x"},
         match=r"data.sentiment.columns.txt: not a column of sent",
     )
+    for name, mark in (("c.csv", ";"), ("c.csv", "\t"), ("c.tsv", ",")):
+        match = rf"{name}: a single column, phrase{mark}verdict; commas separate the fields of a .csv, tabs those of"
+        fails("sentiment", part(name, f"phrase{mark}verdict\na{mark}b\n"), match=match)
     fails("sentiment", part("c.txt", "some text"), match=r"c.txt: a .txt file holds texts without a label")
     bare = 'Great,"A text of somebody that goes on and on, as texts do, and is no name of a column",5\n' * 2
     with pytest.raises(UserError, match=r"d.csv: no column 'text'; it has a first line that does not look") as told:

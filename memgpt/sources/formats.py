@@ -207,6 +207,9 @@ def _csv(name: str, text: str, tabs: bool) -> pd.DataFrame:
                 )
     if not tabs:
         _check_quotes(name, text)
+    names = [str(column).strip() for column in frame.columns]  # text, label
+    if len(set(names)) == len(names):
+        frame.columns = pd.Index(names)
     return frame.astype(object).where(frame.notna(), None)
 
 
