@@ -246,7 +246,9 @@ def _columns(name: str, table: str, rows: Rows, mapping: Mapping[str, str | None
         asked = mapping.get(column)
         if column in mapping and asked is None:
             continue
-        candidates = [asked] if asked else [name for name in usual if name not in taken]
+        candidates = [other for other in usual if other not in taken]
+        if asked:  # of two tables, the other one's id may have a usual name
+            candidates = [asked, *(candidates if table != name else ())]
         match = next((candidate for candidate in candidates if candidate in has), None)
         if match is not None:
             found[column] = match
@@ -262,6 +264,11 @@ def _columns(name: str, table: str, rows: Rows, mapping: Mapping[str, str | None
     if missing and len(has) == 1 and re.search(r"[;,|\t]", has[0]):
         raise UserError(
             f"{rows.name}: a single column, {_listed(has)}; commas separate the fields of a .csv, tabs those of a .tsv"
+        )
+    if missing and (asked := mapping.get(missing[0])):
+        raise UserError(
+            f"{rows.name}: no column {asked!r} (data.{name}.columns.{missing[0]}), nor one of a usual name, such as "
+            f"{USUAL[table][missing[0]][0]!r}; it has {_listed(has)}; rename the right one"
         )
     if missing:
         raise UserError(

@@ -360,6 +360,18 @@ def test_a_mapped_column_of_one_of_the_two_files_suffices() -> None:
     )
 
 
+def test_items_and_interactions_may_call_the_item_differently() -> None:
+    clicks = part("interactions.csv", "user_id,isbn,timestamp\n7,1,100\n", "interactions")
+    named = {"item_id": "isbn"}
+    built = build("recommendation", part("items.csv", ITEMS, "items"), clicks, columns=named)
+    assert (built.columns["items.item_id"], built.columns["interactions.item_id"]) == ("item_id", "isbn")
+    odd = part("items.csv", ITEMS.replace("item_id", "book_no"), "items")
+    match = (
+        r"no column 'isbn' \(data.recommendation.columns.item_id\), nor one of a usual name, such as 'item_id'; it has"
+    )
+    fails("recommendation", odd, clicks, columns=named, match=match)
+
+
 @pytest.mark.parametrize(
     ("line", "match"),
     [
