@@ -172,7 +172,11 @@ def test_what_cannot_be_resolved_is_said_in_one_line() -> None:
     fails("sentiment", "mixed", "train comes in more than one format at mixed: train.csv, train.jsonl")
     fails("sentiment", "partly/*", "more.jsonl names no split while others do")
     fails("sentiment", "held", "no train file at held")
-    fails("recommendation", "items", r"no interactions file at items; needed are items.\* and interactions.\*")
+    fails(
+        "recommendation",
+        "items",
+        r"no interactions file at items; needed are items.\* and interactions.\*, found items.csv; ren",
+    )
     fails("ner", "sample://newspaper", "the embedded data is sample://newsroom")
     fails("ner", "sample://newsroom?size=3", "unknown option 'size'")
     fails("ner", "sample://newsroom?scale=big", "scale must be a number")

@@ -110,7 +110,8 @@ def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, st
         missing = {"items", "interactions"} - set(named.values())
         if missing:
             raise UserError(
-                f"{where}: no {' and no '.join(sorted(missing))} file at {uri}; needed are items.* and interactions.*"
+                f"{where}: no {' and no '.join(sorted(missing))} file at {uri}; needed are items.* and "
+                f"interactions.*, found {_some(data)}; rename the right ones"
             )
         if rest := [name for name in data if name not in named]:
             print(f"{where}: left out, neither items nor interactions: {_some(rest)}", file=sys.stderr)
