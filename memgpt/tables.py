@@ -361,7 +361,9 @@ def _sentiment_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, 
         row: dict[str, Any] = {column: _string(values[column][index]) for column in ("id", "text", "label", "topic")}
         row["label"] = (row["label"] or "").strip() or None
         time = values["time"][index]
-        row["time"] = _moment(time, rows, index, found["time"]).to_pydatetime() if _present(time) else None
+        row["time"] = None
+        if _present(time):
+            row["time"] = _moment(time, rows, index, found["time"], _left_out("sentiment", "time")).to_pydatetime()
         yield {**row, "at": rows.at(index)}
 
 
@@ -438,8 +440,14 @@ def _sequence(value: Any, rows: Rows, index: int, column: str) -> list[str]:
     return [_string(item) or "" for item in value]
 
 
-def _moment(value: Any, rows: Rows, index: int, column: str) -> pd.Timestamp:
-    """A time as UTC without a zone: a date in ISO form, or seconds or milliseconds since 1970."""
+def _left_out(name: str, column: str) -> str:
+    """What else to do about a value of a column that no table needs."""
+    return f", or leave the column out with data.{name}.columns.{column}=null"
+
+
+def _moment(value: Any, rows: Rows, index: int, column: str, otherwise: str = "") -> pd.Timestamp:
+    """A time as UTC without a zone: a date in ISO form, or seconds or milliseconds since 1970. otherwise: ends the
+    message about what is none."""
     try:
         if isinstance(value, int) and _DAY.fullmatch(str(value)):
             value = str(value)
@@ -458,6 +466,7 @@ def _moment(value: Any, rows: Rows, index: int, column: str) -> pd.Timestamp:
     except (ValueError, TypeError, OverflowError):
         raise UserError(
             f"{rows.at(index)}: column {column!r} is not a time; write 2024-05-31T12:00:00 or seconds since 1970"
+            + otherwise
         ) from None
 
 
@@ -586,7 +595,10 @@ def _interactions(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]
             try:
                 row["rating"] = float(ratings[index])
             except (TypeError, ValueError):
-                raise UserError(f"{rows.at(index)}: column {found['rating']!r} is not a number") from None
+                raise UserError(
+                    f"{rows.at(index)}: column {found['rating']!r} is not a number; write 4.5"
+                    + _left_out("recommendation", "rating")
+                ) from None
         yield row
 
 

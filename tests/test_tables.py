@@ -310,7 +310,12 @@ def test_times_are_read_in_the_usual_forms() -> None:
     ]
     for odd in ("last week", "03/04/2024", "3.4.24"):  # of the third of April, or the fourth of March?
         row = jsonl("t.jsonl", [{"text": "x", "label": "a", "date": odd}])
-        fails("sentiment", row, match=r"t.jsonl line 1: column 'date' is not a time; write 2024-05-31T12:00:00 or sec")
+        fails(
+            "sentiment",
+            row,
+            match=r"t.jsonl line 1: column 'date' is not a time; write 2024-05-31T12:00:00 or sec.*, or",
+        )
+        fails("sentiment", row, match=r"leave the column out with data.sentiment.columns.time=null")
 
 
 # ---- recommendation
@@ -343,7 +348,7 @@ def test_items_and_interactions_from_files() -> None:
         ("7,,4,100", r"interactions.csv line 2: column 'item_id' is empty"),
         ("7,1,4,", r"interactions.csv line 2: column 'timestamp' is not a time"),
         ("7,1,4,soon", r"interactions.csv line 2: column 'timestamp' is not a time"),
-        ("7,1,many,100", r"interactions.csv line 2: column 'rating' is not a number"),
+        ("7,1,many,100", r"interactions.csv line 2: column 'rating' is not a number; .*columns.rating=null"),
     ],
 )
 def test_unreadable_interactions_are_named(line: str, match: str) -> None:

@@ -154,6 +154,12 @@ def test_planted_rows_block(place: config.Config, source: str, table: str, edit:
     [
         ("recommendation", "train", plant(1, item_id="gone"), "row 1 (item gone); bring them among the items"),
         ("recommendation", "test", keep(3), "validate.min_rows is 20; a reader of three items or more gives"),
+        (
+            "recommendation",
+            "train",
+            plant(1, timestamp=10**13),
+            "; write seconds or milliseconds since 1970, or dates such",
+        ),
         ("ner", "train", plant(1, tokens=[], tags=[]), "; it is empty: fill it in, or take the row out; see"),
         ("sentiment", "train", plant(1, label=None), "; fill it in, or take the row out; see reports/validation/"),
     ],
