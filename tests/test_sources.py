@@ -282,6 +282,11 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
     assert read("b.csv").at(1) == "b.csv row 2" and len(read("b.csv").frame) == 2
     put("c.csv", "text,label\none,good,\ntwo,bad,\n")  # as some programs end each line
     assert read("c.csv").frame.values.tolist() == [["one", "good"], ["two", "bad"]]
+    put("c.csv", "text,label\none,good\n\n,\ntwo,\n")  # a blank line is no row
+    assert read("c.csv").frame.values.tolist() == [["one", "good"], ["", ""], ["two", ""]]
+    assert read("c.csv").at(1) == "c.csv line 4"
+    put("c.csv", "text\none\n\ntwo\n")
+    assert read("c.csv").frame["text"].tolist() == ["one", "", "two"]
     put("d.csv", "text , label\none,good\n")
     assert list(read("d.csv").frame.columns) == ["text", "label"]
     put("a.txt", "one\nmore\n\n\ntwo\u2028still two\n")

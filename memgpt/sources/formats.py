@@ -64,9 +64,9 @@ def read(part: Part, source: str = "") -> Rows:
     elif kind in ("csv", "tsv"):
         text = _text(part.name, data).rstrip("\r\n")
         frame = _csv(part.name, text, tabs=kind == "tsv")
+        lines = [number for number, line in _lines(text) if line.strip() or frame.shape[1] == 1][1:]
         # a quoted field may span lines; rows are counted then
-        whole = text.count("\n") == len(frame)
-        unit, numbers = ("line", range(2, len(frame) + 2)) if whole else ("row", range(1, len(frame) + 1))
+        unit, numbers = ("line", lines) if len(lines) == len(frame) else ("row", range(1, len(frame) + 1))
     else:
         reader = {"jsonl": _jsonl, "conll": _conll, "txt": _txt}[str(kind)]
         pairs = list(reader(part.name, _text(part.name, data)))
@@ -182,13 +182,20 @@ def _txt(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv(name: str, text: str, tabs: bool) -> pd.DataFrame:
     """Every value as a string; an empty field is "", a field missing at the end of a line is null. Empty fields beyond
-    the header's are let go. Between tabs, quotes are text."""
+    the header's are let go, and blank lines, unless there is a single column, where they may be empty texts. Between
+    tabs, quotes are text."""
     dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    several = ("\t" if tabs else ",") in text.lstrip().partition("\n")[0]
     try:
         with warnings.catch_warnings(record=True) as told:  # pandas drops what the header has no name for
             warnings.simplefilter("always", pd.errors.ParserWarning)
             frame = pd.read_csv(
-                io.StringIO(text), dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False, **dialect
+                io.StringIO(text),
+                dtype=str,
+                keep_default_na=False,
+                index_col=False,
+                skip_blank_lines=several,
+                **dialect,
             )
     except pd.errors.EmptyDataError:
         raise UserError(f"{name}: empty") from None
