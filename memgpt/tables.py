@@ -265,6 +265,11 @@ def _columns(name: str, table: str, rows: Rows, mapping: Mapping[str, str | None
         raise UserError(
             f"{rows.name}: a single column, {_listed(has)}; commas separate the fields of a .csv, tabs those of a .tsv"
         )
+    if name == "ner" and missing == ["tokens", "tags"] and "text" in has:
+        raise UserError(
+            f"{rows.name}: a text with spans is not read; it has {_listed(has)}; bring its words as 'tokens' and a "
+            "tag for each as 'tags'"
+        )
     if missing and (asked := mapping.get(missing[0])):
         raise UserError(
             f"{rows.name}: no column {asked!r} (data.{name}.columns.{missing[0]}), nor one of a usual name, such as "

@@ -268,6 +268,12 @@ def test_broken_ner_rows_are_named() -> None:
         '"',
         "a ' ' b",
     ]
+    spans = jsonl("train.jsonl", [{"text": "Ann left", "spans": [{"start": 0, "end": 3, "label": "PER"}]}])
+    fails(
+        "ner",
+        spans,
+        match=r"train.jsonl: a text with spans is not read; it has text, spans; bring its words as 'tok",
+    )
     words = part("train.csv", "Sentence #,Word,Tag\nSentence: 1,Ann,B-PER\n,Lee,I-PER\n,left,O\n")
     named = {"tokens": "Word", "tags": "Tag"}
     fails(
