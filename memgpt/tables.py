@@ -580,7 +580,7 @@ def _items(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
 def _joined(value: Any, separator: str) -> str:
     """A|B or a list as one string."""
     if not isinstance(value, str) and hasattr(value, "__iter__"):
-        return separator.join(_string(item) or "" for item in value)
+        return separator.join(filter(None, map(_string, value)))
     text = _string(value) or ""
     # prose may hold a lone |; a list joined with it has no blanks around it
     return separator.join(text.split("|")) if "|" in text and " | " not in text else text

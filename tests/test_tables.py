@@ -397,6 +397,12 @@ def test_new_items_that_cannot_be_told_apart_are_named(line: str, match: str) ->
         tables.read_items(Path("new.csv"), {})
 
 
+def test_what_a_list_lacks_leaves_no_gap() -> None:
+    Path("new.jsonl").write_text('{"item_id": 1, "title": "Toy", "genres": ["Drama", null, ""], "tags": [null]}\n')
+    [item] = tables.read_items(Path("new.jsonl"), {})
+    assert (item["description"], item["tags"]) == ("Drama", "")
+
+
 def test_new_items_have_the_columns_that_ingested_ones_have() -> None:
     Path("new.csv").write_text("sku,title,who\n7,Toy,x\n")
     [item] = tables.read_items(Path("new.csv"), {"item_id": "sku", "user_id": "reader"})
