@@ -118,7 +118,9 @@ KNOBS = {  # check → the key of params.yaml that sets its threshold
 
 
 FIXES = {  # check → what to do about rows that fail it
+    "minimum rows": "bring more rows",
     "no nulls": "fill it in, or take the row out",
+    "time in seconds since 1970": "write seconds or milliseconds since 1970, or dates such as 2024-05-31",
     "unknown items": "bring them among the items, or take the rows out",
     "duplicate item ids": "give each item its own",
     "label balance in train": "bring more rows of it, or take it out",

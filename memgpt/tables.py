@@ -76,6 +76,8 @@ REQUIRED = {
     "items": ("item_id", "title"),
     "interactions": ("user_id", "item_id", "timestamp"),
 }
+_SINGLE = {"text", "label", "title", "item_id", "user_id"}  # columns whose value is never a list
+_SPLIT_COLUMNS = ("split", "set", "subset", "partition", "fold")
 LICENCE_COLUMNS = ("license", "licence")
 _LONGEST_NAME = 64  # characters of a column's name
 MILLISECONDS = 10**11  # a numeric time above this is in milliseconds: as seconds it would be after the year 5000
@@ -83,7 +85,9 @@ MILLISECONDS = 10**11  # a numeric time above this is in milliseconds: as second
 _DAY = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")  # 20240531; as seconds it would be in 1970
 _DAY_OR_MONTH_FIRST = re.compile(r"\d{1,2}[-/.]\d{1,2}[-/.]\d")  # 03/04/2024 is ambiguous
 
-_BIO = re.compile(r"O|[BI]-\S+")
+_LITERAL = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)  # a string in JSON or Python
+_GLUED = re.compile(r'\[""(\s*"")+\s*\]')
+_BIO = re.compile(r"O|[BI]-\S(?:.*\S)?")  # a type may be several words
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ def build(name: str, parts: Iterable[Part], source: config.Source, settings: con
     splits: dict[str, list[dict[str, Any]]] = {}
     licences: set[str] = set()
     for rows in read:
+        _refuse_splits(rows)
         found = _columns(name, name, rows, source.columns)
         columns.update(found)
         licences |= _licences(rows)
@@ -201,6 +206,15 @@ def _labels(name: str, splits: dict[str, list[dict[str, Any]]], pinned: list[str
     word = "entity type" if name == "ner" else "label"
     if not known:
         raise UserError(f"data.{name}: train has no {word}")
+    if pinned is None:
+        spelled: dict[str, str] = {}
+        for label in sorted(known):
+            other = spelled.setdefault(label.casefold().removesuffix(".0"), label)
+            if other != label:
+                at = next(row["at"] for row in splits["train"] if label in of(row))
+                raise UserError(
+                    f"{at}: {word} {label!r}, elsewhere {other!r}; spell it one way, or pin both in data.{name}.labels"
+                )
     for split, rows in splits.items():
         for row in rows:
             if extra := of(row) - known:
@@ -232,7 +246,9 @@ def _columns(name: str, table: str, rows: Rows, mapping: Mapping[str, str | None
         asked = mapping.get(column)
         if column in mapping and asked is None:
             continue
-        candidates = [asked] if asked else [name for name in usual if name not in taken]
+        candidates = [other for other in usual if other not in taken]
+        if asked:  # of two tables, the other one's id may have a usual name
+            candidates = [asked, *(candidates if table != name else ())]
         match = next((candidate for candidate in candidates if candidate in has), None)
         if match is not None:
             found[column] = match
@@ -244,6 +260,20 @@ def _columns(name: str, table: str, rows: Rows, mapping: Mapping[str, str | None
     if missing and rows.documents:
         raise UserError(
             f"{rows.name}: a .txt file holds texts without a {missing[0]}; bring .csv, .tsv, .jsonl or .parquet"
+        )
+    if missing and len(has) == 1 and re.search(r"[;,|\t]", has[0]):
+        raise UserError(
+            f"{rows.name}: a single column, {_listed(has)}; commas separate the fields of a .csv, tabs those of a .tsv"
+        )
+    if name == "ner" and missing == ["tokens", "tags"] and "text" in has:
+        raise UserError(
+            f"{rows.name}: a text with spans is not read; it has {_listed(has)}; bring its words as 'tokens' and a "
+            "tag for each as 'tags'"
+        )
+    if missing and (asked := mapping.get(missing[0])):
+        raise UserError(
+            f"{rows.name}: no column {asked!r} (data.{name}.columns.{missing[0]}), nor one of a usual name, such as "
+            f"{USUAL[table][missing[0]][0]!r}; it has {_listed(has)}; rename the right one"
         )
     if missing:
         raise UserError(
@@ -260,6 +290,18 @@ def _listed(columns: list[str]) -> str:
     return ", ".join(columns)
 
 
+def _refuse_splits(rows: Rows) -> None:
+    """Raise UserError for a column that names each row's split: it is not read, so test rows would be trained on."""
+    for column in rows.frame.columns if rows.role == WHOLE else ():
+        if str(column).strip().lower() in _SPLIT_COLUMNS:
+            splits = {naming.split_of(value) for value in map(str, rows.frame[column])}
+            if None not in splits and len(splits) > 1:
+                raise UserError(
+                    f"{rows.name}: column {str(column)!r} names splits, and is not read; write a file for each "
+                    "(train.csv, …), or take the column out"
+                )
+
+
 def _own_tables(name: str) -> tuple[str, ...]:
     return ("items", "interactions") if name == "recommendation" else (name,)
 
@@ -270,7 +312,21 @@ def _licences(rows: Rows) -> set[str]:
 
 
 def _values(rows: Rows, found: dict[str, str], column: str) -> list[Any]:
-    return rows.frame[found[column]].tolist() if column in found else [None] * len(rows.frame)
+    """The values of one of our columns, None where the source has none.
+
+    Raises:
+        UserError: for a list or a record where one value is meant: as text it would be its brackets and quotes too.
+    """
+    if column not in found:
+        return [None] * len(rows.frame)
+    values = rows.frame[found[column]].tolist()
+    if column in _SINGLE:
+        for index, value in enumerate(values):
+            if isinstance(value, list | tuple | dict | bytes):
+                raise UserError(
+                    f"{rows.at(index)}: column {found[column]!r} is not one value; write a text or a number"
+                )
+    return values
 
 
 def _present(value: Any) -> bool:
@@ -310,7 +366,9 @@ def _sentiment_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, 
         row: dict[str, Any] = {column: _string(values[column][index]) for column in ("id", "text", "label", "topic")}
         row["label"] = (row["label"] or "").strip() or None
         time = values["time"][index]
-        row["time"] = _moment(time, rows, index, found["time"]).to_pydatetime() if _present(time) else None
+        row["time"] = None
+        if _present(time):
+            row["time"] = _moment(time, rows, index, found["time"], _left_out("sentiment", "time")).to_pydatetime()
         yield {**row, "at": rows.at(index)}
 
 
@@ -320,6 +378,11 @@ def _ner_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
         [_sequence(value, rows, index, found[column]) for index, value in enumerate(_values(rows, found, column))]
         for column in ("tokens", "tags")
     )
+    if len(tokens_of) > 1 and not lines and all(map(_is_word, _values(rows, found, "tokens"))):
+        raise UserError(
+            f"{rows.name}: every row holds one word; a row is a sentence, or bring a .conll file, with a word and its "
+            "tag on a line and a blank line after each sentence"
+        )
     tags_of = _as_bio(tags_of)
     identities = _values(rows, found, "id")
     for index, (identity, tokens, tags) in enumerate(zip(identities, tokens_of, tags_of, strict=True)):
@@ -328,8 +391,15 @@ def _ner_records(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
         if broken := bio_error(tags):
             position, reason = broken
             where = f"{rows.name} line {lines[index][position]}" if lines else f"{rows.at(index)}, tag {position + 1}"
-            raise UserError(f"{where}: broken BIO: {reason}; begin every entity with B-")
+            known = _BIO.fullmatch(tags[position])
+            fix = "begin every entity with B-" if known else "BIO, IOB1, BIOES and BILOU are read"
+            raise UserError(f"{where}: broken BIO: {reason}; {fix}")
         yield {"id": _string(identity), "tokens": tokens, "tags": tags, "at": rows.at(index)}
+
+
+def _is_word(value: Any) -> bool:
+    """Whether a cell is a single word, not a list."""
+    return isinstance(value, str) and not value.startswith("[") and len(value.split()) == 1
 
 
 _ENDS = {"E": "I", "L": "I", "S": "B", "U": "B"}  # marks of BIOES and BILOU → BIO
@@ -356,6 +426,10 @@ def _starts(before: str, tag: str) -> bool:
 def _sequence(value: Any, rows: Rows, index: int, column: str) -> list[str]:
     """A list of strings. A text cell is parsed as a JSON or Python list, else split at white space."""
     if isinstance(value, str) and value.startswith("["):
+        if _GLUED.fullmatch(_LITERAL.sub('""', value)):  # Python would read 'a' 'b' as 'ab'
+            raise UserError(
+                f"{rows.at(index)}: column {column!r} has lists without commas, as NumPy prints them; write JSON"
+            )
         for parse in (json.loads, ast.literal_eval):  # as Python and pandas write lists
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 value = parse(value)
@@ -371,8 +445,14 @@ def _sequence(value: Any, rows: Rows, index: int, column: str) -> list[str]:
     return [_string(item) or "" for item in value]
 
 
-def _moment(value: Any, rows: Rows, index: int, column: str) -> pd.Timestamp:
-    """A time as UTC without a zone: a date in ISO form, or seconds or milliseconds since 1970."""
+def _left_out(name: str, column: str) -> str:
+    """The end of a message about an optional column: how to leave it out."""
+    return f", or leave the column out with data.{name}.columns.{column}=null"
+
+
+def _moment(value: Any, rows: Rows, index: int, column: str, otherwise: str = "") -> pd.Timestamp:
+    """A time as UTC without a zone, from a date in ISO form, or seconds or milliseconds since 1970. otherwise: the end
+    of the error message."""
     try:
         if isinstance(value, int) and _DAY.fullmatch(str(value)):
             value = str(value)
@@ -391,6 +471,7 @@ def _moment(value: Any, rows: Rows, index: int, column: str) -> pd.Timestamp:
     except (ValueError, TypeError, OverflowError):
         raise UserError(
             f"{rows.at(index)}: column {column!r} is not a time; write 2024-05-31T12:00:00 or seconds since 1970"
+            + otherwise
         ) from None
 
 
@@ -499,7 +580,7 @@ def _items(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]:
 def _joined(value: Any, separator: str) -> str:
     """A|B, or a list, as one string with `separator`."""
     if not isinstance(value, str) and hasattr(value, "__iter__"):
-        return separator.join(_string(item) or "" for item in value)
+        return separator.join(filter(None, map(_string, value)))
     text = _string(value) or ""
     # prose may contain a |, but with spaces around it; a joined list has none
     return separator.join(text.split("|")) if "|" in text and " | " not in text else text
@@ -519,7 +600,10 @@ def _interactions(rows: Rows, found: dict[str, str]) -> Iterable[dict[str, Any]]
             try:
                 row["rating"] = float(ratings[index])
             except (TypeError, ValueError):
-                raise UserError(f"{rows.at(index)}: column {found['rating']!r} is not a number") from None
+                raise UserError(
+                    f"{rows.at(index)}: column {found['rating']!r} is not a number; write 4.5"
+                    + _left_out("recommendation", "rating")
+                ) from None
         yield row
 
 

@@ -44,6 +44,7 @@ NO_SERVER, NO_DATABASE = "no MLflow server answers", "no database there"  # both
 _TURN = 6_368_110  # id of the database lock: any number that no other program locks
 _BATCH = 1000  # metrics in one request, MLflow's limit
 _NAME = re.compile(r"[^\w.\- /]")  # characters that MLflow refuses in a metric's name
+_LONGEST_NAME = 250  # characters of a metric's name, MLflow's limit; a label or a topic may be longer
 
 
 class Unreachable(UserError):
@@ -205,7 +206,7 @@ class Run:
 
         now = int(time.time() * 1000)
         entries = [
-            Metric(_NAME.sub("_", name), float(value), now, int(point.get("step", 0)))
+            Metric(_NAME.sub("_", name)[:_LONGEST_NAME], float(value), now, int(point.get("step", 0)))
             for point in points
             for name, value in point.items()
             if name != "step" and isinstance(value, int | float)

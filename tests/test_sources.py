@@ -134,6 +134,15 @@ def test_a_glob_never_descends() -> None:
     assert roles("set/**") == roles("set/*")
 
 
+def test_a_glob_over_folders_finds_their_splits() -> None:
+    for name in ("train/part-0.jsonl", "train/part-1.jsonl", "test/part-9.jsonl", "test/dev-0.jsonl"):
+        put(f"set-for-tests/{name}", row())
+    splits = {"part-0.jsonl": "train", "part-1.jsonl": "train", "part-9.jsonl": "test", "dev-0.jsonl": "validation"}
+    assert roles("set-for-tests/*/*.jsonl") == splits
+    put("dev-blog/a.jsonl", row())
+    assert roles("dev-blog/*") == roles("dev-blog") == {"a.jsonl": "all"}
+
+
 def test_unsplit_files_are_one_whole() -> None:
     put("one/reviews.jsonl", row())
     assert roles("one/reviews.jsonl") == roles("one") == roles("one/*.jsonl") == {"reviews.jsonl": "all"}
@@ -157,11 +166,17 @@ def test_what_cannot_be_resolved_is_said_in_one_line() -> None:
     fails("ner", "nowhere", "data.ner.uri: nowhere: no such file or folder")
     fails("ner", "nowhere/*.conll", "no data files at nowhere")
     fails("ner", "other", "no data files at other; formats are .conll, .jsonl")
+    put("nested/train/part-0.jsonl", row())
+    fails("sentiment", "nested/", r"data.sentiment.uri: nested/ has data in folders at most; write nested/\*/\*")
     fails("ner", "other/notes.xlsx", "notes.xlsx: not a format that is read")
     fails("sentiment", "mixed", "train comes in more than one format at mixed: train.csv, train.jsonl")
     fails("sentiment", "partly/*", "more.jsonl names no split while others do")
     fails("sentiment", "held", "no train file at held")
-    fails("recommendation", "items", r"no interactions file at items; needed are items.\* and interactions.\*")
+    fails(
+        "recommendation",
+        "items",
+        r"no interactions file at items; needed are items.\* and interactions.\*, found items.csv; ren",
+    )
     fails("ner", "sample://newspaper", "the embedded data is sample://newsroom")
     fails("ner", "sample://newsroom?size=3", "unknown option 'size'")
     fails("ner", "sample://newsroom?scale=big", "scale must be a number")
@@ -267,6 +282,13 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
     assert read("b.csv").at(1) == "b.csv row 2" and len(read("b.csv").frame) == 2
     put("c.csv", "text,label\none,good,\ntwo,bad,\n")  # as some programs end each line
     assert read("c.csv").frame.values.tolist() == [["one", "good"], ["two", "bad"]]
+    put("c.csv", "text,label\none,good\n\n,\ntwo,\n")  # a blank line is no row
+    assert read("c.csv").frame.values.tolist() == [["one", "good"], ["", ""], ["two", ""]]
+    assert read("c.csv").at(1) == "c.csv line 4"
+    put("c.csv", "text\none\n\ntwo\n")
+    assert read("c.csv").frame["text"].tolist() == ["one", "", "two"]
+    put("d.csv", "text , label\none,good\n")
+    assert list(read("d.csv").frame.columns) == ["text", "label"]
     put("a.txt", "one\nmore\n\n\ntwo\u2028still two\n")
     assert (
         read("a.txt").frame["text"].tolist() == ["one\nmore", "two\u2028still two"]
@@ -279,8 +301,13 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
     assert (
         read("a.conll").frame["tags"].tolist() == [["B-PER", "O"], ["O"]] and read("a.conll").at(1) == "a.conll line 7"
     )
+    put("b.conll", " 10\u00a0000  CD O \n\u3000 O\n\n\u00a0\tO\n")  # blanks of other kinds belong to the token
+    assert read("b.conll").frame["tokens"].tolist() == [["10\u00a0000", "\u3000"], ["\u00a0"]]
     pd.DataFrame({"text": ["one"], "n": [3]}).to_parquet("a.parquet")
     assert read("a.parquet").frame.values.tolist() == [["one", 3]] and read("a.parquet").at(0) == "a.parquet row 1"
+    columns = {"text": pa.array(["ö".encode()]), "tokens": pa.array([[b"a"]]), "other": pa.array([b"\xff"])}
+    pq.write_table(pa.table(columns), "bytes.parquet")
+    assert read("bytes.parquet").frame.values.tolist() == [["ö", ["a"], b"\xff"]]
     features = {
         "label": {"names": ["bad", "good"], "_type": "ClassLabel"},
         "text": {"dtype": "string", "_type": "Value"},
@@ -309,12 +336,24 @@ def test_every_format_gives_rows_and_where_they_stand() -> None:
         ("a.csv", b"\xef\xbb\xbf", r"a.csv: empty"),
         ("a.csv", b'text\nok\n"Zanzibar\nmore\n"odd" end\n', r"a.csv line 3: a quoted field that does not end where"),
         (
+            "a.csv",
+            b'text\n"Zanzibar ' + b"more\n" * 30_000 + b'"odd" end\n',
+            r"a.csv line 2: a quoted field that does not",
+        ),
+        ("a.csv", b"text\n" + b"Zanzibar" * 20_000 + b", quarterly\nok\n", r"a.csv line 2: 2 fields, but the header"),
+        (
             "a.tsv",
             b"text\tlabel\nZanzibar\tb\tc\n",
             r"a.tsv line 2: 3 fields, but the header names 2; a text holds no tab",
         ),
         ("a.jsonl", b"[" * 200_000, r"a.jsonl line 1: JSON that is nested too deeply"),
         ("a.conll", b"Zanzibar quarterly\nAnn\n", r"a.conll line 2: expected a token and its tag"),
+        (
+            "a.conll",
+            b"1 Zanzibar O\n2 shop O\n\n1 Yes O\n",
+            r"a.conll: the first column numbers the words; leave it out",
+        ),
+        ("a.conll", b"-DOCSTART- -X- O\n", r"a.conll: holds no rows"),
         ("a.parquet", b"PAR1 Zanzibar quarterly", r"a.parquet: not a readable Parquet file, or truncated"),
     ],
 )

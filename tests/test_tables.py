@@ -81,6 +81,14 @@ def test_a_split_that_stays_empty_is_an_error() -> None:
 # ---- ids, labels, columns
 
 
+def test_rows_that_name_their_split_are_not_split_anew() -> None:
+    rows = [{**row, "Split": ("train", "dev", "test")[place % 3]} for place, row in enumerate(reviews(300))]
+    fails(
+        "sentiment", jsonl("a.jsonl", rows, "all"), match=r"a.jsonl: column 'Split' names splits, and is not read; wri"
+    )
+    assert build("sentiment", jsonl("a.jsonl", [*rows, {**rows[0], "Split": "web"}], "all"))
+
+
 def test_ids_are_the_sources_or_derived_and_always_unique() -> None:
     rows = [{"text": "same", "label": "a"}, {"text": "same", "label": "b"}, {"id": 7, "text": "x", "label": "a"}]
     test = [{"id": 7.0, "text": "y", "label": "a"}]
@@ -108,6 +116,15 @@ def test_labels_are_those_of_train_or_the_pinned() -> None:
     )
 
 
+@pytest.mark.parametrize("pair", [("Good", "good"), ("1", "1.0")])
+def test_two_spellings_of_a_label_are_not_two_labels(pair: tuple[str, str]) -> None:
+    rows = [{"text": str(place), "label": label} for place, label in enumerate((pair[0], pair[1], "bad"))]
+    parts = [jsonl("a.jsonl", rows), jsonl("v.jsonl", rows[2:], "validation"), jsonl("e.jsonl", rows[2:], "test")]
+    match = rf"a.jsonl line 2: label '{pair[1]}', elsewhere '{pair[0]}'; spell it one way, or pin both in data"
+    fails("sentiment", *parts, match=match)
+    assert build("sentiment", *parts, labels=["bad", *pair]).labels == sorted(("bad", *pair))
+
+
 def test_columns_are_mapped_by_usual_names_or_by_the_configuration() -> None:
     rows = [{"sentence": f"s {number}", "sentiment": "a", "when": "x"} for number in range(100)]
     built = build("sentiment", jsonl("a.jsonl", rows, "all"))
@@ -129,6 +146,9 @@ def test_columns_are_mapped_by_usual_names_or_by_the_configuration() -> None:
         columns={"txt": "x"},
         match=r"data.sentiment.columns.txt: not a column of sent",
     )
+    for name, mark in (("c.csv", ";"), ("c.csv", "\t"), ("c.tsv", ",")):
+        match = rf"{name}: a single column, phrase{mark}verdict; commas separate the fields of a .csv, tabs those of"
+        fails("sentiment", part(name, f"phrase{mark}verdict\na{mark}b\n"), match=match)
     fails("sentiment", part("c.txt", "some text"), match=r"c.txt: a .txt file holds texts without a label")
     bare = 'Great,"A text of somebody that goes on and on, as texts do, and is no name of a column",5\n' * 2
     with pytest.raises(UserError, match=r"d.csv: no column 'text'; it has a first line that does not look") as told:
@@ -143,6 +163,12 @@ def test_a_column_is_read_as_one_thing_and_can_be_left_out() -> None:
         "text": "text",
         "label": "category",
     }
+
+
+@pytest.mark.parametrize(("column", "value"), [("text", ["a", "b"]), ("text", {"en": "a"}), ("label", ["good"])])
+def test_a_list_or_a_record_is_no_text(column: str, value: object) -> None:
+    rows = jsonl("a.jsonl", [*reviews(1), {**reviews(1)[0], column: value}], "all")
+    fails("sentiment", rows, match=rf"a.jsonl line 2: column '{column}' is not one value; write a text or a number")
 
 
 def test_the_licences_of_the_rows_are_collected() -> None:
@@ -188,7 +214,8 @@ def test_ner_rows_from_conll_csv_and_lists() -> None:
             r"train.conll line 3: broken BIO: I-PER follows O, so that no B-PER begins the entity",
         ),
         (("Rome/B-LOC", "", "Ann/B-PER", "Lee/I-LOC"), r"train.conll line 4: broken BIO: I-LOC follows B-PER"),
-        (("Ann/PER",), r"train.conll line 1: broken BIO: tag 'PER' is none of O, B-type, I-type"),
+        (("Ann/B- ",), r"train.conll line 1: .*tag 'B-' is none of O, B-type, I-type"),
+        (("Ann/PER",), r"train.conll line 1: .*tag 'PER' is none of O, B-type, I-type; BIO, IOB1, BIOES and B"),
         (("Ann/S-PER", "ran/O", "Lee/E-PER"), r"train.conll line 3: broken BIO: I-PER follows O"),
     ],
 )
@@ -211,6 +238,11 @@ def test_schemes_that_say_the_same_become_bio(tags: str) -> None:
     assert table.to_pylist()[0]["tags"] == ["B-PER", "I-PER", "O", "B-PER", "B-LOC"]
 
 
+def test_a_type_may_be_several_words() -> None:
+    rows = ["Ann/B-work of art", "Lee/I-work of art", "Rome/B-LOC", "met/O", "Bo/B-PER"]
+    assert build("ner", *three(part("train.conll", sentences(*rows)))).labels == ["LOC", "PER", "work of art"]
+
+
 def test_beside_another_of_its_type_an_iob1_entity_begins_with_b() -> None:
     rows = ["Ann/I-PER", "Bo/B-PER", "Lee/I-PER", "Rome/I-LOC"]
     table = build("ner", *three(part("train.conll", sentences(*rows)))).tables["train"]
@@ -224,6 +256,32 @@ def test_broken_ner_rows_are_named() -> None:
     fails("ner", inner, match=r"train.jsonl line 1, tag 3: broken BIO")
     numbers = jsonl("train.jsonl", [{"tokens": ["a"], "tags": [3]}])
     fails("ner", numbers, match=r"column 'tags' is not a list of strings; numbers stand for names")
+    printed = part(
+        "train.csv", "tokens,tags\n\"['Ann' 'Lee']\",\"['B-PER'\n 'I-PER']\"\n"
+    )  # read as AnnLee, B-PERI-PER
+    fails(
+        "ner", printed, match=r"train.csv row 1: column 'tokens' has lists without commas, as NumPy prints them; .*JSON"
+    )
+    quotes = jsonl("train.jsonl", [{"tokens": "['\"', '\"', 'a \\' \\' b']", "tags": '["B-X", "O", "O"]'}])
+    assert build("ner", *three(quotes), labels=["LOC", "PER", "X"]).tables["train"].to_pylist()[0]["tokens"] == [
+        '"',
+        '"',
+        "a ' ' b",
+    ]
+    spans = jsonl("train.jsonl", [{"text": "Ann left", "spans": [{"start": 0, "end": 3, "label": "PER"}]}])
+    fails(
+        "ner",
+        spans,
+        match=r"train.jsonl: a text with spans is not read; it has text, spans; bring its words as 'tok",
+    )
+    words = part("train.csv", "Sentence #,Word,Tag\nSentence: 1,Ann,B-PER\n,Lee,I-PER\n,left,O\n")
+    named = {"tokens": "Word", "tags": "Tag"}
+    fails(
+        "ner",
+        words,
+        columns=named,
+        match=r"train.csv: every row holds one word; a row is a sentence, or bring a .conll",
+    )
     fails(
         "ner",
         *three(part("train.conll", GOOD)),
@@ -258,7 +316,12 @@ def test_times_are_read_in_the_usual_forms() -> None:
     ]
     for odd in ("last week", "03/04/2024", "3.4.24"):  # of the third of April, or the fourth of March?
         row = jsonl("t.jsonl", [{"text": "x", "label": "a", "date": odd}])
-        fails("sentiment", row, match=r"t.jsonl line 1: column 'date' is not a time; write 2024-05-31T12:00:00 or sec")
+        fails(
+            "sentiment",
+            row,
+            match=r"t.jsonl line 1: column 'date' is not a time; write 2024-05-31T12:00:00 or sec.*, or",
+        )
+        fails("sentiment", row, match=r"leave the column out with data.sentiment.columns.time=null")
 
 
 # ---- recommendation
@@ -291,7 +354,7 @@ def test_items_and_interactions_from_files() -> None:
         ("7,,4,100", r"interactions.csv line 2: column 'item_id' is empty"),
         ("7,1,4,", r"interactions.csv line 2: column 'timestamp' is not a time"),
         ("7,1,4,soon", r"interactions.csv line 2: column 'timestamp' is not a time"),
-        ("7,1,many,100", r"interactions.csv line 2: column 'rating' is not a number"),
+        ("7,1,many,100", r"interactions.csv line 2: column 'rating' is not a number; .*columns.rating=null"),
     ],
 )
 def test_unreadable_interactions_are_named(line: str, match: str) -> None:
@@ -308,6 +371,18 @@ def test_a_mapped_column_of_one_of_the_two_files_suffices() -> None:
     )
 
 
+def test_items_and_interactions_may_call_the_item_differently() -> None:
+    clicks = part("interactions.csv", "user_id,isbn,timestamp\n7,1,100\n", "interactions")
+    named = {"item_id": "isbn"}
+    built = build("recommendation", part("items.csv", ITEMS, "items"), clicks, columns=named)
+    assert (built.columns["items.item_id"], built.columns["interactions.item_id"]) == ("item_id", "isbn")
+    odd = part("items.csv", ITEMS.replace("item_id", "book_no"), "items")
+    match = (
+        r"no column 'isbn' \(data.recommendation.columns.item_id\), nor one of a usual name, such as 'item_id'; it has"
+    )
+    fails("recommendation", odd, clicks, columns=named, match=match)
+
+
 @pytest.mark.parametrize(
     ("line", "match"),
     [
@@ -320,6 +395,12 @@ def test_new_items_that_cannot_be_told_apart_are_named(line: str, match: str) ->
     Path("new.csv").write_text(f"item_id,title\n1,Toy\n{line}\n")
     with pytest.raises(UserError, match=match):
         tables.read_items(Path("new.csv"), {})
+
+
+def test_what_a_list_lacks_leaves_no_gap() -> None:
+    Path("new.jsonl").write_text('{"item_id": 1, "title": "Toy", "genres": ["Drama", null, ""], "tags": [null]}\n')
+    [item] = tables.read_items(Path("new.jsonl"), {})
+    assert (item["description"], item["tags"]) == ("Drama", "")
 
 
 def test_new_items_have_the_columns_that_ingested_ones_have() -> None:

@@ -42,11 +42,11 @@ def test_a_stage_run_holds_params_metrics_and_curves(store: Path) -> None:
     with tracking.stage_run("finetune", "ner", {"epochs": 4, "source": {"uri": "sample://newsroom"}}) as run:
         run.metrics({"loss": 1.5}, step=10)
         run.curve([{"loss": 1.0, "step": 20}, {"loss": 0.5, "step": 30, "note": "not a number"}])
-        run.metrics({"f1@exact": 0.75})
+        run.metrics({"f1@exact": 0.75, "f1_" + 300 * "a": 1.0})
     found = tracking.client().get_run(run.id)
     assert found.info.status == "FINISHED"
     assert found.data.params == {"epochs": "4", "source.uri": "sample://newsroom"}
-    assert found.data.metrics == {"loss": 0.5, "f1_exact": 0.75}
+    assert found.data.metrics == {"loss": 0.5, "f1_exact": 0.75, "f1_" + 247 * "a": 1.0}
     history = tracking.client().get_metric_history(run.id, "loss")
     assert [(point.step, point.value) for point in history] == [(10, 1.5), (20, 1.0), (30, 0.5)]
     assert found.info.artifact_uri.startswith((store / "mlartifacts" / "memgpt").as_uri())

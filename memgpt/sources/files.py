@@ -49,7 +49,10 @@ def _expand(name: str, uri: str) -> tuple[bool, list[Path]]:
     """(whether it is a folder, its files). A glob does not recurse: `**` means `*`; matching folders are skipped."""
     path = Path(uri).expanduser()
     if path.is_dir():
-        return True, [child for child in path.iterdir() if child.is_file()]
+        inside = [child for child in path.iterdir() if not child.name.startswith(".")]
+        if any(child.is_dir() for child in inside) and not any(naming.is_data(child.name, name) for child in inside):
+            raise UserError(f"{naming.key(name)}: {uri} has data in folders at most; write {uri.rstrip('/')}/*/*")
+        return True, [child for child in inside if child.is_file()]
     if path.is_file():
         if not naming.data_format(path.name, name):
             formats = ", .".join(naming.FORMATS)

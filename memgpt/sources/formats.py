@@ -1,9 +1,11 @@
 """Files → rows with their line numbers. An error about a file is one line and does not quote the file's text."""
 
+import contextlib
 import csv
 import gzip
 import io
 import json
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,8 @@ from memgpt.sources.naming import Part, data_format
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+
+csv.field_size_limit(sys.maxsize)  # a text may be longer than Python's 131,072 characters; pandas has no limit
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,9 @@ def read(part: Part, source: str = "") -> Rows:
     elif kind in ("csv", "tsv"):
         text = _text(part.name, data).rstrip("\r\n")
         frame = _csv(part.name, text, tabs=kind == "tsv")
+        lines = [number for number, line in _lines(text) if line.strip() or frame.shape[1] == 1][1:]
         # if a quoted field spans lines, messages count rows instead
-        whole = text.count("\n") == len(frame)
-        unit, numbers = ("line", range(2, len(frame) + 2)) if whole else ("row", range(1, len(frame) + 1))
+        unit, numbers = ("line", lines) if len(lines) == len(frame) else ("row", range(1, len(frame) + 1))
     else:
         reader = {"jsonl": _jsonl, "conll": _conll, "txt": _txt}[str(kind)]
         pairs = list(reader(part.name, _text(part.name, data)))
@@ -132,19 +136,21 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _conll(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Lines of token … tag, split at tabs, else at white space; only the first and last columns are used. A blank line
-    ends a sentence. `lines` has the line number of each token, for messages about tags.
+    """Lines of token … tag, split at tabs, else at spaces; only the first and last columns are used. Other white space
+    is part of a token (10 000 with U+00A0). A blank line ends a sentence. `lines` has the line number of each token,
+    for messages about tags.
     """
     tokens: list[str] = []
     tags: list[str] = []
     lines: list[int] = []
+    counted: bool | None = None  # whether the first column of all lines so far is the number of the word
     for number, line in _lines(text + "\n"):
         if not line.strip():
             if tokens:
                 yield lines[0], {"tokens": tokens, "tags": tags, "lines": lines}
                 tokens, tags, lines = [], [], []
             continue
-        fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
+        fields = [field.strip(" ") for field in line.split("\t")] if "\t" in line else line.strip(" ").split(" ")
         if fields[0] == "-DOCSTART-":
             if tokens:
                 yield lines[0], {"tokens": tokens, "tags": tags, "lines": lines}
@@ -152,9 +158,12 @@ def _conll(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         if len(fields) < 2 or not fields[-1] or not fields[0]:
             raise UserError(f"{name} line {number}: expected a token and its tag, separated by a tab or a space")
+        counted = counted is not False and len(fields) > 2 and fields[0] in (str(len(tokens)), str(len(tokens) + 1))
         tokens.append(fields[0])
         tags.append(fields[-1])
         lines.append(number)
+    if counted:
+        raise UserError(f"{name}: the first column numbers the words; leave it out: the first one must be the token")
 
 
 def _txt(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -172,13 +181,20 @@ def _txt(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv(name: str, text: str, tabs: bool) -> pd.DataFrame:
     """All values as strings: an empty field is "", a field missing at the end of a line is null. Empty fields beyond
-    those of the header are dropped. In TSV, quotes are part of the text."""
+    those of the header are dropped, and blank lines, except in a single column, where they may be empty texts. In TSV,
+    quotes are part of the text."""
     dialect: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    several = ("\t" if tabs else ",") in text.lstrip().partition("\n")[0]
     try:
         with warnings.catch_warnings(record=True) as told:  # pandas drops fields without a name in the header
             warnings.simplefilter("always", pd.errors.ParserWarning)
             frame = pd.read_csv(
-                io.StringIO(text), dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False, **dialect
+                io.StringIO(text),
+                dtype=str,
+                keep_default_na=False,
+                index_col=False,
+                skip_blank_lines=several,
+                **dialect,
             )
     except pd.errors.EmptyDataError:
         raise UserError(f"{name}: empty") from None
@@ -197,6 +213,9 @@ def _csv(name: str, text: str, tabs: bool) -> pd.DataFrame:
                 )
     if not tabs:
         _check_quotes(name, text)
+    names = [str(column).strip() for column in frame.columns]  # text, label
+    if len(set(names)) == len(names):
+        frame.columns = pd.Index(names)
     return frame.astype(object).where(frame.notna(), None)
 
 
@@ -208,8 +227,6 @@ def _check_quotes(name: str, text: str) -> None:
         for _ in rows:
             begun = rows.line_num + 1
     except csv.Error as error:
-        if "field larger" in str(error):  # a limit of Python's csv module that pandas does not have
-            return
         raise UserError(
             f"{name} line {begun}: a quoted field that does not end where its quote does ({error}); double the quotes "
             "inside of a field"
@@ -231,8 +248,20 @@ def _parquet(name: str, data: bytes) -> pd.DataFrame:
 
         table = plain(datasets.Dataset(datasets.table.InMemoryTable(table)))
     return pd.DataFrame(
-        {column: pd.Series(table.column(column).to_pylist(), dtype=object) for column in table.column_names}
+        {column: pd.Series(_as_text(table.column(column)).to_pylist(), dtype=object) for column in table.column_names}
     )
+
+
+def _as_text(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """Decodes bytes that are text, which some writers (Spark, Hive) do not mark as such. Other bytes stay."""
+    import pyarrow as pa
+
+    lists = pa.types.is_list(column.type)
+    inner = column.type.value_type if lists else column.type
+    if pa.types.is_binary(inner) or pa.types.is_large_binary(inner):
+        with contextlib.suppress(pa.ArrowInvalid):
+            return column.cast(pa.list_(pa.string()) if lists else pa.string())
+    return column
 
 
 def plain(part: "datasets.Dataset") -> "pa.Table":

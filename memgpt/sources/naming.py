@@ -83,7 +83,8 @@ def split_of(word: str) -> str | None:
 
 def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, str]:
     """File name → role, for one source's files. In a folder, if some files have a role, those without one are skipped,
-    with a message. Inputs outside the pipeline, such as `monitor.uri`, use all files.
+    with a message. If a glob matches several folders, a file whose name says no split has that of its folder's name.
+    Inputs outside the pipeline, such as `monitor.uri`, use all files.
 
     Raises:
         UserError: if there is no data file, a required file is missing (train, items, interactions), a glob mixes split
@@ -97,16 +98,20 @@ def roles(source: str, uri: str, names: list[str], folder: bool) -> dict[str, st
     if source not in config.SOURCES:
         return dict.fromkeys(data, WHOLE)
     found: dict[str, str | None] = {}
+    folders = {name: PurePosixPath(name).parent for name in data}
+    several = len(set(folders.values())) > 1  # then a folder may be a split: train/part-0.csv
     for name in data:
         base = PurePosixPath(name).name
         table = _TABLE.match(base)
-        found[name] = (table[1].lower() if table else None) if tables else split_of(base)
+        split = split_of(base) or (split_of(folders[name].name) if several else None)
+        found[name] = (table[1].lower() if table else None) if tables else split
     named = {name: role for name, role in found.items() if role}
     if tables:
         missing = {"items", "interactions"} - set(named.values())
         if missing:
             raise UserError(
-                f"{where}: no {' and no '.join(sorted(missing))} file at {uri}; needed are items.* and interactions.*"
+                f"{where}: no {' and no '.join(sorted(missing))} file at {uri}; needed are items.* and "
+                f"interactions.*, found {_some(data)}; rename the right ones"
             )
         if rest := [name for name in data if name not in named]:
             print(f"{where}: left out, neither items nor interactions: {_some(rest)}", file=sys.stderr)

@@ -136,6 +136,8 @@ def _failure(
     )
     what = " ".join(part for part in (first["table"], first["column"]) if part)
     count = f" ({first['unexpected']} of {first['checked']} rows)" if first["unexpected"] else ""
+    if first["name"] == "minimum rows":
+        count = f" ({outcome.observed:g})"
     named = first["rows"]
     if "item_id" in (frame := related.get(first["table"], pd.DataFrame())):
         named = [f"{row} (item {frame['item_id'].iloc[i - 1]})" for row, i in zip(named, outcome.rows, strict=False)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PRIMARY = "macro_f1"
 PICTURE = ("actual", "predicted")  # columns of `picture`
-_TOPIC_TEXTS = 10  # a topic with fewer texts in train is not predicted
+_TOPIC_TEXTS = 10  # a topic with fewer texts in train is not predicted, with fewer in test it is no slice
 _STRENGTH = 3.0  # inverse regularisation of the linear model behind word votes
 
 
@@ -210,10 +210,11 @@ def baseline(tables: Path, rows: list[dict[str, Any]], strength: float = 10.0) -
 
 
 def slices(rows: list[dict[str, Any]], tables: Path) -> dict[str, np.ndarray]:
-    """One per topic, if texts have topics; short, long: by number of characters."""
+    """One per topic with enough texts; short, long: by number of characters."""
     topics = [row["input"]["topic"] for row in rows]
+    names = sorted(name for name, count in Counter(filter(None, topics)).items() if count >= _TOPIC_TEXTS)
     return {
-        **{f"topic_{name}": np.array([topic == name for topic in topics]) for name in sorted({t for t in topics if t})},
+        **{f"topic_{name}": np.array([topic == name for topic in topics]) for name in names},
         **by_length([len(row["input"]["text"]) for row in rows]),
     }
 

@@ -153,7 +153,14 @@ def test_planted_rows_block(place: config.Config, source: str, table: str, edit:
     ("source", "table", "edit", "told"),
     [
         ("recommendation", "train", plant(1, item_id="gone"), "row 1 (item gone); bring them among the items"),
+        ("sentiment", "test", keep(3), "first minimum rows of test (3); validate.min_rows is 20; bring more rows; see"),
         ("recommendation", "test", keep(3), "validate.min_rows is 20; a reader of three items or more gives"),
+        (
+            "recommendation",
+            "train",
+            plant(1, timestamp=10**13),
+            "; write seconds or milliseconds since 1970, or dates such",
+        ),
         ("ner", "train", plant(1, tokens=[], tags=[]), "; it is empty: fill it in, or take the row out; see"),
         ("sentiment", "train", plant(1, label=None), "; fill it in, or take the row out; see reports/validation/"),
     ],

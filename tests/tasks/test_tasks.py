@@ -96,6 +96,8 @@ def test_sentiment_macro_f1_is_sklearns() -> None:
     assert sentiment.metrics(rows, predictions)["macro_f1"] == pytest.approx(expected)
     slices = sentiment.slices([*rows, {"input": {"text": "longer", "topic": None}, "label": "neutral"}], Path())
     assert (slices["topic_a"].sum(), slices["short"].sum(), slices["long"].sum()) == (100, 200, 1)
+    few = [{"input": {"text": "", "topic": f"topic {place}"}, "label": "neutral"} for place in range(100)]
+    assert set(sentiment.slices([*rows, *few], Path())) == {"topic_a", "short", "long"}  # not a hundred of one text
 
 
 def test_calibration_error_by_hand() -> None:
