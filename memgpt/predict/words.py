@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,14 +84,11 @@ def best_path(scores: np.ndarray, tags: Sequence[str], outside_bias: float = 0.0
     """
     if not len(scores):
         return []
-    scores = scores - outside_bias * (np.array(tags) == "O")
-    kinds = np.array([tag[2:] for tag in tags])
-    free = np.array([not tag.startswith("I-") for tag in tags])  # may follow anything
-    allowed = free | (kinds[:, None] == kinds)  # [before, tag]
+    outside, free, allowed, barrier = _grammar(tuple(tags))
+    scores = scores - outside_bias * outside
     single = scores.argmax(1)
     if free[single[0]] and allowed[single[:-1], single[1:]].all():
         return single.tolist()
-    barrier = np.where(allowed, 0.0, -np.inf)
     total, before = np.where(free, scores[0], -np.inf), []
     for row in scores[1:]:
         reach = total[:, None] + barrier
@@ -100,6 +98,16 @@ def best_path(scores: np.ndarray, tags: Sequence[str], outside_bias: float = 0.0
     for choice in reversed(before):
         path.append(int(choice[path[-1]]))
     return path[::-1]
+
+
+@cache
+def _grammar(tags: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+    """Which tags are O and which may follow anything, both [L]; whether a tag (column) may follow another (row), and
+    0 there, −inf elsewhere, both [L, L]."""
+    kinds = np.array([tag[2:] for tag in tags])
+    free = np.array([not tag.startswith("I-") for tag in tags])
+    allowed = free | (kinds[:, None] == kinds)
+    return np.array(tags) == "O", free, allowed, np.where(allowed, 0.0, -np.inf)
 
 
 def spans_from_tags(tags: Sequence[str]) -> list[tuple[str, int, int]]:
