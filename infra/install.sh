@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Creates .venv with the locked packages and this one. Run by make; does nothing if .venv is complete.
+# Makes .venv with the locked packages and this one. Run by make; does nothing when .venv is complete.
 #
-# .venv/.complete is written last and records what was installed and where. If it is missing (an interrupted install) or
-# .venv's Python no longer works, .venv is rebuilt; if its content differs, .venv is updated.
+# .venv/.complete is written last and says what was installed and where. Without it (an interrupted install), or when
+# its Python does not work any more, .venv is built from nothing; with another content it is brought up to date.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
@@ -37,11 +37,9 @@ total=$(grep -c == requirements.lock)
 echo "installing about $total packages into .venv (minutes the first time)"
 log=.venv/install.log
 trap 'if [ $? != 0 ] && [ -f $log ]; then tail -n 15 $log >&2; echo "error: the installation failed; run make again to retry" >&2; fi' EXIT
-# The lock has everything except the CUDA packages that torch requires. --no-deps, because resolving takes pip minutes.
-"$python" -m pip install --progress-bar off --no-deps -r requirements.lock 2>$log | awk -v total="$total" '
+"$python" -m pip install --progress-bar off -r requirements.lock 2>$log | awk -v total="$total" '
     /^Collecting|^Requirement already/ && ++n % 60 == 0 && n < total { print "  " n " of about " total " found"; fflush() }
     /^Installing collected/ { print "  all found; installing"; fflush() }'
-"$python" -m pip install --quiet "$(grep ^torch== requirements.lock)" 2>>$log
 "$python" -m pip install --quiet --no-deps --no-build-isolation --editable . 2>>$log
 "$python" -m pip check >>$log
 echo "$wanted" >.venv/.complete
