@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv with the locked packages and this one. Run by make; does nothing when .venv is complete.
+# Creates .venv with the locked packages and this one. Run by make; does nothing if .venv is complete.
 #
-# .venv/.complete is written last and says what was installed and where. Without it (an interrupted install), or when
-# its Python does not work any more, .venv is built from nothing; with another content it is brought up to date.
+# .venv/.complete is written last and records what was installed and where. If it is missing (an interrupted install) or
+# .venv's Python no longer works, .venv is rebuilt; if its content differs, .venv is updated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
