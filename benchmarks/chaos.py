@@ -57,7 +57,7 @@ STAGES = (
 )
 MADE = ("dvc.lock", "models", "reports", "data/tables", "data/tokens", ".dvc/cache", ".dvc/tmp", ".memgpt/checkpoints")
 PER_RUN = 3  # kills in one retrain, from scratch until complete
-PATIENCE = 1800.0  # seconds for one retrain on a machine with other load
+PATIENCE = 1500.0  # seconds for one retrain on a machine with other load
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def test_what_cannot_be_resolved_is_said_in_one_line() -> None:
     fails("ner", "nowhere/*.conll", "no data files at nowhere")
     fails("ner", "other", "no data files at other; formats are .conll, .jsonl")
     put("nested/train/part-0.jsonl", row())
-    fails("sentiment", "nested/", r"data.sentiment.uri: nested/ has data in folders at most; write nested/\*/\*")
+    fails("sentiment", "nested/", r"data.sentiment.uri: nested/ holds folders but no data files; write nested/\*/\*")
     fails("ner", "other/notes.xlsx", "notes.xlsx: not a format that is read")
     fails("sentiment", "mixed", "train comes in more than one format at mixed: train.csv, train.jsonl")
     fails("sentiment", "partly/*", "more.jsonl names no split while others do")

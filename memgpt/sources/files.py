@@ -51,7 +51,7 @@ def _expand(name: str, uri: str) -> tuple[bool, list[Path]]:
     if path.is_dir():
         inside = [child for child in path.iterdir() if not child.name.startswith(".")]
         if any(child.is_dir() for child in inside) and not any(naming.is_data(child.name, name) for child in inside):
-            raise UserError(f"{naming.key(name)}: {uri} has data in folders at most; write {uri.rstrip('/')}/*/*")
+            raise UserError(f"{naming.key(name)}: {uri} holds folders but no data files; write {uri.rstrip('/')}/*/*")
         return True, [child for child in inside if child.is_file()]
     if path.is_file():
         if not naming.data_format(path.name, name):

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-csv.field_size_limit(sys.maxsize)  # a text may be longer than Python's 131,072 characters; pandas has no limit
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -221,6 +219,7 @@ def _csv(name: str, text: str, tabs: bool) -> pd.DataFrame:
 
 def _check_quotes(name: str, text: str) -> None:
     """Refuse a field that starts with a quote but does not end with one: it would swallow rows up to the next quote."""
+    csv.field_size_limit(sys.maxsize)  # as in pandas, which has no limit; Python's is 131,072 characters
     rows = csv.reader(io.StringIO(text, newline=None), strict=True)
     begun = 1
     try:
